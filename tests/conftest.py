@@ -1,0 +1,36 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What every test starts from.
+
+Two environment variables change a run:
+
+* ``PYRO_RB_SEED``: the seed of every test (default 0);
+* ``PYRO_RB_TEST_DEVICE``: the device on which tests make their tensors, for
+  example ``cuda`` (default: PyTorch's own default, the CPU).
+"""
+
+import os
+
+import pyro
+import pytest
+import torch
+
+SEED = int(os.environ.get("PYRO_RB_SEED", 0))
+DEVICE = os.environ.get("PYRO_RB_TEST_DEVICE")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Empties the param store, seeds, and restores the global defaults afterwards."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if DEVICE:
+        torch.set_default_device(DEVICE)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(SEED)
+    with pyro.validation_enabled():
+        yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(dtype)
+    if DEVICE:
+        torch.set_default_device(device)
