@@ -130,6 +130,7 @@ class STLTrace_ELBO(Trace_ELBO):
     :raises ValueError: if ``control_variate_scale`` is neither a finite float nor
         ``"adaptive"``.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
+    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
 
     Example::
 
@@ -213,6 +214,13 @@ class STLTrace_ELBO(Trace_ELBO):
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
             self._reasons = dict.fromkeys(guide_trace.stochastic_nodes, obstacle)
             return model_trace, guide_trace
+        if torch.jit.is_tracing():
+            # The partial derivatives of one draw would be baked in as constants.
+            raise NotImplementedError(
+                "STLTrace_ELBO was called inside of torch.jit.trace, which does not "
+                "record the derivatives that it takes. Expected a call outside; to "
+                "compile the loss, use JitTrace_ELBO or control_variate_scale=0.0."
+            )
         tap = TapMessenger(self._known_sites)
         with tap:
             model_trace, guide_trace = super()._get_trace(

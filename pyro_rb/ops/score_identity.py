@@ -12,7 +12,7 @@ here check both on a :class:`torch.distributions.Distribution`.
 
 import inspect
 from contextlib import contextmanager
-from typing import Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 from torch.distributions import (
@@ -121,18 +121,20 @@ def support_can_move(fn: Distribution) -> bool:
 
 
 def _edges(fn: Distribution) -> Optional[List[torch.Tensor]]:
-    """Finite ends of a support: empty for the real line, None where unknown."""
     try:
-        support = fn.support
+        return _ends(fn.support)
     except NotImplementedError:
         return None
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support in (constraints.real, constraints.real_vector):
+
+
+def _ends(space: Any) -> Optional[List[torch.Tensor]]:
+    """Finite ends of a constraint: none of the real line's, None where unknown."""
+    while isinstance(space, constraints.independent):
+        space = space.base_constraint
+    if space in (constraints.real, constraints.real_vector):
         return []
-    bounds = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-    edges = [torch.as_tensor(bound) for bound in bounds if bound is not None]
-    return edges or None
+    bounds = [getattr(space, name, None) for name in ("lower_bound", "upper_bound")]
+    return [torch.as_tensor(bound) for bound in bounds if bound is not None] or None
 
 
 def _edges_are_moved(fn: TransformedDistribution) -> bool:
@@ -154,8 +156,23 @@ def _edges_are_moved(fn: TransformedDistribution) -> bool:
                 continue
         elif _is_learned(transform):
             return True
-        edges = None if edges is None else [transform(edge) for edge in edges]
+        edges = _transformed(edges, transform)
     return False
+
+
+def _transformed(
+    edges: Optional[List[torch.Tensor]], transform: Transform
+) -> Optional[List[torch.Tensor]]:
+    if edges is None:
+        return None
+    domain = _ends(transform.domain)
+    if domain and _ends(transform.codomain) == []:
+        # For one, the logit of a unit interval: the ends go to infinity.
+        if len(domain) == len(edges) and all(
+            (d == e).all() for d, e in zip(domain, edges)
+        ):
+            return []
+    return [transform(edge) for edge in edges]
 
 
 def _is_learned(transform: Transform) -> bool:

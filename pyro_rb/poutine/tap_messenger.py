@@ -40,16 +40,33 @@ class _Tap(torch.autograd.Function):
     """The identity. Its gradient passes while the gate is open."""
 
     @staticmethod
-    def forward(value: torch.Tensor, gate: _Gate) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, gate: _Gate) -> torch.Tensor:
+        ctx.gate = gate
+        # A view could not be checked for in-place edits; a copy counts its own.
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return (grad if ctx.gate.is_open else None), None
+
+
+class _FuncTap(_Tap):
+    """The same in the form that torch.func asks for, which costs three times as much."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, gate: _Gate) -> torch.Tensor:  # type: ignore[override]
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple, output: torch.Tensor) -> None:
         _, ctx.gate = inputs
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return (grad if ctx.gate.is_open else None), None
+
+def _tap(value: torch.Tensor, gate: _Gate) -> torch.Tensor:
+    try:
+        return _Tap.apply(value, gate)
+    except RuntimeError:  # inside of torch.func
+        return _FuncTap.apply(value, gate)
 
 
 class TapMessenger(Messenger):
@@ -170,7 +187,7 @@ class TapMessenger(Messenger):
             if support_can_move and support_moves(fn):
                 reason = "its support depends on a parameter"
             elif can_be_tapped:
-                msg["value"] = self.values[name] = _Tap.apply(value, self._gate)
+                msg["value"] = self.values[name] = _tap(value, self._gate)
         self.reasons[name] = reason
 
 

@@ -41,6 +41,10 @@ MOVING = {
         dist.Exponential(1.0),
         [T.ComposeTransform([T.ExpTransform(), T.AffineTransform(learned(), 1.0)])],
     ),
+    "through the real line, from within": lambda: dist.TransformedDistribution(
+        dist.Uniform(0.2, 0.8),
+        [T.SigmoidTransform().inv, T.AffineTransform(learned(), 1.0)],
+    ),
     "learned inverse": lambda: dist.TransformedDistribution(
         dist.Exponential(1.0), [T.AffineTransform(learned(), 1.0).inv]
     ),
@@ -52,6 +56,14 @@ MOVING = {
     ),
 }
 FIXED = {
+    "through the real line and back": lambda: dist.TransformedDistribution(
+        dist.Beta(2.0, 3.0),
+        [
+            T.SigmoidTransform().inv,
+            T.AffineTransform(learned(), learned()),
+            T.SigmoidTransform(),
+        ],
+    ),
     "normal": lambda: dist.Normal(learned(), 1.0),
     "multivariate": lambda: dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
     "gamma": lambda: dist.Gamma(learned(), learned()),
