@@ -1,0 +1,127 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Losses by name: ``STLTrace_ELBO:adaptive``."""
+
+import ast
+import copy
+import difflib
+import inspect
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
+
+import pyro.infer
+from pyro.infer import ELBO, Trace_ELBO
+
+import pyro_rb.infer
+
+Losses = Union[str, ELBO, Sequence[Union[str, ELBO]], Mapping[str, Union[str, ELBO]]]
+
+REFERENCE = "Trace_ELBO"
+DEFAULT_LOSSES = (
+    "Trace_ELBO",
+    "TraceMeanField_ELBO",
+    "STLTrace_ELBO",
+    "STLTrace_ELBO:adaptive",
+)
+
+
+def available_losses() -> Dict[str, Type[ELBO]]:
+    """All ELBO classes of Pyro and pyro_rb, by name."""
+    found = {}
+    for room in (pyro.infer, pyro_rb.infer):
+        for name, value in vars(room).items():
+            if inspect.isclass(value) and issubclass(value, ELBO) and value is not ELBO:
+                found[name] = value
+    return dict(sorted(found.items()))
+
+
+def make_loss(name: str) -> ELBO:
+    """
+    Makes a loss from its name.
+
+    :param str name: The name of an ELBO class of Pyro or pyro_rb, optionally followed by a
+        colon and constructor arguments separated by commas, of which those with ``=`` are
+        keyword arguments: ``"Trace_ELBO:num_particles=10"``. Arguments are Python literals,
+        else strings.
+    :raises ValueError: If there is no such class, or it does not take these arguments.
+
+    **Example**
+
+    >>> make_loss("Trace_ELBO:num_particles=10").num_particles
+    10
+    """
+    class_name, _, rest = name.partition(":")
+    classes = available_losses()
+    if class_name not in classes:
+        near = difflib.get_close_matches(class_name, classes, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no loss {class_name!r}: {hint}There are {', '.join(classes)}")
+    positional: List[Any] = []
+    keywords: Dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if equals:
+            keywords[key.strip()] = _literal(value)
+        else:
+            positional.append(_literal(item))
+    try:
+        return classes[class_name](*positional, **keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot make the loss {name!r}: {error}") from error
+
+
+def make_losses(losses: Losses) -> Dict[str, ELBO]:
+    """
+    Losses by the name under which they are shown, from names, ELBO instances or a dict of
+    either. Instances are copied, so that what a loss learns stays with the copy.
+
+    :raises ValueError: If a name is unknown or occurs twice.
+    :raises TypeError: If a value is neither a name nor an ELBO.
+    """
+    items: List[Tuple[str, Any]]
+    if isinstance(losses, Mapping):
+        items = list(losses.items())
+    else:
+        listed = [losses] if isinstance(losses, (str, ELBO)) else list(losses)
+        items = [(_name(loss), loss) for loss in listed]
+    made: Dict[str, ELBO] = {}
+    for name, loss in items:
+        if name in made:
+            raise ValueError(
+                f"two losses are called {name!r}; give a dict with a name for each"
+            )
+        if isinstance(loss, str):
+            made[name] = make_loss(loss)
+        elif isinstance(loss, ELBO):
+            made[name] = copy.deepcopy(loss)
+        else:
+            raise TypeError(
+                f"losses: expected the name of a loss or an instance of pyro.infer.ELBO, "
+                f"got {loss!r}"
+            )
+        found = made[name]
+        if name == REFERENCE and (type(found) is not Trace_ELBO or found.num_particles != 1):
+            raise ValueError(
+                f"the name {REFERENCE!r} is kept for the reference, Trace_ELBO() with one "
+                f"particle; give {type(found).__name__} another name"
+            )
+    return made
+
+
+def _name(loss: Any) -> str:
+    if not isinstance(loss, ELBO):
+        return str(loss)
+    name = type(loss).__name__
+    scale = getattr(loss, "control_variate_scale", 1.0)
+    if scale != 1.0:
+        name += f":{scale}"
+    if loss.num_particles != 1:
+        name += f"{',' if ':' in name else ':'}num_particles={loss.num_particles}"
+    return name
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()

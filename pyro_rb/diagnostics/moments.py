@@ -1,0 +1,80 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Mean and variance of a stream of tensors: :class:`RunningMoments`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class RunningMoments:
+    """
+    Mean and variance of a stream of tensors of one shape, held in float64 and without
+    storing the stream (Welford 1962).
+
+    **Example**
+
+    >>> import torch
+    >>> moments = RunningMoments()
+    >>> for x in ([1., 10.], [2., 10.], [3., 10.]):
+    ...     _ = moments.update(torch.tensor(x))
+    >>> moments.count, moments.mean.tolist(), moments.variance.tolist()
+    (3, [2.0, 10.0], [1.0, 0.0])
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self._squares = torch.zeros(())  # sum of squared deviations from the mean
+
+    def update(self, value: Tensor) -> Tensor:
+        """
+        Adds one draw.
+
+        :param ~torch.Tensor value: A tensor of the same shape at each call.
+        :returns: By how much this draw has increased the sum of squared deviations from
+            the mean, summed over coordinates; a scalar tensor.
+        :rtype: ~torch.Tensor
+        """
+        if self.count == 0:
+            self.mean = torch.zeros_like(value, dtype=torch.double, requires_grad=False)
+            self._squares = torch.zeros_like(self.mean)
+        self.count += 1
+        # In place, since gradients of large models are large.
+        deviation = value.detach() - self.mean
+        self.mean.add_(deviation, alpha=1 / self.count)
+        remainder = value.detach() - self.mean
+        self._squares.addcmul_(deviation, remainder)
+        return torch.dot(deviation.reshape(-1), remainder.reshape(-1))
+
+    def merge(self, other: "RunningMoments") -> None:
+        """
+        Adds all draws of another accumulator (Chan, Golub and LeVeque 1979).
+
+        :param RunningMoments other: Moments of tensors of the same shape.
+        """
+        if other.count == 0:
+            return
+        total = self.count + other.count
+        deviation = other.mean - self.mean
+        self._squares = self._squares + other._squares
+        self._squares = self._squares + deviation**2 * (self.count * other.count / total)
+        self.mean = self.mean + deviation * (other.count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased variance per coordinate; NaN with fewer than two draws."""
+        return self._squares / (self.count - 1) if self.count > 1 else self.mean * math.nan
+
+    @property
+    def standard_error(self) -> Tensor:
+        """The standard error of :attr:`mean` per coordinate."""
+        return (self.variance / self.count).sqrt()
+
+    @property
+    def rms(self) -> Tensor:
+        """The root-mean-square value per coordinate."""
+        return (self.mean**2 + self._squares / max(self.count, 1)).sqrt()

@@ -1,0 +1,126 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which parameters and sites a model and guide have, found by running them once."""
+
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+
+def find_parameters(
+    model: Callable,
+    guide: Callable,
+    args: Sequence = (),
+    kwargs: Optional[Mapping[str, Any]] = None,
+) -> Dict[str, Tensor]:
+    """
+    The unconstrained parameters of a model and guide, each tensor once. Runs both.
+
+    First come the ``pyro.param`` sites of guide and model, by their names in the param
+    store. Then the remaining parameters of guide and model as :class:`torch.nn.Module` (or
+    of the module whose methods they are) by their names in the module; where such a name is
+    taken, it is preceded by ``guide.`` or ``model.``. Parameters that do not require a
+    gradient are left out. A parameter that appears only in some runs may be missed.
+
+    :returns: Leaf tensors by name.
+    :rtype: dict
+    """
+    traces = run_traces(model, guide, args, dict(kwargs or {}))
+    return parameters_of(traces, model, guide)[0]
+
+
+def run_traces(
+    model: Callable, guide: Callable, args: Sequence, kwargs: Dict[str, Any]
+) -> Tuple[poutine.Trace, poutine.Trace]:
+    """The trace of one run of the guide, and that of the model replayed against it."""
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+
+
+def parameters_of(
+    traces: Sequence[poutine.Trace], model: Callable, guide: Callable
+) -> Tuple[Dict[str, Tensor], bool]:
+    """As :func:`find_parameters`, and whether any of them is a ``pyro.param`` site."""
+    found: Dict[str, Tensor] = {}
+    seen = set()
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and name not in found:
+                tensor = _unconstrained(site["value"])
+                if tensor.requires_grad and id(tensor) not in seen:
+                    found[name] = tensor
+                    seen.add(id(tensor))
+    any_site = bool(found)
+    for role, function in (("guide", guide), ("model", model)):
+        owner = getattr(function, "__self__", function)
+        if isinstance(owner, nn.Module):
+            for name, tensor in owner.named_parameters():
+                if tensor.requires_grad and id(tensor) not in seen:
+                    found[f"{role}.{name}" if name in found else name] = tensor
+                    seen.add(id(tensor))
+    return found, any_site
+
+
+def check_sites(traces: Sequence[poutine.Trace]) -> None:
+    """
+    Raises a ``ValueError`` unless the guide samples the model's latent sites and no others
+    (auxiliary sites, and model sites that are enumerated, aside).
+    """
+    guide_trace, model_trace = traces
+
+    def sampled(trace: poutine.Trace, exempt: str) -> List[str]:
+        return [
+            name
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and not site["is_observed"]
+            and not site_is_subsample(site)
+            and not (site["infer"] or {}).get(exempt)
+        ]
+
+    in_guide = sampled(guide_trace, "is_auxiliary")
+    in_model = sampled(model_trace, "")
+    surplus = [name for name in in_guide if name not in in_model]
+    missing = [
+        name for name in sampled(model_trace, "enumerate") if name not in guide_trace.nodes
+    ]
+    if surplus or missing:
+        found = []
+        if missing:
+            found.append(f"the model's latent {_sites(missing)} not sampled by the guide")
+        if surplus:
+            found.append(f"the guide's {_sites(surplus)} not in the model")
+        raise ValueError(
+            f"model and guide do not match: {'; '.join(found)}. Each latent site needs the "
+            "same name in both; mark a site that only the guide needs by "
+            "infer={'is_auxiliary': True}"
+        )
+
+
+def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        raise ValueError(
+            "model and guide have no parameter that requires a gradient: "
+            "expected a pyro.param() or a torch.nn.Parameter in one of them"
+        )
+    for name, tensor in parameters.items():
+        if not (tensor.is_leaf and tensor.requires_grad):
+            raise ValueError(
+                f"parameters[{name!r}] is not a leaf that requires a gradient; "
+                "of a constrained parameter give the unconstrained tensor, "
+                "pyro.param(name).unconstrained()"
+            )
+
+
+def _unconstrained(value: Any) -> Tensor:
+    # A module-local parameter without constraint has lost the attribute, and is itself.
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def _sites(names: List[str]) -> str:
+    listed = ", ".join(repr(name) for name in names)
+    return f"site {listed} is" if len(names) == 1 else f"sites {listed} are"

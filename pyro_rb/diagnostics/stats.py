@@ -1,0 +1,314 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Statistics of gradient samples: tensors in, tensors and numbers out. Nothing here runs a
+model or imports Pyro.
+
+Throughout, ``samples`` is a tensor of shape ``[N, *shape]`` with one draw a row, and a
+*coordinate* is one element of ``shape``.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from pyro_rb.diagnostics.moments import RunningMoments
+
+# Differences below this many units in the last place, relative to the largest coordinate,
+# are rounding and not bias.
+ROUNDING_UNITS = 32
+
+
+def z_threshold(
+    failure_rate: float, num_tests: int = 1, num_samples: Optional[int] = None
+) -> float:
+    """
+    The value that the largest of ``num_tests`` two-sided z-scores exceeds with probability
+    at most ``failure_rate`` when all means agree (Bonferroni).
+
+    :param float failure_rate: Probability of a false alarm in any of the tests.
+    :param int num_tests: Number of z-scores.
+    :param int num_samples: The number of draws from which each standard error was
+        estimated. The threshold is then the quantile of Student's t with one less degree
+        of freedom, by the approximation of Wallace (1959). Default: the normal quantile.
+    :returns: The threshold.
+    :rtype: float
+
+    **Example**
+
+    >>> round(z_threshold(0.05), 3)
+    1.96
+    >>> round(z_threshold(0.05, num_tests=100, num_samples=50), 2)
+    3.73
+    """
+    if not 0 < failure_rate < 1:
+        raise ValueError(f"failure_rate must lie between 0 and 1, got {failure_rate}")
+    z = -NormalDist().inv_cdf(failure_rate / (2 * max(num_tests, 1)))
+    if num_samples is None:
+        return z
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    df = num_samples - 1
+    corrected = z * (8 * df + 3) / (8 * df + 1)
+    return math.sqrt(df * math.expm1(corrected**2 / df))
+
+
+@dataclass(frozen=True)
+class MeanTest:
+    """
+    A z-test, coordinate by coordinate, of whether two means agree.
+
+    :param ~torch.Tensor difference: The difference of the means.
+    :param ~torch.Tensor standard_error: Its standard error, same shape.
+    :param int num_samples: Number of draws behind the standard error.
+    :param float rounding: Differences up to this size count as exact agreement.
+    """
+
+    difference: Tensor
+    standard_error: Tensor
+    num_samples: int
+    rounding: float = 0.0
+
+    @property
+    def z(self) -> Tensor:
+        """
+        The z-scores. A difference that is no more than rounding scores 0; a larger one
+        in a coordinate without variance scores infinity.
+        """
+        z = self.difference / self.standard_error
+        return torch.where(self.difference.abs() <= self.rounding, torch.zeros_like(z), z)
+
+    @property
+    def max_abs_z(self) -> float:
+        """The largest absolute z-score; 0 without coordinates, NaN if any is NaN."""
+        return self.z.abs().max().item() if self.z.numel() else 0.0
+
+    def threshold(self, failure_rate: float, num_tests: Optional[int] = None) -> float:
+        """:func:`z_threshold` for this test; ``num_tests`` defaults to its coordinates."""
+        num_tests = self.difference.numel() if num_tests is None else num_tests
+        return z_threshold(failure_rate, num_tests, self.num_samples)
+
+    def detectable_bias(self, threshold: float, power: float = 0.95) -> Tensor:
+        """
+        Per coordinate, the size of a bias that would have crossed the threshold with
+        probability ``power``. Smaller ones may have gone unseen.
+
+        :param float threshold: What the absolute z-score is compared with.
+        :param float power: Probability of detection.
+        :returns: A tensor of the coordinates' shape, in units of the gradient.
+        :rtype: ~torch.Tensor
+        """
+        return (threshold + NormalDist().inv_cdf(power)) * self.standard_error + self.rounding
+
+
+def one_sample_test(samples: Tensor, expected: Tensor) -> MeanTest:
+    """
+    Tests the mean of ``samples`` ``[N, *shape]`` against known values ``[*shape]``.
+
+    **Example**
+
+    >>> import torch
+    >>> one_sample_test(torch.tensor([[1.], [2.], [3.]]), torch.tensor([2.])).max_abs_z
+    0.0
+    """
+    a = _moments(samples)
+    expected = expected.detach().double()
+    if expected.shape != a.mean.shape:
+        raise ValueError(
+            f"expected has shape {tuple(expected.shape)}, "
+            f"but one draw of samples has shape {tuple(a.mean.shape)}"
+        )
+    size = max(_largest(a.rms), _largest(expected.abs()))
+    return MeanTest(
+        a.mean - expected, a.standard_error, a.count, rounding_error(size, samples.dtype)
+    )
+
+
+def paired_test(a: Tensor, b: Tensor) -> MeanTest:
+    """
+    Tests equality of the means of two samples of shape ``[N, *shape]`` whose rows belong
+    together, for example since they were drawn with the same random numbers.
+
+    Never wrong when the pairs are in truth independent; more sensitive the more the
+    pairs have in common.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"paired samples have shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    difference = _moments(a.detach().double() - b.detach().double())
+    size = max(_largest(_moments(a).rms), _largest(_moments(b).rms))
+    rounding = rounding_error(size, a.dtype)
+    return MeanTest(difference.mean, difference.standard_error, difference.count, rounding)
+
+
+def independent_test(a: Tensor, b: Tensor) -> MeanTest:
+    """
+    Tests equality of the means of two independent samples ``[N, *shape]`` and
+    ``[M, *shape]``, whose variances may differ (Welch).
+    """
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"draws have shapes {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
+    first, second = _moments(a), _moments(b)
+    size = max(_largest(first.rms), _largest(second.rms))
+    return MeanTest(
+        first.mean - second.mean,
+        (first.standard_error**2 + second.standard_error**2).sqrt(),
+        min(first.count, second.count),
+        rounding_error(size, a.dtype),
+    )
+
+
+def rounding_error(size: float, dtype: torch.dtype) -> float:
+    """The difference that rounding alone may cause in gradients of up to this size."""
+    return ROUNDING_UNITS * torch.finfo(dtype).eps * size
+
+
+def total_variance(samples: Tensor) -> float:
+    """
+    The variance of ``samples`` ``[N, *shape]``, summed over coordinates: the expected
+    squared distance of one draw from the mean.
+
+    **Example**
+
+    >>> import torch
+    >>> total_variance(torch.tensor([[0., 1.], [2., 1.], [4., 1.]]))
+    4.0
+    """
+    return _moments(samples).variance.sum().item()
+
+
+def ratio_of_means(a: Tensor, b: Tensor) -> Tuple[float, float]:
+    """
+    ``a.mean() / b.mean()`` and its standard error by the delta method, for paired values
+    of shape ``[N]``. Zero over zero is 1.
+
+    **Example**
+
+    >>> import torch
+    >>> ratio_of_means(torch.tensor([2., 4., 6.]), torch.tensor([1., 2., 3.]))
+    (2.0, 0.0)
+    """
+    a, b = a.double(), b.double()
+    top, bottom = a.mean().item(), b.mean().item()
+    if bottom == 0:
+        return (1.0, 0.0) if top == 0 else (math.inf, math.nan)
+    ratio, count = top / bottom, len(a)
+    if count < 2:
+        return ratio, math.nan
+    residual = a - ratio * b
+    error = (residual.square().sum() / (count * (count - 1))).sqrt().item()
+    return ratio, error / abs(bottom)
+
+
+def median_and_error(values: Tensor) -> Tuple[float, float]:
+    """
+    The median of ``values`` ``[N]`` and its standard error, from the order statistics one
+    binomial standard deviation either side; no assumption on the distribution.
+
+    **Example**
+
+    >>> import torch
+    >>> median_and_error(torch.arange(101.))
+    (50.0, 5.0)
+    """
+    ordered = values.double().sort().values
+    count = len(ordered)
+    middle, spread = (count - 1) / 2, math.sqrt(count) / 2
+    low = ordered[max(0, math.floor(middle - spread + 0.5))]
+    high = ordered[min(count - 1, math.ceil(middle + spread - 0.5))]
+    return ordered.quantile(0.5).item(), ((high - low) / 2).item()
+
+
+def tail_share(deviations: Tensor, quantile: float = 0.01) -> float:
+    """
+    The share of the largest values in the sum of ``deviations`` ``[N]``, non-negative.
+
+    Of the squared deviations of a normal variable, the largest 1% make up 8%. Where they
+    make up much more, rare events dominate the variance, and a standard error that is
+    estimated from the same draws is too small.
+
+    :param float quantile: What part of the values to take.
+    :returns: The share; NaN if there are too few values to take one.
+    :rtype: float
+
+    **Example**
+
+    >>> import torch
+    >>> tail_share(torch.cat([torch.ones(99), torch.tensor([101.])]))
+    0.505
+    """
+    count = int(quantile * len(deviations))
+    total = deviations.sum().item()
+    if count == 0:
+        return math.nan
+    return deviations.topk(count).values.sum().item() / total if total > 0 else 0.0
+
+
+def bootstrap_variance_ratio(
+    a: Tensor, b: Tensor, num_resamples: int = 1000, seed: int = 0
+) -> Tensor:
+    """
+    Bootstrap replicates of ``total_variance(a) / total_variance(b)`` for two independent
+    samples ``[N, *shape]`` and ``[M, *shape]``.
+
+    :param int num_resamples: Number of replicates.
+    :param int seed: Seed of the resampling; the global generator is not touched.
+    :returns: A tensor of shape ``[num_resamples]``.
+    :rtype: ~torch.Tensor
+    """
+    generator = torch.Generator().manual_seed(seed)
+    top = _bootstrap_variance(a, num_resamples, generator)
+    bottom = _bootstrap_variance(b, num_resamples, generator)
+    return top / bottom
+
+
+def random_projections(samples: Tensor, num_projections: int, seed: int = 0) -> Tensor:
+    """
+    Projects each draw on random directions of length one. A direction mixes all
+    coordinates, so that events too rare for a z-test of their own coordinate (categories
+    that were never drawn) add to tests that are near normal.
+
+    :param ~torch.Tensor samples: ``[N, *shape]``.
+    :param int num_projections: Number of directions, the same for the same seed and size.
+    :returns: A tensor of shape ``[N, num_projections]``.
+    :rtype: ~torch.Tensor
+    """
+    flat = samples.detach().double().reshape(len(samples), -1)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(
+        flat.shape[1], num_projections, generator=generator, dtype=torch.double, device="cpu"
+    )
+    return flat @ (directions / directions.norm(dim=0)).to(flat.device)
+
+
+def _moments(samples: Tensor) -> RunningMoments:
+    if samples.dim() == 0 or len(samples) < 2:
+        raise ValueError(f"need at least 2 draws, got samples of shape {tuple(samples.shape)}")
+    samples = samples.detach().double()
+    result = RunningMoments()
+    result.count, result.mean = len(samples), samples.mean(0)
+    # A constant coordinate must have variance 0, not the rounding of its mean.
+    constant = (samples == samples[0]).all(0)
+    result.mean = torch.where(constant, samples[0], result.mean)
+    result._squares = (samples - result.mean).square().sum(0)
+    return result
+
+
+def _largest(value: Tensor) -> float:
+    return value.max().item() if value.numel() else 0.0
+
+
+def _bootstrap_variance(samples: Tensor, num_resamples: int, generator: torch.Generator) -> Tensor:
+    moments = _moments(samples)  # before the counts: it checks the shape
+    centred = (samples.detach().double() - moments.mean).reshape(len(samples), -1)
+    count = len(centred)
+    drawn = torch.randint(count, (num_resamples, count), generator=generator, device="cpu")
+    weights = torch.zeros(num_resamples, count, dtype=torch.double, device="cpu")
+    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    weights = weights.to(centred.device) / count
+    second_moment = weights @ centred.square().sum(1)
+    return (second_moment - (weights @ centred).square().sum(1)) * (count / (count - 1))

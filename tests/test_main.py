@@ -1,0 +1,265 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""``python -m pyro_rb`` as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pyro_rb.__main__ import main
+
+QUICK = ["--num-samples", "4", "--burn-in", "1", "--no-progress"]
+
+USER_MODULE = """
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer.autoguide import AutoNormal
+    from torch import nn
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("z", dist.Normal(loc, 0.8))
+
+    def make_args():
+        return (torch.tensor(0.7),)
+
+    def make_args_and_kwargs():
+        return (), {"x": torch.tensor(0.7)}
+
+    def wide(model):
+        return AutoNormal(model, init_scale=2.0)
+
+    auto = AutoNormal(model)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            model(x)
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, x):
+            pyro.sample("z", dist.Normal(self.loc, 0.8))
+
+    def other_guide(x):
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.8))
+
+    def broken_model(x):
+        return model(x / 0 + undefined)
+
+    def multi_line(x):
+        pyro.sample("z", dist.Normal(torch.tensor(float("nan")), 1.0))
+
+    def one_tensor():
+        return torch.tensor(0.7)
+
+    number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(textwrap.dedent(USER_MODULE))
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ("mine", "broken", "syntax"):
+        sys.modules.pop(name, None)
+
+
+def mine(guide="mine:guide", model="mine:model", args="mine:make_args"):
+    return ["--model", model, "--guide", guide, "--args", args, *QUICK]
+
+
+def command(*arguments, **options):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), **options.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, "-m", "pyro_rb", *arguments],
+        capture_output=True, text=True, env=environment, timeout=120, **options
+    )
+
+
+def test_embedded_models(capsys):
+    assert main([*QUICK, "--train-steps", "0", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "Eight schools (Rubin 1981)" in out and "Batting averages (Efron and Morris 1975)" in out
+    assert out.count("Before training") == out.count("After 2 training steps") == 2
+    for name in ("Trace_ELBO", "TraceMeanField_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:adaptive"):
+        assert out.count("\n" + name + "  ") == 4
+    assert out.count("bias z      largest") == 1
+    assert err == ""
+
+
+def test_user_model_in_a_process():
+    done = command(*mine(), "--train-steps", "2", "--json", "out.json")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("Model mine:model, guide mine:guide\n1 parameter values")
+    assert "After 1 training steps" in done.stdout
+    (comparison,) = json.loads(Path("out.json").read_text())["comparisons"]
+    assert [state["step"] for state in comparison["states"]] == [0, 1, 2]
+    assert comparison["parameters"] == {"loc": []}
+
+
+@pytest.mark.parametrize(
+    "guide", ["mine:guide", "mine:auto", "mine:wide", "mine:Guide", "pyro.infer.autoguide:AutoNormal",
+              "pyro.infer.autoguide:AutoNormalMessenger"]
+)
+def test_kinds_of_guides(guide, capsys):
+    assert main([*mine(guide), "--losses", "STLTrace_ELBO"]) == 0
+    assert "not measured" not in capsys.readouterr().out
+
+
+def test_other_inputs(capsys):
+    arguments = ["--model", "mine:Model", "--args", "mine:make_args_and_kwargs", *QUICK]
+    assert main([*arguments, "--losses", "Trace_ELBO:num_particles=2"]) == 0
+    out = capsys.readouterr().out
+    assert "Model mine:Model, guide AutoNormal" in out
+    assert "Trace_ELBO:num_particles=2" in out and "TraceMeanField_ELBO" not in out
+
+
+def test_plot(capsys):
+    assert main([*mine(), "--plot", "out.svg"]) == 0
+    assert "<svg" in Path("out.svg").read_text()
+
+
+def test_help_and_version(capsys):
+    for option, expected in (("--help", "examples:"), ("--version", "pyro_rb 0.")):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+BAD = {
+    "no module": (mine(guide="nowhere.at_all:guide"), "--guide: no module named 'nowhere'"),
+    "no attribute": (mine(model="mine:modle"), "--model: module 'mine' has no 'modle'"),
+    "no colon": (mine(model="mine.model"), "--model: expected package.module:name, got 'mine.model'"),
+    "broken import": (
+        mine(guide="broken:guide"),
+        "--guide: importing 'broken' failed: No module named 'no_such_package'",
+    ),
+    "syntax error": (mine(guide="syntax:f"), "--guide: importing 'syntax' failed: SyntaxError: "),
+    "not callable": (mine(model="mine:number"), "--model: expected something callable, got 3"),
+    "guide not callable": (mine(guide="mine:number"), "--guide: expected something callable, got 3"),
+    "sites": (mine(guide="mine:other_guide"), "model and guide do not match: the model's latent site 'z' is not"),
+    "model raises": (mine(model="mine:broken_model"), "NameError: name 'undefined' is not defined (--traceback"),
+    "model raises lines": (mine(model="mine:multi_line"), "ValueError: Expected parameter loc"),
+    "arguments": (
+        mine(args="mine:one_tensor"),
+        "--args: mine:one_tensor should return a tuple, or (tuple, dict), got Tensor",
+    ),
+    "loss": ([*mine(), "--losses", "STL"], "no loss 'STL': "),
+    "loss argument": ([*mine(), "--losses", "Trace_ELBO:3,4,5,6,7,8,9,1,2,3,4"], "cannot make the loss"),
+    "json": ([*mine(), "--json", "no/such/dir/o.json"], "--json: there is no directory 'no/such/dir'"),
+    "json directory": ([*mine(), "--json", "."], "--json: '.' is a directory"),
+    "plot": ([*mine(), "--plot", "figure.doc"], "cannot plot to 'figure.doc': the extension is 'doc'"),
+    "device": ([*mine(), "--device", "gpu"], "--device gpu: "),
+    "seed": ([*mine(), "--seed", "-1"], "--seed: expected 0 to 2**32 - 1, got -1"),
+    "burn-in": ([*mine(), "--burn-in", "-1"], "--burn-in: expected 0 or more, got -1"),
+    "samples": ([*mine(), "--num-samples", "1"], "--num-samples: expected at least 2, got 1"),
+    "steps": ([*mine(), "--train-steps", "-5"], "--train-steps: expected 0 or more, got -5"),
+    "rate": ([*mine(), "--learning-rate", "0"], "--learning-rate: expected more than 0, got 0.0"),
+    "guide alone": (["--guide", "mine:guide"], "--guide needs --model"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert err.startswith("python -m pyro_rb: error: " + message)
+
+
+def test_bad_input_in_a_process():
+    done = command(*mine(guide="mine:nothing"))
+    assert done.returncode == 2
+    assert done.stderr == "python -m pyro_rb: error: --guide: module 'mine' has no 'nothing'\n"
+
+
+def test_unknown_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--modle", "x"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_traceback_on_demand(capsys):
+    assert main([*mine(model="mine:broken_model"), "--traceback"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err and "in broken_model" in err
+
+
+def test_file_that_cannot_be_written_in_the_end(capsys, monkeypatch):
+    monkeypatch.setattr("pyro_rb.__main__.os.access", lambda *_: True)
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    assert main([*mine(), "--json", "/dev/full"]) == 2
+    assert "error: cannot write: " in capsys.readouterr().err
+
+
+def test_missing_matplotlib():
+    # A module that cannot be imported stands before the real one.
+    Path("matplotlib.py").write_text("raise ImportError('not here')\n")
+    done = command(*mine(), "--plot", "out.png")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "python -m pyro_rb: error: plots need matplotlib, which is not installed: "
+        'pip install "pyro_rb[plot]"\n'
+    )
+    assert command(*mine()).returncode == 0  # not needed otherwise
+
+
+def test_current_directory_is_put_back():
+    before = list(sys.path)
+    main(mine(guide="mine:nothing"))
+    assert sys.path == before
+
+
+def test_progress_bar_and_interrupt(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pyro_rb", "--num-samples", "100000"],
+            env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        )
+        deadline = time.time() + 60
+        while "Eight schools" not in errors.read_text() and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    text = errors.read_text()
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in text
+    assert "it/s" in text  # the bar
+    assert text.endswith("python -m pyro_rb: interrupted\n")
+
+
+def test_closed_pipe():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [sys.executable, "-m", "pyro_rb", *mine()]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 1
