@@ -241,12 +241,17 @@ def test_progress_bar_and_interrupt(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "pyro_rb", "--num-samples", "100000"],
             env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            # A shell that runs the tests in the background has it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        deadline = time.time() + 60
-        while "Eight schools" not in errors.read_text() and time.time() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        try:
+            deadline = time.time() + 60
+            while "Eight schools" not in errors.read_text() and time.time() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
     text = errors.read_text()
     assert process.returncode == 130
     assert out == ""

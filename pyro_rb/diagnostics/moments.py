@@ -71,7 +71,7 @@ class RunningMoments:
 
     @property
     def standard_error(self) -> Tensor:
-        """The standard error of :attr:`mean` per coordinate."""
+        """The standard error of ``mean`` per coordinate."""
         return (self.variance / self.count).sqrt()
 
     @property

@@ -126,7 +126,7 @@ class Comparison:
         return f"{self.table()}\n\n{LEGEND}"
 
     def table(self) -> str:
-        """The printed form without the legend, :data:`LEGEND`."""
+        """The printed form without the legend, ``LEGEND``."""
         size = sum(math.prod(shape) for shape in self.parameters.values())
         settings = self.settings
         lines = [

@@ -63,9 +63,9 @@ def _replace_entropy_terms(
                 allow_unused=True,
             )
     for (name, z), partial in zip(tap.values.items(), partials):
-        entropy_term: Any = 0 if partial is None else (partial * z).sum()
+        entropy_term = z.new_zeros(()) if partial is None else (partial * z).sum()
         if name in log_q and scales[name] != 1.0:
-            entropy_term = (1.0 - scales[name]) * log_q[name] + entropy_term
+            entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - scales[name])
         site = guide_trace.nodes[name]
         site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
 
@@ -91,14 +91,13 @@ class STLTrace_ELBO(Trace_ELBO):
 
     .. math::
 
-        \nabla_\phi \text{ELBO}_\text{Trace} - c \left(
-        - \left. \frac{\partial \log q(z; \phi)}{\partial \phi}
-        \right|_{z \text{ fixed}} \right)
+        g_\text{Trace} + c \left. \frac{\partial \log q(z; \phi)}{\partial \phi}
+        \right|_{z \text{ fixed}}
 
-    which is unbiased for any :math:`c` that does not depend on the draw. With
-    :math:`c = 1` the gradient is exactly zero at each draw where the guide is the
-    posterior (equation 8 of [1]); with :math:`c = 0` it is that of ``Trace_ELBO``.
-    The score is a control variate, and :math:`c` is its scale.
+    where :math:`g_\text{Trace}` is that of ``Trace_ELBO``. It is unbiased for any
+    :math:`c` that does not depend on the draw. With :math:`c = 1`, the path derivative
+    of [1], it is zero at each draw where the guide is the posterior. The score is a
+    control variate, and :math:`c` is its scale.
 
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, with plates,
     subsampling, ``scale`` and ``mask``. The path gradient is taken at each guide site
