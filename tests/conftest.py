@@ -23,7 +23,7 @@ DEVICE = os.environ.get("PYRO_RB_TEST_DEVICE")
 @pytest.fixture(autouse=True)
 def fresh_state():
     """Empties the param store, seeds, and restores the global defaults afterwards."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype = torch.get_default_dtype()
     if DEVICE:
         torch.set_default_device(DEVICE)
     pyro.clear_param_store()
@@ -33,4 +33,4 @@ def fresh_state():
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
     if DEVICE:
-        torch.set_default_device(device)
+        torch.set_default_device(None)
