@@ -1,13 +1,14 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from pyro.infer import RenyiELBO
 from pyro.util import warn_if_nan
 
 from pyro_rb.infer.importance_bound import (
+    Draw,
     Partials,
     Surrogate,
     check_reparameterized,
@@ -16,6 +17,19 @@ from pyro_rb.infer.importance_bound import (
 from pyro_rb.infer.tapped import TappedMixin, grads
 from pyro_rb.ops.graph import leaves
 from pyro_rb.poutine import SharedSubsampleMessenger
+
+
+class _Path(NamedTuple):
+    """
+    A gradient in two parts: that of the draws, times ``of_draws``, and that of ``rest``.
+    """
+
+    of_draws: List[torch.Tensor]  # detached, one for each draw and of its shape
+    rest: List[torch.Tensor]  # scalars
+
+    def as_scalar(self, draws: Sequence[Draw]) -> Any:
+        terms = [(g * d.value).sum() for g, d in zip(self.of_draws, draws)]
+        return sum(terms + self.rest)
 
 
 class DReG_ELBO(TappedMixin, RenyiELBO):
@@ -164,7 +178,9 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
                 surrogate.kept.backward(retain_graph=retain_graph)
         if draws:
             path = self._compute_path(surrogate, [draw.value.grad for draw in draws])
-            path.backward(retain_graph=self.retain_graph)
+            roots = [draw.value for draw in draws] + path.rest
+            gradients: Any = path.of_draws + [None] * len(path.rest)
+            torch.autograd.backward(roots, gradients, retain_graph=self.retain_graph)
         return loss
 
     def differentiable_loss(
@@ -177,9 +193,8 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
         loss, surrogate, _ = self._evaluate(model, guide, args, kwargs)
         total = surrogate.kept
         if surrogate.draws:
-            partials = surrogate.partials(total)
-            path = self._compute_path(surrogate, partials)
-            total = surrogate.with_path(partials, path)
+            partials = surrogate.partials_of_kept()
+            total = _join(surrogate, partials, self._compute_path(surrogate, partials))
         return loss + (total - total.detach()) if isinstance(total, torch.Tensor) else loss
 
     def _evaluate(
@@ -204,34 +219,44 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
         )
         return loss, surrogate, trainable
 
-    def _compute_path(
-        self, surrogate: Surrogate, partials: Partials
-    ) -> torch.Tensor:
+    def _compute_path(self, surrogate: Surrogate, partials: Partials) -> _Path:
         """
-        What the draws contribute to the gradient, as the gradient of a scalar.
-
-        :param partials: derivatives of ``surrogate.kept`` by each draw.
+        :param partials: derivatives of ``surrogate.kept`` by each draw; None is zero.
         """
-        log_q = surrogate.log_q()
-        is_due = self._find_scales(log_q)
-        of_log_q = surrogate.partials(sum(log_q.values()))
-        path: Any = 0.0
-        score: Any = 0.0
-        for draw, of_kept, a in zip(surrogate.draws, partials, of_log_q):
-            # Of minus log w, times the weight once; the path takes it a second time.
+        draws = surrogate.draws
+        log_q: Dict[str, List[torch.Tensor]] = {}
+        for draw in draws:
+            log_q.setdefault(draw.site, []).append(draw.log_q)
+        is_due = self._find_scales({name: terms[0] for name, terms in log_q.items()})
+        path, score = _Path([], []), _Path([], [])
+        for draw, of_kept, a in zip(draws, partials, surrogate.partials_of_log_q()):
+            # Of minus log w, with the weight as a factor; the path has it once more.
             g = a if of_kept is None else of_kept + a
-            w, z = draw.weight, draw.value
-            path = path + (w * g * z).sum()
+            doubled = draw.broad_weight * g
             rest = 1.0 - self._scales[draw.site]
-            if rest != 0.0 or is_due:
-                # The gradient of RenyiELBO less the doubly reparameterized one: mean zero.
-                term = draw.log_q + ((g - w * g - a) * z).sum()
-                path, score = path + rest * term, score + term
+            if rest == 0.0 and not is_due:
+                path.of_draws.append(doubled)
+                continue
+            # What the gradient of RenyiELBO has beyond the doubly reparameterized one.
+            beyond, direct = g - doubled - a, draw.weighted_log_q
+            path.of_draws.append(doubled + rest * beyond)
+            path.rest.append(rest * direct)
+            score.of_draws.append(beyond)
+            score.rest.append(direct)
         if is_due:
             self._learn(
                 # Through the draws: a site shares the scale of those that it depends on.
-                {name: list(leaves(term)) for name, term in log_q.items()},
-                surrogate.with_path(partials, path),
-                lambda parameters: grads(score, parameters),
+                {n: [p for t in terms for p in leaves(t)] for n, terms in log_q.items()},
+                _join(surrogate, partials, path),
+                lambda parameters: grads(score.as_scalar(draws), parameters),
             )
         return path
+
+
+def _join(surrogate: Surrogate, partials: Partials, path: _Path) -> torch.Tensor:
+    """A scalar with the whole gradient: what ``kept`` passes to the draws is replaced."""
+    total = surrogate.kept + path.as_scalar(surrogate.draws)
+    for draw, partial in zip(surrogate.draws, partials):
+        if partial is not None:
+            total = total - (partial * draw.value).sum()
+    return total

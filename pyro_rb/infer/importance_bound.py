@@ -50,8 +50,18 @@ class Draw(NamedTuple):
 
     site: str
     value: torch.Tensor  # batch_shape + event_shape
-    weight: torch.Tensor  # detached, can be broadcast to value
-    log_q: torch.Tensor  # a scalar, weighted
+    log_q: torch.Tensor  # by item
+    weight: torch.Tensor  # by item, detached
+    event_dim: int
+
+    @property
+    def weighted_log_q(self) -> torch.Tensor:
+        return (self.weight * self.log_q).sum()
+
+    @property
+    def broad_weight(self) -> torch.Tensor:
+        """Can be broadcast to ``value``."""
+        return unsqueeze_right(self.weight, self.event_dim)
 
 
 class Surrogate:
@@ -69,47 +79,37 @@ class Surrogate:
         self.kept = self.kept - (weight * run.kept).sum()
         self._taps.append(run.tap)
         for name, log_q in run.log_q.items():
-            broad = unsqueeze_right(weight, run.event_dims[name])
-            log_q = (weight * log_q).sum()
-            self.draws.append(Draw(name, run.tap.values[name], broad, log_q))
-
-    def log_q(self) -> Dict[str, torch.Tensor]:
-        """The weighted log density of each tapped site."""
-        total: Dict[str, Any] = {}
-        for draw in self.draws:
-            total[draw.site] = total.get(draw.site, 0.0) + draw.log_q
-        return total
+            # In a loop, a particle may lack dimensions of size 1 that others have.
+            own = weight.reshape(log_q.shape)
+            draw = Draw(name, run.tap.values[name], log_q, own, run.event_dims[name])
+            self.draws.append(draw)
 
     @contextmanager
     def closed(self) -> Iterator[None]:
+        """Within, nothing flows through a draw into what it was made of."""
         with ExitStack() as gates:
             for tap in self._taps:
                 gates.enter_context(tap.closed())
             yield
 
-    def partials(self, term: Any) -> List[torch.Tensor]:
-        """Derivatives by each draw, at fixed parameters and other draws."""
+    def partials_of_kept(self) -> List[torch.Tensor]:
+        """Derivatives of ``kept`` by each draw, at fixed parameters and other draws."""
+        return self._partials([self.kept], [None])
+
+    def partials_of_log_q(self) -> List[torch.Tensor]:
+        """The same of the sum of ``weighted_log_q``."""
+        terms = [d for d in self.draws if d.log_q.requires_grad]
+        return self._partials([d.log_q for d in terms], [d.weight for d in terms])
+
+    def _partials(self, terms: List[Any], weights: List[Any]) -> List[torch.Tensor]:
         values = [draw.value for draw in self.draws]
-        if not term.requires_grad:
+        if not any([getattr(term, "requires_grad", False) for term in terms]):
             return [torch.zeros_like(z) for z in values]
         with self.closed():
             found = torch.autograd.grad(
-                term, values, retain_graph=True, materialize_grads=True
+                terms, values, weights, retain_graph=True, materialize_grads=True
             )
         return list(found)
-
-    def with_path(self, partials: Partials, path: torch.Tensor) -> torch.Tensor:
-        """
-        A scalar that has the whole gradient.
-
-        :param partials: derivatives of ``kept`` by each draw; None is zero.
-        :param path: a scalar, to take the place of what ``kept`` passes to the draws.
-        """
-        total = self.kept + path
-        for draw, partial in zip(self.draws, partials):
-            if partial is not None:
-                total = total - (partial * draw.value).sum()
-        return total
 
 
 class _Run(NamedTuple):
