@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from contextlib import nullcontext
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -201,12 +202,12 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[float, Surrogate, bool]:
         """The loss, a surrogate for its gradient, and whether there is a param site."""
-        with SharedSubsampleMessenger():
+        is_vectorized = self.vectorize_particles and self.num_particles > 1
+        with nullcontext() if is_vectorized else SharedSubsampleMessenger():
             traces = list(self._get_traces(model, guide, args, kwargs))
         if torch.is_grad_enabled():
             for _, guide_trace in traces:
                 check_reparameterized(guide_trace)
-        is_vectorized = self.vectorize_particles and self.num_particles > 1
         particle_dim = -self.max_plate_nesting if is_vectorized else None
         loss: Any
         loss, surrogate = compute_bound(traces, particle_dim)

@@ -88,9 +88,9 @@ def test_path_gradient_with_plain_weights_is_biased():
 
     class Naive(DReG_ELBO):
         def _compute_path(self, surrogate, partials):
-            undoubled = [draw._replace(weight=torch.ones(())) for draw in surrogate.draws]
-            surrogate.draws = undoubled
-            return super()._compute_path(surrogate, partials)
+            path = super()._compute_path(surrogate, partials)
+            pairs = zip(path.of_draws, surrogate.draws)
+            return path._replace(of_draws=[g / draw.broad_weight for g, draw in pairs])
 
     bound = BOUNDS["hierarchical"]()
     for num_particles in (2, 8):
