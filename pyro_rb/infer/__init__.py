@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from pyro_rb.infer.dreg_elbo import DReG_ELBO
 from pyro_rb.infer.stl_elbo import STLTrace_ELBO
 
-__all__ = ["STLTrace_ELBO"]
+__all__ = ["DReG_ELBO", "STLTrace_ELBO"]

@@ -1,31 +1,15 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-import math
-import numbers
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, Tuple, Union
 
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 
-from pyro_rb.infer.report import Report, SiteReport
-from pyro_rb.infer.util import is_replayed
-from pyro_rb.ops.control_variate import AdaptiveScale
-from pyro_rb.ops.graph import leaves, share_leaves
+from pyro_rb.infer.tapped import TappedMixin, grads
+from pyro_rb.ops.graph import leaves
 from pyro_rb.poutine import TapMessenger
-
-
-def _check_scale(scale: Any) -> Union[float, str]:
-    is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
-    if is_number and math.isfinite(scale):
-        return float(scale)
-    if isinstance(scale, str) and scale == "adaptive":
-        return scale
-    raise ValueError(
-        f"Invalid control_variate_scale: {scale!r}. Expected a finite float, such as "
-        "1.0 (sticking the landing) or 0.0 (Trace_ELBO), or the string 'adaptive'."
-    )
 
 
 def _compute_log_q(guide_trace: Trace, tap: TapMessenger) -> Dict[str, torch.Tensor]:
@@ -70,17 +54,7 @@ def _replace_entropy_terms(
         site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
 
 
-def _grads(
-    term: Any, parameters: List[torch.Tensor]
-) -> Dict[torch.Tensor, torch.Tensor]:
-    grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    return {
-        p: torch.zeros_like(p) if grad is None else grad
-        for p, grad in zip(parameters, grads)
-    }
-
-
-class STLTrace_ELBO(Trace_ELBO):
+class STLTrace_ELBO(TappedMixin, Trace_ELBO):
     r"""
     A :class:`~pyro.infer.Trace_ELBO` that sticks the landing [1]: it drops the score
     of the reparameterised guide sites, whose mean is zero, or as much of it as pays.
@@ -156,43 +130,13 @@ class STLTrace_ELBO(Trace_ELBO):
     https://arxiv.org/abs/1703.09194
     """
 
+    otherwise = "as Trace_ELBO"
+
     def __init__(
         self, control_variate_scale: Union[float, str] = 1.0, **kwargs: Any
     ) -> None:
-        self.control_variate_scale = _check_scale(control_variate_scale)
+        self._init_tap(control_variate_scale)
         super().__init__(**kwargs)
-        self._adaptive = AdaptiveScale()
-        self._known_sites: Dict[Tuple, Tuple] = {}
-        # Of the last particle: reasons by site, and scales of those with a path gradient.
-        self._reasons: Optional[Dict[str, str]] = None
-        self._scales: Dict[str, float] = {}
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_known_sites": {}}
-
-    def report(self) -> Report:
-        """
-        :return: a row for each latent site of the guide, from the last particle that
-            was run: its name, the treatment, and the reason for it. Prints as a table.
-        :raises RuntimeError: before the first particle was run.
-        """
-        if self._reasons is None:
-            raise RuntimeError(
-                "report() tells what was done at the last step, and there was none. "
-                "Expected a step, or a loss, before it: call SVI.step() first."
-            )
-        return Report(
-            SiteReport(
-                name,
-                (
-                    f"path gradient, c = {self._scales[name]:.3g}"
-                    if name in self._scales
-                    else "as Trace_ELBO"
-                ),
-                reason,
-            )
-            for name, reason in self._reasons.items()
-        )
 
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
@@ -204,90 +148,24 @@ class STLTrace_ELBO(Trace_ELBO):
             guide_trace.may_learn = index == last
             yield model_trace, guide_trace
 
-    def _get_trace(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Tuple[Trace, Trace]:
-        self._scales = {}
-        obstacle = self._obstacle()
-        if obstacle is not None:
-            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
-            self._reasons = dict.fromkeys(guide_trace.stochastic_nodes, obstacle)
-            return model_trace, guide_trace
-        if torch.jit.is_tracing():
-            # The partial derivatives of one draw would be baked in as constants.
-            raise NotImplementedError(
-                "STLTrace_ELBO was called inside of torch.jit.trace, which does not "
-                "record the derivatives that it takes. Expected a call outside; to "
-                "compile the loss, use JitTrace_ELBO or control_variate_scale=0.0."
-            )
-        tap = TapMessenger(self._known_sites)
-        with tap:
-            model_trace, guide_trace = super()._get_trace(
-                tap.bypass(model), guide, args, kwargs
-            )
-        tap.raise_if_edited()
-        guide_trace.tap = tap
-        self._reasons = tap.reasons
-        return model_trace, guide_trace
-
-    def _obstacle(self) -> Optional[str]:
-        if self.control_variate_scale == 0.0:
-            return "control_variate_scale is 0"
-        if is_replayed():
-            return "a replay around the loss may supply its value"
-        return None
-
     def _differentiable_loss_particle(
         self, model_trace: Trace, guide_trace: Any
     ) -> Tuple[Any, Any]:
         compute = super()._differentiable_loss_particle
-        tap = getattr(guide_trace, "tap", None)
-        if tap is None or not tap.values:
+        tap = guide_trace.tap
+        if not tap.values:
             return compute(model_trace, guide_trace)
-        if isinstance(self.control_variate_scale, float):
-            self._scales = dict.fromkeys(tap.values, self.control_variate_scale)
-            _replace_entropy_terms(guide_trace, tap, self._scales)
-            return compute(model_trace, guide_trace)
-
         log_q = _compute_log_q(guide_trace, tap)
         draws = {z.grad_fn for z in tap.values.values()}
-        variates = {
-            name: self._adaptive.find(term, stop=draws) for name, term in log_q.items()
-        }
-        # Without a parameter there is no score, and any scale gives the same.
-        self._scales = {
-            name: 1.0 if variate is None else variate.scale
-            for name, variate in variates.items()
-        }
+        is_due = self._find_scales(log_q, draws, guide_trace.may_learn)
         _replace_entropy_terms(guide_trace, tap, self._scales)
         loss, surrogate = compute(model_trace, guide_trace)
-        if guide_trace.may_learn and any(
-            [variate.is_due() for variate in set(variates.values()) if variate]
-        ):
-            self._learn(tap, log_q, draws, surrogate)
-        return loss, surrogate
+        if is_due:
 
-    def _learn(
-        self,
-        tap: TapMessenger,
-        log_q: Dict[str, torch.Tensor],
-        draws: Set[Any],
-        surrogate: torch.Tensor,
-    ) -> None:
-        groups = [
-            (names, parameters)
-            for names, parameters in share_leaves(
-                {name: list(leaves(term, draws)) for name, term in log_q.items()}
-            )
-            if parameters
-        ]
-        everything = [p for _, parameters in groups for p in parameters]
-        with tap.closed():
-            scores = _grads(sum(log_q.values()), everything)
-        grads = _grads(surrogate, everything)
-        for names, parameters in groups:
-            # The gradient of the surrogate is path + (1 - c) score.
-            rest = 1.0 - self._scales[names[0]]
-            score = [scores[p] for p in parameters]
-            path = [grads[p] - rest * scores[p] for p in parameters]
-            self._adaptive.learn(parameters, path, score)
+            def compute_scores(parameters: Any) -> Any:
+                with tap.closed():
+                    return grads(sum(log_q.values()), parameters)
+
+            leaves_of = {name: list(leaves(term, draws)) for name, term in log_q.items()}
+            self._learn(leaves_of, surrogate, compute_scores)
+        return loss, surrogate

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from pyro_rb.poutine.shared_subsample_messenger import SharedSubsampleMessenger
 from pyro_rb.poutine.tap_messenger import TapMessenger
 
-__all__ = ["TapMessenger"]
+__all__ = ["SharedSubsampleMessenger", "TapMessenger"]

@@ -1,0 +1,173 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Against bounds and gradients by quadrature, and against RenyiELBO."""
+
+import pyro
+import pytest
+import torch
+from pyro.infer import RenyiELBO
+
+from pyro_rb.infer import DReG_ELBO
+from tests.common import assert_unbiased, assert_variance_ratio
+from tests.guides import AUTOGUIDES
+from tests.infer.elbo_contract import draw_gradients
+from tests.iwae import BOUNDS, Bound, grid, iwae_loss, log_normal
+from tests.models import conj
+
+WIDE = "AutoNormal", "AutoMultivariateNormal", "AutoHierarchicalNormalMessenger"
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(params=BOUNDS)
+def bound(request):
+    return BOUNDS[request.param]()
+
+
+def make(num_particles, bound, vectorize=True, scale=1.0):
+    nesting = bound.nesting + 1  # the plate of copies
+    return DReG_ELBO(num_particles, vectorize, scale, max_plate_nesting=nesting)
+
+
+def check_gradient(bound, elbo, num_particles):
+    # Subsamples are drawn for all copies at once, and make most of the noise.
+    num_calls, size = (1000, 10) if bound.subsamples else (100, 150)
+    samples, exact = bound.draw_gradients(elbo, num_calls, size), bound.gradient(num_particles)
+    for gradients in (samples, exact):
+        if "tril" in gradients:  # the upper triangle is not used, and its gradient is NaN
+            gradients["tril"] = gradients["tril"].tril()
+    assert_unbiased(samples, exact, detect=0.5)
+
+
+def test_quadrature():
+    """One particle: the ELBO. All mass at one weight: its log. Two values: by hand."""
+    nodes, weights = grid(1)
+    assert weights @ nodes[:, 0].square() == pytest.approx(1.0)
+    elbo = weights @ log_normal(nodes[:, 0], 0.3, 0.8)
+    assert -iwae_loss(log_normal(nodes[:, 0], 0.3, 0.8), weights, 1) == pytest.approx(elbo)
+    same = torch.full((3,), 0.7), torch.tensor([0.2, 0.5, 0.3])
+    assert iwae_loss(*same, 8) == pytest.approx(-0.7)
+    two = torch.tensor([1.0, 3.0]).log(), torch.tensor([0.5, 0.5])
+    by_hand = 0.5 * torch.tensor(2.0).log() + 0.25 * torch.tensor(3.0).log()
+    assert -iwae_loss(*two, 2) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 8, 64])
+def test_bound(bound, num_particles):
+    num_calls, size = (1000, 10) if bound.subsamples else (40, 500)
+    copies, elbo = bound.replicate(size), make(num_particles, bound)
+    arguments = (copies.model, copies.guide, *copies.args)
+    losses = torch.tensor([elbo.loss(*arguments) / size for _ in range(num_calls)])
+    exact = bound.exact(num_particles).detach()
+    assert_unbiased(losses, exact, detect=0.2)
+
+
+@pytest.mark.parametrize("num_particles", [2, 8, 64])
+def test_gradient(bound, num_particles):
+    check_gradient(bound, make(num_particles, bound), num_particles)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, "adaptive"])
+def test_gradient_with_other_scales(bound, scale):
+    elbo = make(4, bound, scale=scale)
+    bound.draw_gradients(elbo, 60, 2)  # to learn from
+    check_gradient(bound, elbo, 4)
+
+
+def test_gradient_with_looped_particles(bound):
+    check_gradient(bound, make(3, bound, vectorize=False), 3)
+
+
+def test_path_gradient_with_plain_weights_is_biased():
+    """The obvious shortcut, and so a test of the power of the tests above: drop the score,
+    keep the weights as they are."""
+
+    class Naive(DReG_ELBO):
+        def _compute_path(self, surrogate, partials):
+            path = super()._compute_path(surrogate, partials)
+            pairs = zip(path.of_draws, surrogate.draws)
+            return path._replace(of_draws=[g / draw.broad_weight for g, draw in pairs])
+
+    bound = BOUNDS["hierarchical"]()
+    for num_particles in (2, 8):
+        elbo = Naive(num_particles, max_plate_nesting=1)
+        samples = bound.draw_gradients(elbo, 100, 150)
+        with pytest.raises(AssertionError, match="biased in"):
+            assert_unbiased(samples, bound.gradient(num_particles), detect=None)
+
+
+@pytest.mark.parametrize("num_particles", [2, 8])
+@pytest.mark.parametrize("name", WIDE)
+def test_agrees_with_scale_0_on_autoguides(name, num_particles):
+    """Global latents and latents in a plate, constrained ones too. Scale 0 is plain
+    differentiation of the bound."""
+    case = AUTOGUIDES[name]()
+    dreg, plain = (
+        Bound(case, case.exact_loss, nesting=1).draw_gradients(
+            DReG_ELBO(num_particles, control_variate_scale=c, max_plate_nesting=2), 100, 150
+        )
+        for c in (1.0, 0.0)
+    )
+    assert_unbiased(dreg, independent=plain, detect=0.5)
+
+
+def test_signal_to_noise_ratio():
+    """It grows with the number of particles, and falls with RenyiELBO."""
+
+    def ratio(cls, num_particles):
+        elbo = cls(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
+        case = conj(shift=0.5, width=1.3)
+        samples = draw_gradients(elbo, case, 500, seed=0)["loc"]
+        return (samples.mean(0).abs() / samples.std(0)).mean()
+
+    few, many = 2, 50
+    assert ratio(DReG_ELBO, many) > 2.0 * ratio(DReG_ELBO, few)
+    assert ratio(RenyiELBO, many) < 0.6 * ratio(RenyiELBO, few)
+
+
+@pytest.mark.parametrize("num_particles", [2, 8, 64])
+def test_variance_is_lower_on_a_wide_guide(num_particles):
+    options = {"num_particles": num_particles, "vectorize_particles": True, "max_plate_nesting": 1}
+    case = conj()
+    dreg, renyi = (
+        draw_gradients(cls(**options), case, 500, seed=0) for cls in (DReG_ELBO, RenyiELBO)
+    )
+    assert_variance_ratio(dreg, renyi, below=0.4)
+
+
+def test_variance_on_a_narrow_guide():
+    """Far higher, and the adaptive scale mends it."""
+    options = {"num_particles": 8, "vectorize_particles": True, "max_plate_nesting": 1}
+    case = conj(width=0.15)
+    plain, renyi, adaptive = (
+        draw_gradients(elbo, case, 600, seed=0, num_burn_in=100)
+        for elbo in (
+            DReG_ELBO(**options),
+            RenyiELBO(**options),
+            DReG_ELBO(**options, control_variate_scale="adaptive"),
+        )
+    )
+    assert_variance_ratio(plain, renyi, above=3.0)
+    assert_variance_ratio(adaptive, renyi, below=1.3)
+
+
+def test_adaptive_learns_what_links_sites():
+    """Sites of which one depends on the other share a scale; others have their own."""
+    elbo = DReG_ELBO(4, control_variate_scale="adaptive", max_plate_nesting=0)
+    case = BOUNDS["hierarchical"]().case
+    for _ in range(60):
+        elbo.loss_and_grads(case.model, case.guide)
+    linked = elbo.report()
+    assert linked[0].treatment == linked[1].treatment != "path gradient, c = 0"
+
+    pyro.clear_param_store()
+    case = BOUNDS["global_and_local"]().case
+    elbo = DReG_ELBO(4, control_variate_scale="adaptive", max_plate_nesting=1)
+    for _ in range(60):
+        elbo.loss_and_grads(case.model, case.guide, *case.args)
+    own = elbo.report()
+    assert own[0].treatment != own[1].treatment
