@@ -18,7 +18,7 @@ from pyro.optim import PyroOptim
 from pyro_rb import __version__
 from pyro_rb.diagnostics.compare import compare
 from pyro_rb.diagnostics.load import load_args, load_guide, load_model, to_device
-from pyro_rb.diagnostics.losses import DEFAULT_LOSSES, make_losses
+from pyro_rb.diagnostics.losses import DEFAULT_LOSSES, REFERENCE, make_losses
 from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.models import EXAMPLES
 from pyro_rb.diagnostics.plot import check_plot_path, plot_comparisons
@@ -28,7 +28,7 @@ PROGRAM = "python -m pyro_rb"
 
 DESCRIPTION = """\
 Compares losses for stochastic variational inference on a model and guide: bias, gradient
-variance and time per step, against Trace_ELBO. Without --model it runs on two small models
+variance and time per step, against a reference. Without --model it runs on two small models
 with published data (eight schools, batting averages), before and after fitting."""
 
 EPILOG = """\
@@ -38,6 +38,8 @@ examples:
   python -m pyro_rb --model mymodule:model --guide pyro.infer.autoguide:AutoNormal \\
       --args mymodule:make_args --train-steps 2000 --json result.json --plot result.svg
   python -m pyro_rb --losses STLTrace_ELBO:0.5 Trace_ELBO:num_particles=4
+  python -m pyro_rb --losses DReG_ELBO:num_particles=8 \\
+      --reference RenyiELBO:alpha=0,num_particles=8,vectorize_particles=True
 
 Modules are looked for in the current directory first. --guide may also name an AutoGuide
 class, or a function whose only argument is called "model" and that returns the guide.
@@ -79,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
         for job in _jobs(options):
             comparison = compare(
                 losses=options.losses,
+                reference=options.reference,
                 num_samples=options.num_samples,
                 num_burn_in=options.burn_in,
                 seed=options.seed,
@@ -110,11 +113,17 @@ def _parser() -> argparse.ArgumentParser:
         f"(default: {' '.join(DEFAULT_LOSSES)})",
     )
     add(
+        "--reference",
+        metavar="LOSS",
+        default=REFERENCE,
+        help=f"the loss that the others are compared to ({REFERENCE})",
+    )
+    add(
         "--train-steps",
         metavar="N",
         nargs="+",
         type=int,
-        help="measure before, halfway and after N training steps with Trace_ELBO; several "
+        help="measure before, halfway and after N training steps with the reference; several "
         "numbers say when to measure (default: 0 with --model, else 0 1000)",
     )
     add("--learning-rate", metavar="RATE", type=float, help="of Adam in training (default: 0.01)")

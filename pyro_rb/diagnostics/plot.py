@@ -58,7 +58,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Optional[str] = No
     """
     Draws the variance ratio against the time ratio: one row of panels a comparison, one
     panel a state. On each dashed line, variance x time is constant; the solid line is that
-    of Trace_ELBO, and losses below it are more efficient. Biased losses are hollow; bars
+    of the reference, and losses below it are more efficient. Biased losses are hollow; bars
     are two standard errors.
 
     The background is transparent and the colours suit light and dark pages.
@@ -119,7 +119,7 @@ def _limits(comparison: Comparison) -> Limits:
     """Those of both axes: the same in all panels, so that they can be compared."""
     points = [_point(r) for s in comparison.states for r in s.losses if _drawn(r)]
     x, y = zip(*points)
-    # At least a factor of 2 and 10 around Trace_ELBO, or noise would look like a result.
+    # At least a factor of 2 and 10 around the reference, or noise would look like a result.
     return (
         (min(*x, 0.6) / 1.25, max(*x, 1.6) * 1.25),
         (min(*y, 0.3) / 2, max(*y, 3.0) * 2),
@@ -157,7 +157,7 @@ def _draw_state(
             ls="-" if solid else "--",
         )
         if solid:
-            handles.setdefault("as efficient as Trace_ELBO", lines[0])
+            handles.setdefault("as efficient as the reference", lines[0])
     for result in state.losses:
         if not _drawn(result):
             continue
@@ -187,8 +187,8 @@ def _draw_state(
         ticks = [tick for tick in candidates if low <= tick <= high]
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("time per step / Trace_ELBO", color=INK)
-    axes.set_ylabel("gradient variance / Trace_ELBO", color=INK)
+    axes.set_xlabel("time per step / reference", color=INK)
+    axes.set_ylabel("gradient variance / reference", color=INK)
     axes.patch.set_alpha(0.0)
     axes.tick_params(colors=INK)
     for spine in axes.spines.values():

@@ -19,7 +19,7 @@ HEAVY_TAIL = 0.2  # a normal variable has 0.08
 @dataclass
 class LossResult:
     """
-    One loss at one state of the parameters. Ratios are to the reference, Trace_ELBO.
+    One loss at one state of the parameters. Ratios are to the reference.
 
     :param str name: The loss.
     :param bool reference: Whether this is the reference.
@@ -136,7 +136,8 @@ class Comparison:
             f"{settings['bias_threshold']:.1f}",
         ]
         if self.states[-1].step:
-            lines.append(f"trained with Trace_ELBO and {settings['optim']}")
+            reference = self.states[0].losses[0].name
+            lines.append(f"trained with {reference} and {settings['optim']}")
         for state in self.states:
             when = "At the parameters as they are" if len(self.states) == 1 else "Before training"
             when = f"After {state.step} training steps" if state.step else when
@@ -146,13 +147,13 @@ class Comparison:
 
 
 LEGEND = """\
-bias z      largest |z| over all coordinates, of the mean gradient against Trace_ELBO's.
+bias z      largest |z| over all coordinates, of the mean gradient against the reference's.
             !  so large that the loss is biased, or has another objective.
 detects     smallest bias in one coordinate that the test would have found, in % of the
-            size of Trace_ELBO's gradient; more draws lower it. ?  only a large one.
-variance x  total variance of the gradient, time x  time per step: ratio to Trace_ELBO,
+            size of the reference's gradient; more draws lower it. ?  only a large one.
+variance x  total variance of the gradient, time x  time per step: ratio to the reference,
             +/- one standard error.
-product     of both: the time for a gradient as exact as Trace_ELBO's; below 1 is better."""
+product     of both: the time for a gradient as exact as the reference's; below 1 is better."""
 
 _HEADERS = ["loss", "bias z", "detects", "variance x", "time x", "product", "variance is due to"]
 _ALIGN = ("left", "right", "right", "right", "right", "right", "left")

@@ -431,3 +431,33 @@ def test_one_line():
     assert measure.one_line(ValueError("a\n  b")) == "ValueError: a b"
     assert len(measure.one_line(ValueError("x" * 1000))) < 330
     assert measure.one_line(UserWarning("a\nb")) == "a b"
+
+
+def test_reference_of_the_same_objective():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.9))
+
+    result = compare(
+        model,
+        guide,
+        ["DReG_ELBO:num_particles=4", "Trace_ELBO"],
+        num_samples=400,
+        train_steps=[1],
+        progress=False,
+        reference="RenyiELBO:alpha=0,num_particles=4",
+    )
+    names = ["RenyiELBO:alpha=0,num_particles=4", "DReG_ELBO:num_particles=4", "Trace_ELBO"]
+    rows = result.states[0].losses
+    assert [row.name for row in rows] == names
+    assert rows[0].reference and not rows[1].biased
+    assert rows[2].biased  # another objective
+    assert f"trained with {names[0]}" in str(result)
+
+
+def test_unknown_reference():
+    with pytest.raises(ValueError, match="no loss 'Trace_ELB': did you mean"):
+        compare(lambda: None, lambda: None, reference="Trace_ELB")

@@ -33,7 +33,7 @@ def test_arguments_by_name_and_position():
 def test_unknown_loss():
     with pytest.raises(ValueError, match="no loss 'STL_ELBO': did you mean STLTrace_ELBO.*There are"):
         make_loss("STL_ELBO")
-    with pytest.raises(ValueError, match="no loss 'SVI': There are JitTraceEnum_ELBO, "):
+    with pytest.raises(ValueError, match="no loss 'SVI': There are .*JitTraceEnum_ELBO, "):
         make_loss("SVI")
 
 
