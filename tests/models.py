@@ -149,6 +149,24 @@ def shared_parameter() -> Case:
     return Case(model, guide, (x,), exact_loss, {"z"})
 
 
+def delta_density() -> Case:
+    """conj with parameter-free noise under a Delta whose log density has the parameter:
+    the derivative of that density at fixed value does not average to zero."""
+    x = torch.tensor(CONJ_X)
+
+    def guide(x: torch.Tensor) -> None:
+        m, s = real("loc", *LOC), positive("scale", *SCALE)
+        with pyro.plate("data", len(x)):
+            noise = dist.Normal(torch.zeros(()), 1.0)
+            e = pyro.sample("e", noise, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(m + s * e, log_density=-s.log()))
+
+    def exact_loss() -> torch.Tensor:
+        return conj_nelbo(pyro.param("loc"), pyro.param("scale"), x).sum()
+
+    return Case(conj_model, guide, (x,), exact_loss)
+
+
 def no_latents() -> Case:
     """Maximum likelihood: parameters in the model, an empty guide."""
     x = torch.tensor(CONJ_X)
@@ -375,6 +393,7 @@ EXACT: Dict[str, Callable[[], Case]] = {
     "sequential_plate": sequential_plate,
     "learned_model": learned_model,
     "shared_parameter": shared_parameter,
+    "delta_density": delta_density,
     "no_latents": no_latents,
     "hierarchical": two,
     "multivariate": multivariate,
