@@ -2,5 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from pyro_rb.infer.stl_elbo import STLTrace_ELBO
+from pyro_rb.infer.topk_elbo import RaoBlackwellTopK_ELBO
 
-__all__ = ["STLTrace_ELBO"]
+__all__ = ["RaoBlackwellTopK_ELBO", "STLTrace_ELBO"]

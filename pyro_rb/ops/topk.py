@@ -32,7 +32,7 @@ class Slots(NamedTuple):
     """
 
     #: Category, an integer.
-    index: Tensor
+    category: Tensor
     #: Log of the weight. The weights of the slots sum to 1.
     log_weight: Tensor
     #: Whether the slot holds one of the k most likely categories.
@@ -95,7 +95,7 @@ def select_slots(
         weight of 0 hold the most likely category, and the log weight :data:`DEAD`.
 
     >>> slots = select_slots(torch.tensor([0.1, 0.6, 0.3]).log(), k=2, num_samples=1)
-    >>> slots.index, slots.log_weight.exp()
+    >>> slots.category, slots.log_weight.exp()
     (tensor([1, 2, 0]), tensor([0.6000, 0.3000, 0.1000]))
     """
     with torch.no_grad():
@@ -122,7 +122,8 @@ def select_slots(
         is_live = weight > math.exp(DEAD)
         if k:
             index = torch.where(is_live, index, top_index[..., :1])
-        log_weight = weight.log().clamp(min=DEAD).to(log_q.dtype)
+        # Terms of weight nan would be left out of sums, and nobody would see log q = nan.
+        log_weight = weight.nan_to_num(1.0).log().clamp(min=DEAD).to(log_q.dtype)
         is_sampled = ~is_top & is_live
         is_top = is_top & is_live
         parts = [x.expand(index.shape) for x in (index, log_weight, is_top, is_sampled)]
