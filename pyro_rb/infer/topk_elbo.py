@@ -3,6 +3,8 @@
 
 import math
 import queue
+import re
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -24,6 +26,7 @@ from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import TopKMessenger, TopKModelMessenger, TopKOptions
 
 BASELINES = (None, "loo", "reinforce+")
+_SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
 
 
 class _Treated(NamedTuple):
@@ -45,6 +48,25 @@ class _Treated(NamedTuple):
                 f"complement {mass.mean().item():.3g}"
             )
         return SiteReport(self.site, treatment, self.reason)
+
+
+@contextmanager
+def _hint(handler: TopKMessenger) -> Iterator[None]:
+    """Names the sites that were enumerated in errors that they may have caused."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as e:
+        names = [site.name for site in handler.enumerated]
+        is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
+        text = str(e).split("Trace Shapes:")[0]
+        if not (is_known and names and _SHAPES.search(text)) or "{'topk'" in text:
+            raise
+        raise type(e)(
+            f"{e}\nThe values of the guide sites {names} have one more dim on the left, "
+            "for the values that are looked at. If the model or guide cannot do with "
+            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
+            "infer={'topk': 0} at the site."
+        ) from e
 
 
 def _summarize(guide_trace: Trace, handler: TopKMessenger) -> List[_Treated]:
@@ -214,9 +236,10 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
         for _ in range(1 if self.vectorize_particles else self.num_particles):
             traces.put(Trace())
             while not traces.empty():
-                model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-                self._latest = _summarize(guide_trace, handler)
-                yield model_trace, guide_trace
+                with _hint(handler):
+                    pair = self._get_trace(model, guide, args, kwargs)
+                self._latest = _summarize(pair[1], handler)
+                yield pair
 
     def _surrogates(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict

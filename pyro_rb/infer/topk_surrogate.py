@@ -10,6 +10,7 @@ on tensors without a graph: its derivative with respect to a weight is the downs
 cost, from which the score part of the gradient is made.
 """
 
+from itertools import chain
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -17,7 +18,12 @@ from pyro.infer.util import Dice
 from pyro.ops import packed
 from pyro.poutine import Trace
 
-from pyro_rb.infer.util import Ordinal, compute_baseline, compute_costs
+from pyro_rb.infer.util import (
+    Ordinal,
+    compute_baseline,
+    compute_costs,
+    compute_dice_elbo,
+)
 from pyro_rb.ops.topk import (
     Slots,
     leave_one_out_baseline,
@@ -45,6 +51,36 @@ def has_own_baseline(site: Any) -> bool:
     is_drawn = infer.get("enumerate") is None or "_topk" in infer
     has_score = not (site["is_observed"] or site["fn"].has_rsample)
     return is_drawn and has_score and bool(infer.get("baseline"))
+
+
+def _has_something_to_do(guide_trace: Trace) -> bool:
+    return any(
+        "_topk" in site["infer"] or has_own_baseline(site)
+        for _, site in _sample_sites(guide_trace)
+    )
+
+
+def _check_plates(
+    model_trace: Trace, guide_trace: Trace, ordering: Dict[str, Ordinal]
+) -> None:
+    """``Dice`` would leave such weights out, without a word."""
+    treated = {
+        site["infer"]["_enumerate_symbol"]: name
+        for name, site in _sample_sites(guide_trace)
+        if "_topk" in site["infer"]
+    }
+    for trace in (guide_trace, model_trace):
+        for name, site in _sample_sites(trace):
+            for symbol in set(site["packed"]["log_prob"]._pyro_dims) & set(treated):
+                source = treated[symbol]
+                if not ordering[source] <= ordering[name]:
+                    plates = [f.name for f in guide_trace.nodes[source]["cond_indep_stack"]]
+                    raise ValueError(
+                        f"Site '{name}' depends on guide site '{source}', which is inside of "
+                        f"plates {plates} that '{name}' is outside of. Expected, as in "
+                        "TraceEnum_ELBO, that nothing outside of a plate depends on what "
+                        "is inside. Use Trace_ELBO or TraceGraph_ELBO for this model."
+                    )
 
 
 def _with_dims(x: Any, other: Any) -> Any:
@@ -84,13 +120,30 @@ def _drop_own_scores(guide_trace: Trace, baseline: Optional[str]) -> None:
             site["packed"]["log_prob"] = _with_dims(log_prob.detach(), log_prob)
 
 
-def _as_leaves(costs: Costs) -> Costs:
-    leaves: Costs = {}
+def _group(costs: Costs) -> Costs:
+    """Adds up what has the same dims, and so the same weights."""
+    groups: Costs = {}
     for ordinal, terms in costs.items():
+        by_dims: Dict[str, Any] = {}
         for term in terms:
-            leaf = _with_dims(term.detach().requires_grad_(), term)
-            leaves.setdefault(ordinal, []).append(leaf)
-    return leaves
+            dims = term._pyro_dims
+            total = by_dims[dims] + term if dims in by_dims else term
+            by_dims[dims] = _with_dims(total, term)
+        groups[ordinal] = list(by_dims.values())
+    return groups
+
+
+def _compute_costs(
+    model_trace: Trace, guide_trace: Trace
+) -> Tuple[Costs, Dict[str, Ordinal]]:
+    try:
+        costs, ordering = compute_costs(model_trace, guide_trace)
+    except ValueError as e:
+        if "guide enumeration" not in str(e):
+            raise
+        raise ValueError(f"{e} Or set infer={{'topk': 0}} at that guide site.") from e
+    _check_plates(model_trace, guide_trace, ordering)
+    return _group(costs), ordering
 
 
 def _dot(coefficient: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
@@ -140,8 +193,10 @@ def _coefficients(
 
 def compute_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
     """The weighted sum over slots, without a gradient for the parameters."""
-    costs, ordering = compute_costs(model_trace, guide_trace)
     with torch.no_grad():
+        if not _has_something_to_do(guide_trace):
+            return compute_dice_elbo(model_trace, guide_trace)
+        costs, ordering = _compute_costs(model_trace, guide_trace)
         _set_dice_factors(guide_trace)
         return Dice(guide_trace, ordering).compute_expectation(costs)
 
@@ -150,33 +205,27 @@ def compute_surrogate(
     model_trace: Trace, guide_trace: Trace, baseline: Optional[str]
 ) -> Any:
     """A scalar whose value is the ELBO and whose gradient is the estimate."""
-    if not any(
-        "_topk" in site["infer"] or has_own_baseline(site)
-        for _, site in _sample_sites(guide_trace)
-    ):
-        costs, ordering = compute_costs(model_trace, guide_trace)
-        return Dice(guide_trace, ordering).compute_expectation(costs)
-
+    if not _has_something_to_do(guide_trace):
+        return compute_dice_elbo(model_trace, guide_trace)
     _drop_own_scores(guide_trace, baseline)
-    costs, ordering = compute_costs(model_trace, guide_trace)
+    costs, ordering = _compute_costs(model_trace, guide_trace)
     factors = _set_dice_factors(guide_trace)
-    leaves = _as_leaves(costs)
     dice = Dice(guide_trace, ordering)
+    leaves = {
+        ordinal: [_with_dims(term.detach().requires_grad_(), term) for term in terms]
+        for ordinal, terms in costs.items()
+    }
     elbo = dice.compute_expectation(leaves)
     if not isinstance(elbo, torch.Tensor):
         return elbo
-    cost_leaves = [leaf for terms in leaves.values() for leaf in terms]
-    inputs = list(factors.values()) + cost_leaves
+    inputs = [*factors.values(), *chain(*leaves.values())]
     grads = torch.autograd.grad(elbo, inputs, allow_unused=True)
-    probs = dict(zip(map(id, cost_leaves), grads[len(factors) :]))
 
     # The expectation is linear in the costs, so that this has its value.
     surrogate = torch.zeros_like(elbo)
-    for ordinal, terms in costs.items():
-        for leaf, term in zip(leaves[ordinal], terms):
-            prob = probs[id(leaf)]
-            if prob is not None:
-                surrogate = surrogate + _dot(prob, term)
+    for term, prob in zip(chain(*costs.values()), grads[len(factors) :]):
+        if prob is not None:
+            surrogate = surrogate + _dot(prob, term)
     for (name, factor), grad in zip(factors.items(), grads):
         if grad is None:
             continue

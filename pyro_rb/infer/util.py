@@ -8,7 +8,11 @@ The one place that touches Pyro's private names.
 from typing import Any, Dict, FrozenSet, List, Tuple
 
 import torch
-from pyro.infer.traceenum_elbo import _compute_model_factors, shared_intermediates
+from pyro.infer.traceenum_elbo import (
+    _compute_dice_elbo,
+    _compute_model_factors,
+    shared_intermediates,
+)
 from pyro.infer.tracegraph_elbo import _construct_baseline
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -70,6 +74,11 @@ def compute_costs(
             cost = packed.neg(site["packed"]["log_prob"])
             costs.setdefault(ordering[name], []).append(cost)
     return costs, ordering
+
+
+def compute_dice_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
+    """The differentiable ELBO of ``TraceEnum_ELBO``, a scalar or 0.0."""
+    return _compute_dice_elbo(model_trace, guide_trace)
 
 
 def compute_baseline(

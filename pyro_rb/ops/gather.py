@@ -38,10 +38,10 @@ def gather_last(table: Tensor, index: Tensor) -> Tensor:
     tensor([[1., 3.],
             [2., 4.]])
     """
-    shape = torch.broadcast_shapes(table.shape[:-1], index.shape)
+    index, _ = torch.broadcast_tensors(index, table[..., 0])
     table = compact(table)
     batch, num_categories = table.shape[:-1], table.shape[-1]
     rows = torch.arange(math.prod(batch), device=table.device).reshape(batch)
     index = rows * num_categories + index
     values = table.reshape(-1).index_select(0, index.reshape(-1))
-    return values.reshape(index.shape).expand(shape)
+    return values.reshape(index.shape)

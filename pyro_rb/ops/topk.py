@@ -11,13 +11,13 @@ has the expectation of the function for its mean.
 """
 
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-#: Log weight of a slot that must not count. Not minus infinity: exp() of it is still a
-#: normal number in float32.
+#: Log weight of a slot without mass. Not minus infinity: exp() of it is still a normal
+#: number in float32. Slots of less weight do not count.
 DEAD = -85.0
 #: Log weight of a probe, which is evaluated but counts less than rounding errors.
 PROBE = -41.0
@@ -102,31 +102,26 @@ def select_slots(
         batch_shape = log_q.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
         # In float64: a complement of 1e-9 is a matter of course.
         probs = log_q.double().softmax(-1)
-        top, top_index = probs.topk(k, -1)
-        slots = torch.arange(k + num_samples, device=log_q.device)
+        num_slots = k + num_samples
+        top, top_category = probs.topk(num_slots, -1)
         if adaptive:
-            outside = probs.scatter(-1, top_index, 0.0).sum(-1, keepdim=True)
-            is_top = slots < optimal_k(top, outside)
+            others = probs.scatter(-1, top_category[..., :-1], 0.0)
+            limit: Any = optimal_k(top[..., :-1], others.sum(-1, keepdim=True))
         else:
-            is_top = slots < k
+            limit = k
+        is_top = torch.arange(num_slots, device=log_q.device) < limit
         # Mass is only ever added up: 1 - sum(top) would lose a small complement.
-        rest = probs.scatter(-1, top_index, top.masked_fill(is_top[..., :k], 0.0))
+        rest = probs.scatter(-1, top_category, top.masked_fill(is_top, 0.0))
         cdf = rest.cumsum(-1)
-        complement = cdf[..., -1:]
-        index = _draw(cdf, batch_shape, k + num_samples)
-        weight = complement / (~is_top).sum(-1, keepdim=True)
-        if k:
-            pad = (0, num_samples)
-            index = torch.where(is_top, torch.nn.functional.pad(top_index, pad), index)
-            weight = torch.where(is_top, torch.nn.functional.pad(top, pad), weight)
+        sampled_weight = cdf[..., -1:] / (~is_top).sum(-1, keepdim=True)
+        weight = torch.where(is_top, top, sampled_weight)
         is_live = weight > math.exp(DEAD)
-        if k:
-            index = torch.where(is_live, index, top_index[..., :1])
+        category = torch.where(is_top, top_category, _draw(cdf, batch_shape, num_slots))
+        category = torch.where(is_live, category, top_category[..., :1])
         # Terms of weight nan would be left out of sums, and nobody would see log q = nan.
-        log_weight = weight.nan_to_num(1.0).log().clamp(min=DEAD).to(log_q.dtype)
-        is_sampled = ~is_top & is_live
-        is_top = is_top & is_live
-        parts = [x.expand(index.shape) for x in (index, log_weight, is_top, is_sampled)]
+        log_weight = weight.log().nan_to_num(nan=0.0, neginf=DEAD).to(log_q.dtype)
+        parts = [category, log_weight, is_top & is_live, ~is_top & is_live]
+        parts = [x.expand(category.shape) for x in parts]
         if probe:
             drawn = _draw(probs.cumsum(-1), batch_shape, 1)
             last = (drawn, *(torch.full_like(drawn, v) for v in (PROBE, 0, 0)))

@@ -15,6 +15,9 @@ from pyro_rb.ops.gather import compact, gather_last
 #: Largest table that is made for a distribution over 0, 1, 2, ...
 MAX_TABLE = 2**16
 
+#: Smallest Categorical whose expanded table costs more than the look-up.
+MIN_GATHER = 64
+
 
 class NoTable(Exception):
     """Says why a distribution has no table."""
@@ -25,7 +28,7 @@ class GatherCategorical(dist.Categorical):
     A Categorical whose ``log_prob``, and its gradient, take memory for the values and for
     one table. PyTorch's own takes memory for a table at each value.
 
-    >>> q = GatherCategorical.of(dist.Categorical(torch.tensor([0.25, 0.75])))
+    >>> q = GatherCategorical(torch.tensor([0.25, 0.75]))
     >>> q.log_prob(torch.tensor([[1], [0]])).exp()
     tensor([[0.7500],
             [0.2500]])
@@ -38,8 +41,8 @@ class GatherCategorical(dist.Categorical):
 
     @classmethod
     def of(cls, fn: Any) -> Any:
-        """Turns a Categorical into one; leaves other distributions as they are."""
-        if type(fn) is not dist.Categorical:
+        """Turns a large Categorical into one; leaves other distributions as they are."""
+        if type(fn) is not dist.Categorical or fn.param_shape[-1] < MIN_GATHER:
             return fn
         new = fn.expand(fn.batch_shape, _instance=cls.__new__(cls))
         new._validate_args = fn._validate_args

@@ -493,3 +493,83 @@ def test_report_of_a_supplied_value():
         expected = trace_enum().loss(case.model, case.guide, *case.args)
     assert loss == pytest.approx(expected)
     assert elbo.report()[0][1:] == ("as TraceEnum_ELBO", "its value was supplied, not drawn")
+
+
+# -- Errors at a step -----------------------------------------------------------------
+
+
+def test_dependence_across_a_plate():
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Categorical(torch.ones(5)))
+        loc = z.to(torch.get_default_dtype()).sum(-1, keepdim=True)
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.zeros(1))
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Categorical(logits=table("logits", 3, 5)))
+
+    message = r"Site 'x' depends on guide site 'z'.*inside of plates \['data'\].*Use Trace_ELBO"
+    # The order of sites is seen by Pyro, which warns.
+    with pytest.warns(RuntimeWarning, match="possibly invalid dependency"):
+        for method in ("loss", "loss_and_grads", "differentiable_loss"):
+            with pytest.raises(ValueError, match=message):
+                getattr(topk(), method)(model, guide)
+
+
+@pytest.mark.parametrize(
+    "use, error",
+    [
+        (lambda z: z.item(), RuntimeError),
+        (lambda z: 1 if z == 2 else 0, RuntimeError),
+        (lambda z: fixed(5)[int(z)], RuntimeError),
+        (lambda z: z.double().view(4), RuntimeError),
+        (lambda z: z.double().squeeze() + torch.zeros(7), RuntimeError),
+    ],
+)
+def test_hint_for_code_that_cannot_be_vectorised(use, error):
+    def model():
+        z = pyro.sample("z", dist.Categorical(torch.ones(5)))
+        pyro.sample("x", dist.Normal(torch.zeros(()), 1.0 + use(z)), obs=torch.tensor(0.0))
+
+    def guide():
+        pyro.sample("z", dist.Categorical(logits=table("logits", 5)))
+
+    with pytest.raises((error, ValueError), match=r"(?s).*guide sites \['z'\].*infer=\{'topk': 0\}"):
+        topk(k=2).loss(model, guide)
+
+
+def test_no_hint_for_other_errors():
+    def model():
+        raise ValueError("the shape of things to come")
+
+    def guide():
+        pyro.sample("n", dist.Normal(torch.zeros(()), 1.0))
+
+    with pytest.raises(ValueError) as info:
+        topk().loss(model, guide)
+    assert "topk" not in str(info.value)
+
+    def failing():
+        guide()
+        pyro.sample("z", dist.Categorical(torch.ones(5)))
+        raise ValueError("unrelated")
+
+    with pytest.raises(ValueError) as info:
+        topk().loss(model, failing)
+    assert "topk" not in str(info.value)
+
+
+def test_model_enumeration_upstream_of_the_guide():
+    def model():
+        y = pyro.sample("y", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Categorical(torch.ones(5)))
+            pyro.sample("x", dist.Normal(1.0 * y + z, 1.0), obs=torch.zeros(2))
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Categorical(logits=table("logits", 5)))
+
+    with pytest.raises(ValueError, match="no more global than guide.*'z'.*'topk': 0"):
+        topk().loss(model, guide)

@@ -19,6 +19,7 @@ from pyro_rb.poutine.topk_messenger import (
 )
 from pyro_rb.poutine.topk_table import (
     MAX_TABLE,
+    MIN_GATHER,
     GatherCategorical,
     NoTable,
     find_table,
@@ -222,8 +223,7 @@ def test_shared_table_is_not_expanded():
 def test_gather_categorical():
     logits = torch.randn(3, 5, requires_grad=True)
     fn = dist.Categorical(logits=logits)
-    cheap = GatherCategorical.of(fn)
-    assert isinstance(cheap, dist.Categorical) and cheap.batch_shape == fn.batch_shape
+    cheap = GatherCategorical(logits=logits)
     for shape in [(3,), (4, 3), (4, 1), (2, 4, 3), ()]:
         value = torch.randint(5, shape)
         actual, expected = cheap.log_prob(value), fn.log_prob(value)
@@ -233,17 +233,26 @@ def test_gather_categorical():
     with pytest.raises(ValueError, match="within the support"):
         cheap.log_prob(torch.tensor([0, 5, 0]))
     assert torch.equal(cheap.expand([2, 3]).log_prob(torch.zeros(2, 3)), fn.log_prob(torch.zeros(2, 3)))
-    others = [dist.Bernoulli(0.5), fn.mask(True), GatherCategorical.of(fn)]
+
+
+def test_only_large_categoricals_are_turned():
+    large = dist.Categorical(torch.rand(3, MIN_GATHER), validate_args=False)
+    turned = GatherCategorical.of(large)
+    assert type(turned) is GatherCategorical and turned.batch_shape == (3,)
+    assert torch.equal(turned.probs, large.probs) and turned._validate_args is False
+    others = [dist.Bernoulli(0.5), large.mask(True), turned, dist.Categorical(torch.ones(MIN_GATHER - 1))]
     assert all(GatherCategorical.of(other) is other for other in others)
 
 
 def test_model_gets_the_cheap_categorical_at_treated_sites():
     def model():
         for name in "zy":
-            pyro.sample(name, dist.Categorical(torch.ones(6)))
+            pyro.sample(name, dist.Categorical(torch.ones(MIN_GATHER)))
 
     guide = TopKMessenger(TopKOptions(), -1)
-    guide_trace = poutine.trace(guide(lambda: pyro.sample("z", dist.Categorical(torch.ones(6))))).get_trace()
+    fn = dist.Categorical(torch.ones(MIN_GATHER))
+    guide_trace = poutine.trace(guide(lambda: pyro.sample("z", fn))).get_trace()
+    assert type(guide_trace.nodes["z"]["fn"]) is GatherCategorical
     model = poutine.replay(TopKModelMessenger(guide)(model), trace=guide_trace)
     trace = poutine.trace(model).get_trace()
     assert type(trace.nodes["z"]["fn"]) is GatherCategorical
