@@ -3,5 +3,6 @@
 
 from pyro_rb.infer.dreg_elbo import DReG_ELBO
 from pyro_rb.infer.stl_elbo import STLTrace_ELBO
+from pyro_rb.infer.topk_elbo import RaoBlackwellTopK_ELBO
 
-__all__ = ["DReG_ELBO", "STLTrace_ELBO"]
+__all__ = ["DReG_ELBO", "RaoBlackwellTopK_ELBO", "STLTrace_ELBO"]

@@ -5,8 +5,24 @@
 The one place that touches Pyro's private names.
 """
 
+from typing import Any, Dict, FrozenSet, List, Tuple
+
+import torch
+from pyro.infer.traceenum_elbo import (
+    _compute_dice_elbo,
+    _compute_model_factors,
+    shared_intermediates,
+)
+from pyro.infer.tracegraph_elbo import _construct_baseline
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import SampleRing
+from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+
+#: Names of the vectorised plates that a site is in, as symbols.
+Ordinal = FrozenSet[str]
 
 
 def is_replayed() -> bool:
@@ -22,3 +38,58 @@ def is_replayed() -> bool:
     True
     """
     return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
+
+
+def compute_costs(
+    model_trace: Trace, guide_trace: Trace
+) -> Tuple[Dict[Ordinal, List[torch.Tensor]], Dict[str, Ordinal]]:
+    """
+    The terms of the ELBO that ``TraceEnum_ELBO`` takes expectations of, by
+    ``pyro.infer.util.Dice``.
+
+    :param model_trace: packed, as ``TraceEnum_ELBO._get_trace`` returns it.
+    :param guide_trace: likewise.
+    :return: packed log probabilities of the model, in which sites that the model
+        enumerates are summed out, and negative ones of the guide, by ordinal; and the
+        ordinal of each site.
+    """
+    costs, log_factors, ordering, sum_dims, scale = _compute_model_factors(
+        model_trace, guide_trace
+    )
+    if log_factors:
+        dim_to_size = {
+            dim: size
+            for terms in log_factors.values()
+            for term in terms
+            for dim, size in zip(term._pyro_dims, term.shape)
+        }
+        with shared_intermediates() as cache:
+            ring = SampleRing(cache=cache, dim_to_size=dim_to_size)
+            log_factors = contract_tensor_tree(log_factors, sum_dims, ring=ring)
+        for ordinal, terms in log_factors.items():
+            scaled = [packed.scale_and_mask(term, scale=scale) for term in terms]
+            costs.setdefault(ordinal, []).extend(scaled)
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            cost = packed.neg(site["packed"]["log_prob"])
+            costs.setdefault(ordering[name], []).append(cost)
+    return costs, ordering
+
+
+def compute_dice_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
+    """The differentiable ELBO of ``TraceEnum_ELBO``, a scalar or 0.0."""
+    return _compute_dice_elbo(model_trace, guide_trace)
+
+
+def compute_baseline(
+    name: str, site: Any, downstream_cost: torch.Tensor
+) -> Tuple[torch.Tensor, Any]:
+    """
+    Evaluates and updates what ``infer={"baseline": {...}}`` asks for at a guide site.
+
+    :param downstream_cost: detached, of the shape of the site's batch.
+    :return: the baseline, of the same shape, and the loss of its own parameters.
+    :raises ValueError: naming the site, if the baseline has another shape.
+    """
+    _, loss, baseline = _construct_baseline(name, site, downstream_cost)
+    return torch.as_tensor(baseline), loss

@@ -3,5 +3,13 @@
 
 from pyro_rb.poutine.shared_subsample_messenger import SharedSubsampleMessenger
 from pyro_rb.poutine.tap_messenger import TapMessenger
+from pyro_rb.poutine.topk_messenger import TopKMessenger, TopKModelMessenger
+from pyro_rb.poutine.topk_options import TopKOptions
 
-__all__ = ["SharedSubsampleMessenger", "TapMessenger"]
+__all__ = [
+    "SharedSubsampleMessenger",
+    "TapMessenger",
+    "TopKMessenger",
+    "TopKModelMessenger",
+    "TopKOptions",
+]

@@ -1,0 +1,227 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Sum the likely categories, sample the rest: Rao-Blackwellization of a discrete draw.
+
+A table of probabilities is parted into the ``k`` most likely categories and their
+complement. Slots hold the categories at which a function is evaluated: each of the
+``k``, then draws from the complement, each with a weight. The weighted sum over slots
+has the expectation of the function for its mean.
+"""
+
+import math
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+#: Log weight of a slot without mass. Not minus infinity: exp() of it is still a normal
+#: number in float32. Slots of less weight do not count.
+DEAD = -85.0
+#: Log weight of a probe, which is evaluated but counts less than rounding errors.
+PROBE = -41.0
+
+
+class Slots(NamedTuple):
+    """
+    Where a function of a category is to be evaluated, and how much each value counts.
+
+    All have the shape ``[*batch, m]`` when they come from :func:`select_slots`; users may
+    move the dimension of slots. Slots that are neither top nor sampled are dead or probes.
+    """
+
+    #: Category, an integer.
+    category: Tensor
+    #: Log of the weight. The weights of the slots sum to 1.
+    log_weight: Tensor
+    #: Whether the slot holds one of the k most likely categories.
+    is_top: Tensor
+    #: Whether the slot holds a draw from the complement.
+    is_sampled: Tensor
+
+
+def optimal_k(top: Tensor, rest: Tensor) -> Tensor:
+    """
+    The number of categories to sum when ``N`` evaluations can be made: the ``k`` in
+    ``0 .. N - 1`` that makes ``t_k / (N - k)`` least, where ``t_k`` is the mass outside
+    of the ``k`` most likely categories (Proposition 2 of [1]). With the other ``N - k``
+    evaluations spent on draws from the complement, the variance is at most that of the
+    mean of ``N`` draws.
+
+    :param top: ``[*batch, N - 1]``, the largest probabilities, in descending order.
+    :param rest: ``[*batch, 1]``, the mass of all other categories.
+    :return: ``[*batch, 1]``, integers.
+
+    >>> optimal_k(torch.tensor([[0.90, 0.08], [0.25, 0.25]]), torch.tensor([[0.02], [0.5]]))
+    tensor([[2],
+            [0]])
+
+    [1] Runjing Liu et al. (2019), "Rao-Blackwellized Stochastic Gradients for Discrete
+    Distributions". https://arxiv.org/abs/1810.04777
+    """
+    # From the small end: 1 - sum(top) would have no digit left in a confident table.
+    tails = torch.cat([top, rest], -1).flip(-1).cumsum(-1).flip(-1)
+    evaluations = torch.arange(tails.shape[-1], 0, -1, device=tails.device)
+    return (tails / evaluations).argmin(-1, keepdim=True)
+
+
+def select_slots(
+    log_q: Tensor,
+    k: int,
+    num_samples: int,
+    adaptive: bool = False,
+    probe: bool = False,
+    batch_shape: Optional[Tuple[int, ...]] = None,
+) -> Slots:
+    """
+    Chooses categories: the ``k`` most likely, then ``num_samples`` independent draws from
+    the others, in proportion to their probability.
+
+    Needs ``k + num_samples <= K``. One ``topk`` decides which categories are summed, so
+    that ties cannot put a category on both sides.
+
+    :param log_q: ``[*table, K]``, log probabilities, not necessarily normalised. No
+        gradient flows.
+    :param k: number of categories to sum, ``>= 0``.
+    :param num_samples: number of draws, ``>= 1``.
+    :param adaptive: whether :func:`optimal_k` chooses, for each element of the batch, how
+        many of the ``k + num_samples`` slots are summed, at most ``k`` of them.
+    :param probe: whether to add a slot with a draw from the whole table, which has
+        nearly no weight.
+    :param batch_shape: what ``table`` is expanded to. Draws are independent over
+        the batch even where the table is shared. Defaults to ``table``.
+    :return: slots ``[*batch, k + num_samples]``, or one more with a probe. Slots with a
+        weight of 0 hold the most likely category, and the log weight :data:`DEAD`.
+
+    >>> slots = select_slots(torch.tensor([0.1, 0.6, 0.3]).log(), k=2, num_samples=1)
+    >>> slots.category, slots.log_weight.exp()
+    (tensor([1, 2, 0]), tensor([0.6000, 0.3000, 0.1000]))
+    """
+    with torch.no_grad():
+        batch_shape = log_q.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
+        # In float64: a complement of 1e-9 is a matter of course.
+        probs = log_q.double().softmax(-1)
+        num_slots = k + num_samples
+        top, top_category = probs.topk(num_slots, -1)
+        if adaptive:
+            others = probs.scatter(-1, top_category[..., :-1], 0.0)
+            limit: Any = optimal_k(top[..., :-1], others.sum(-1, keepdim=True))
+        else:
+            limit = k
+        is_top = torch.arange(num_slots, device=log_q.device) < limit
+        # Mass is only ever added up: 1 - sum(top) would lose a small complement.
+        rest = probs.scatter(-1, top_category, top.masked_fill(is_top, 0.0))
+        cdf = rest.cumsum(-1)
+        sampled_weight = cdf[..., -1:] / (~is_top).sum(-1, keepdim=True)
+        weight = torch.where(is_top, top, sampled_weight)
+        is_live = weight > math.exp(DEAD)
+        category = torch.where(is_top, top_category, _draw(cdf, batch_shape, num_slots))
+        category = torch.where(is_live, category, top_category[..., :1])
+        # Terms of weight nan would be left out of sums, and nobody would see log q = nan.
+        log_weight = weight.log().nan_to_num(nan=0.0, neginf=DEAD).to(log_q.dtype)
+        parts = [category, log_weight, is_top & is_live, ~is_top & is_live]
+        parts = [x.expand(category.shape) for x in parts]
+        if probe:
+            drawn = _draw(probs.cumsum(-1), batch_shape, 1)
+            last = (drawn, *(torch.full_like(drawn, v) for v in (PROBE, 0, 0)))
+            parts = [torch.cat([x, y.to(x)], -1) for x, y in zip(parts, last)]
+        return Slots(*parts)
+
+
+def _draw(cdf: Tensor, batch_shape: Tuple[int, ...], num_samples: int) -> Tensor:
+    """
+    Independent draws from unnormalised cumulative distributions.
+
+    :param cdf: ``[*table, K]``, non-decreasing; not expanded where the table is shared.
+    :param batch_shape: ``batch``, to which ``table`` is broadcastable.
+    :return: categories ``[*batch, n]``. None has mass 0.
+    """
+    table = (1,) * (len(batch_shape) - cdf.dim() + 1) + tuple(cdf.shape[:-1])
+    own = [d for d, size in enumerate(batch_shape) if table[d] == size]
+    order = own + [d for d in range(len(batch_shape) + 1) if d not in own]
+    shape = [*batch_shape, num_samples]
+    moved = [shape[d] for d in order]
+    rows = moved[: len(own)]
+    columns = math.prod(moved[len(own) :])
+    uniform = torch.rand(rows + [columns], dtype=cdf.dtype, device=cdf.device)
+    cdf = cdf.reshape(rows + [-1])
+    index = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True)
+    # A table with nan leads outside.
+    index = index.clamp(max=cdf.shape[-1] - 1).reshape(moved)
+    return index.permute([order.index(d) for d in range(len(order))])
+
+
+def leave_one_out_baseline(
+    grad: Tensor, weight: Tensor, is_top: Tensor, is_sampled: Tensor, dim: int
+) -> Tensor:
+    """
+    For each sampled slot, the mean over the other sampled slots and over the mean of the
+    top ones, times the weight of the slot. It does not depend on the slot's own draw.
+
+    :param grad: ``[..., m, ...]``, weight times downstream cost.
+    :param weight: broadcastable to ``grad``, as are ``is_top`` and ``is_sampled``.
+    :param dim: the dimension of slots.
+    :return: ``[..., m, ...]``, 0 where there is nothing to take the mean of.
+    """
+    tiny = torch.finfo(grad.dtype).tiny
+    top_weight = (weight * is_top).sum(dim, keepdim=True)
+    top_mean = (grad * is_top).sum(dim, keepdim=True) / top_weight.clamp(min=tiny)
+    samples = (grad * is_sampled).sum(dim, keepdim=True)
+    others = is_sampled.sum(dim, keepdim=True) - 1 + (top_weight > 0).long()
+    baseline = (samples - grad + weight * top_mean) / others.clamp(min=1)
+    return torch.where(is_sampled & (others > 0), baseline, torch.zeros_like(baseline))
+
+
+def probe_baseline(
+    grad: Tensor, weight: Tensor, is_sampled: Tensor, dim: int
+) -> Tensor:
+    """
+    The downstream cost at a probe, times the weight of each sampled slot.
+
+    :param grad: ``[..., m + 1, ...]``, weight times downstream cost; the probe is last.
+    :param weight: broadcastable to ``grad``, as is ``is_sampled``.
+    :param dim: the dimension of slots.
+    :return: ``[..., m + 1, ...]``.
+    """
+    probe = grad.narrow(dim, -1, 1) * math.exp(-PROBE)
+    return probe * weight * is_sampled
+
+
+def score_coefficients(
+    grad: Tensor,
+    weight: Tensor,
+    is_top: Tensor,
+    is_sampled: Tensor,
+    dim: int,
+    baseline: Optional[Tensor] = None,
+) -> Tensor:
+    r"""
+    What ``log q`` of each slot has to be multiplied by, so that the gradient of the sum
+    is that of the expected cost.
+
+    With ``grad`` :math:`G_i` and ``baseline`` :math:`B_j`, the score part of the gradient
+    is :math:`\sum_i G_i \nabla \log q(z_i) - \sum_j B_j \nabla \log q(v_j | C')`, over the
+    slots and over those sampled from the complement :math:`C'`. As
+    :math:`\nabla q(C') = -\sum_{i \in C} \nabla q_i`, it is a sum over slots of multiples of
+    :math:`\nabla \log q(z_i)`: nothing has the size of the table.
+
+    :param grad: ``[..., m, ...]``, weight times downstream cost.
+    :param weight: broadcastable to ``grad``, as are ``is_top`` and ``is_sampled``.
+    :param dim: the dimension of slots.
+    :param baseline: ``[..., m, ...]``, 0 except at sampled slots.
+    :return: ``[..., m, ...]``.
+
+    >>> is_top = torch.tensor([True, False])
+    >>> grad, weight = torch.tensor([0.8, 0.6]), torch.tensor([0.8, 0.2])
+    >>> score_coefficients(grad, weight, is_top, ~is_top, -1)
+    tensor([0.8000, 0.6000])
+    """
+    zero = torch.zeros_like(grad)
+    grad = torch.where(is_top | is_sampled, grad, zero)
+    if baseline is None:
+        return grad
+    tiny = torch.finfo(grad.dtype).tiny
+    complement = (weight * is_sampled).sum(dim, keepdim=True)
+    ratio = baseline.sum(dim, keepdim=True) / complement.clamp(min=tiny)
+    return grad - baseline - torch.where(is_top, weight * ratio, zero)

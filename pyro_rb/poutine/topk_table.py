@@ -1,0 +1,136 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from typing import Any, Callable, Dict, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from pyro import distributions as dist
+from pyro.distributions.torch_distribution import MaskedDistribution
+
+from pyro_rb.ops.countable import negative_binomial_window, poisson_window
+from pyro_rb.ops.gather import compact, gather_last
+
+#: Largest table that is made for a distribution over 0, 1, 2, ...
+MAX_TABLE = 2**16
+
+#: Smallest Categorical whose expanded table costs more than the look-up.
+MIN_GATHER = 64
+
+
+class NoTable(Exception):
+    """Says why a distribution has no table."""
+
+
+class GatherCategorical(dist.Categorical):
+    """
+    A Categorical whose ``log_prob``, and its gradient, take memory for the values and for
+    one table. PyTorch's own takes memory for a table at each value.
+
+    >>> q = GatherCategorical(torch.tensor([0.25, 0.75]))
+    >>> q.log_prob(torch.tensor([[1], [0]])).exp()
+    tensor([[0.7500],
+            [0.2500]])
+    """
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return gather_last(self.logits, value.long())
+
+    @classmethod
+    def of(cls, fn: Any) -> Any:
+        """Turns a large Categorical into one; leaves other distributions as they are."""
+        if type(fn) is not dist.Categorical or fn.param_shape[-1] < MIN_GATHER:
+            return fn
+        new = fn.expand(fn.batch_shape, _instance=cls.__new__(cls))
+        new._validate_args = fn._validate_args
+        return new
+
+
+class Table(NamedTuple):
+    """The probabilities of a discrete distribution, and its values."""
+
+    #: ``[*table, K]``, detached; ``table`` is broadcastable to the batch shape.
+    log_q: torch.Tensor
+    #: ``[K, *event]``. None where the number of the category is the value.
+    support: Optional[torch.Tensor] = None
+    #: Whether the table ends where the distribution does not.
+    is_truncated: bool = False
+
+    @property
+    def num_categories(self) -> int:
+        return self.log_q.shape[-1]
+
+    def values(self, index: torch.Tensor) -> torch.Tensor:
+        """
+        :param index: categories ``[*batch, m]``.
+        :return: values ``[m, *batch, *event]``, laid out as by ``enumerate_support``.
+        """
+        index = index.movedim(-1, 0)
+        return index if self.support is None else self.support[index]
+
+
+class OneHotTable(Table):
+    def values(self, index: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(index.movedim(-1, 0), self.num_categories).to(self.log_q)
+
+
+def find_table(fn: Any) -> Table:
+    """
+    Makes the table of a distribution over finitely many values that does not say how to
+    be reparameterised, or of a Poisson, Geometric or NegativeBinomial up to where less
+    than 1e-9 of the mass is left.
+
+    :raises NoTable: with the reason, where there is none.
+    :raises ValueError: if the table would have more than :data:`MAX_TABLE` columns.
+
+    >>> find_table(dist.Binomial(2, torch.tensor(0.5))).log_q.exp()
+    tensor([0.2500, 0.5000, 0.2500])
+    """
+    with torch.no_grad():
+        if getattr(fn, "has_rsample", False):
+            raise NoTable("reparameterised")
+        if isinstance(fn, MaskedDistribution):
+            raise NoTable("a masked distribution; use poutine.mask in its place")
+        if type(fn) is dist.Categorical:
+            return Table(compact(fn.logits))
+        if type(fn) is dist.OneHotCategorical:
+            return OneHotTable(compact(fn.logits))
+        if type(fn) in _WINDOWS:
+            return _truncated_table(fn, _WINDOWS[type(fn)](fn))
+        if not getattr(fn, "has_enumerate_support", False):
+            reason = "no enumerable support"
+            if isinstance(fn, dist.Independent):
+                reason += ": an event of several variables, see to_event()"
+            raise NoTable(reason)
+        try:
+            support = fn.enumerate_support(expand=False)
+        except NotImplementedError as e:
+            raise NoTable(f"no enumerable support: {e}") from None
+        log_q = fn.log_prob(support).movedim(0, -1)
+        return Table(log_q, support.reshape(support.shape[:1] + fn.event_shape))
+
+
+def _truncated_table(fn: Any, window: torch.Tensor) -> Table:
+    last = window.max().item()
+    if not last < MAX_TABLE:
+        raise ValueError(
+            f"a table of {last:.3g} values, to hold all but 1e-9 of the mass of "
+            f"{type(fn).__name__}, exceeds {MAX_TABLE}"
+        )
+    support = torch.arange(math.ceil(last) + 1, device=window.device).to(fn.mean.dtype)
+    shape = (-1,) + (1,) * len(fn.batch_shape)
+    return Table(fn.log_prob(support.reshape(shape)).movedim(0, -1), support, True)
+
+
+_WINDOWS: Dict[Any, Callable[[Any], torch.Tensor]] = {
+    dist.Poisson: lambda fn: poisson_window(fn.rate),
+    dist.Geometric: lambda fn: negative_binomial_window(
+        torch.ones_like(fn.logits), -F.softplus(fn.logits)
+    ),
+    dist.NegativeBinomial: lambda fn: negative_binomial_window(
+        torch.as_tensor(fn.total_count), -F.softplus(-fn.logits)
+    ),
+}
