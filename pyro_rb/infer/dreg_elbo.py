@@ -67,7 +67,8 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
     **Requirements.** A guide without score function terms: a site that is not
     reparameterized must not depend on a parameter, else ``NotImplementedError``. Sites to
     which the method does not apply (see ``STLTrace_ELBO``) are treated as ``RenyiELBO``
-    treats them; :meth:`report` tells which. Vectorized particles need static structure.
+    treats them; :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells which. Vectorized
+    particles need static structure.
 
     **When it is worse.** A guide much narrower than the posterior has far MORE variance
     than with ``RenyiELBO``, hundreds of times more at the default ``init_scale=0.1`` of

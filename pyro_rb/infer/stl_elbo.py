@@ -78,7 +78,8 @@ class STLTrace_ELBO(TappedMixin, Trace_ELBO):
     that is drawn from its own distribution, has ``rsample``, is no
     :class:`~pyro.distributions.Delta`, has a support that does not depend on a
     parameter, and a ``log_prob`` that can be evaluated on a copy of the draw. All
-    other sites are treated as ``Trace_ELBO`` treats them. :meth:`report` tells which.
+    other sites are treated as ``Trace_ELBO`` treats them;
+    :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells which.
 
     **When it is worse.** ``control_variate_scale=1.0`` helps near the optimum only.
     A guide that is much narrower than the posterior has far MORE variance with it

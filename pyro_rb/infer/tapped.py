@@ -49,7 +49,7 @@ def grads(term: Any, parameters: Sequence[torch.Tensor]) -> Grads:
 class TappedMixin:
     """
     Base class, to be named before the one of Pyro: attaches to each guide trace the
-    :class:`~pyro_rb.poutine.TapMessenger` that it was made under, as ``tap``.
+    :class:`~pyro_rb.poutine.tap_messenger.TapMessenger` that it was made under, as ``tap``.
     """
 
     #: Says in the report how a site without a path gradient is treated.
