@@ -107,9 +107,9 @@ class Surrogate:
             return [torch.zeros_like(z) for z in values]
         with self.closed():
             found = torch.autograd.grad(
-                terms, values, weights, retain_graph=True, materialize_grads=True
+                terms, values, weights, retain_graph=True, allow_unused=True
             )
-        return list(found)
+        return [torch.zeros_like(z) if g is None else g for z, g in zip(values, found)]
 
 
 class _Run(NamedTuple):
