@@ -6,7 +6,9 @@ Variance of the gradient on a mixture of Gaussians, at equal numbers of evaluati
 
 200 points of 10 components in the plane; a categorical guide for the label of each
 point. Parameters are held fixed, where the locations of the model are one standard
-deviation off, and the guide is the posterior under other locations. Given is the sum of the variances of all elements of the gradient::
+deviation off. The guide is either "tempered", the posterior with all log densities
+divided by 3.3, or "misled", the posterior under locations that are off by other errors.
+Given is the sum of the variances of all elements of the gradient::
 
     python examples/benchmarks/topk_variance.py --json variance.json --csv variance.csv
 """
