@@ -114,7 +114,9 @@ def _name(loss: Any) -> str:
     name = type(loss).__name__
     scale = getattr(loss, "control_variate_scale", 1.0)
     if scale != 1.0:
-        name += f":{scale}"
+        first = next(iter(inspect.signature(type(loss)).parameters))
+        keyword = "" if first == "control_variate_scale" else "control_variate_scale="
+        name += f":{keyword}{scale}"
     if loss.num_particles != 1:
         name += f"{',' if ':' in name else ':'}num_particles={loss.num_particles}"
     return name

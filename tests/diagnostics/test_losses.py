@@ -10,7 +10,7 @@ from pyro_rb.diagnostics.losses import (
     make_loss,
     make_losses,
 )
-from pyro_rb.infer import STLTrace_ELBO
+from pyro_rb.infer import DReG_ELBO, STLTrace_ELBO
 
 
 def test_available_losses_are_those_of_both_packages():
@@ -53,6 +53,9 @@ def test_names_of_instances():
         "STLTrace_ELBO:adaptive,num_particles=2",
     ]
     assert list(make_losses(DEFAULT_LOSSES)) == list(DEFAULT_LOSSES)
+    assert list(make_losses([DReG_ELBO(8, control_variate_scale=0.5)])) == [
+        "DReG_ELBO:control_variate_scale=0.5,num_particles=8"
+    ]
 
 
 def test_one_loss_needs_no_list():
