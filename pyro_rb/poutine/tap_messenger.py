@@ -180,7 +180,7 @@ class TapMessenger(Messenger):
             reason = "depends on no parameter"
         else:
             layers = list(base_dists(fn))
-            key = (name, *map(type, layers))
+            key = (name, *map(type, layers), *map(type, flat_transforms(fn)))
             if key not in self._known:
                 self._known[key] = _inspect(fn, layers, value)
             can_be_tapped, support_can_move, reason = self._known[key]

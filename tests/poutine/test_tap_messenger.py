@@ -186,3 +186,16 @@ def test_torch_func(loc):
             return pyro.sample("z", dist.Normal(p, 1.0).to_event(1)).sum()
 
     assert torch.equal(torch.func.grad(total)(loc), torch.ones(2))
+
+
+def test_what_is_known_of_a_site_depends_on_its_transforms():
+    def guide(transform):
+        base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        return pyro.sample("z", dist.TransformedDistribution(base, [transform]))
+
+    known = {}
+    flows = [dist.transforms.affine_coupling(2), dist.transforms.planar(2)]
+    for flow, is_tapped in zip(flows, [True, False]):
+        with TapMessenger(known) as tap:
+            guide(flow)
+        assert ("z" in tap.values) is is_tapped
