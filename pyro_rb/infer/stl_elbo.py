@@ -83,7 +83,7 @@ class STLTrace_ELBO(TappedMixin, Trace_ELBO):
 
     **When it is worse.** ``control_variate_scale=1.0`` helps near the optimum only.
     A guide that is much narrower than the posterior has far MORE variance with it
-    than with ``Trace_ELBO``: about 1000 times more at the default ``init_scale=0.1``
+    than with ``Trace_ELBO``: 30 to 10 000 times more at the default ``init_scale=0.1``
     of :class:`~pyro.infer.autoguide.AutoNormal`. Use ``"adaptive"``, or train with
     ``Trace_ELBO`` first. Nothing is gained on discrete sites, on
     :class:`~pyro.infer.autoguide.AutoStructured` and
