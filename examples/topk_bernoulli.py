@@ -13,11 +13,8 @@ loss along gradient descent from both. Takes about a minute::
     python examples/topk_bernoulli.py --out bernoulli
 """
 
-import argparse
 import itertools
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -28,7 +25,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
-from utils import make_panels, write_results
+from utils import make_panels, make_parser, write_results
 
 STARTS = (0.0, -4.0)
 EVERY = 10  # steps, the loss is noted
@@ -88,14 +85,14 @@ def draw_gradients(start, elbo, num_samples):
 def measure_variances(start, num_samples):
     """For each k, by baseline, and the bound of Proposition 1 without one."""
     pyro.clear_param_store()
-    probs = Coins(start, 1).log_q().detach().exp().sort(descending=True).values[0]
+    probs = Coins(start, 1).log_q().detach().exp().sort(descending=True).values[0].cpu()
     rows = {str(b): [] for b in BASELINES}
     for k in range(8):
         for baseline in BASELINES:
             elbo = topk(k=k, num_samples=1, baseline=baseline)
             variance = draw_gradients(start, elbo, num_samples).var()
             rows[str(baseline)].append(float(f"{variance:.3g}"))
-    bound = rows["None"][0] * np.append(1.0, 1.0 - probs.cumsum(0)[:-1])
+    bound = rows["None"][0] * np.append(1.0, 1.0 - probs.cumsum(0)[:-1].numpy())
     return {**rows, "bound": [float(f"{x:.3g}") for x in bound]}
 
 
@@ -112,7 +109,7 @@ def descend(start, name, num_steps, num_copies, lr):
         if step % EVERY == 0:
             cost = case.expected_cost()
             curve.append(torch.stack([cost.mean(), *cost.quantile(torch.tensor([0.1, 0.9]))]))
-    return torch.stack(curve).T.numpy().round(5).tolist()
+    return torch.stack(curve).T.cpu().numpy().round(5).tolist()
 
 
 def draw(variances, curves):
@@ -151,20 +148,14 @@ def main(args):
     curves = {start: {} for start in STARTS}
     for start, name in tqdm(jobs):
         curves[start][name] = descend(start, name, args.num_steps, args.num_copies, args.lr)
-    with tempfile.TemporaryDirectory() as scratch:
-        out = args.out or (Path(scratch) / "result" if args.smoke_test else None)
-        if out:
-            results = {"variance": variances, "loss": curves}
-            write_results(out, args, results, rows, draw(variances, curves))
+    results = {"variance": variances, "loss": curves}
+    write_results(args, results, rows, lambda: draw(variances, curves))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--num-samples", type=int, default=100000, help="of each gradient")
     parser.add_argument("--num-copies", type=int, default=200, help="runs of gradient descent")
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1.0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.json, PREFIX.csv and PREFIX.png")
-    parser.add_argument("--smoke-test", action="store_true")
     main(parser.parse_args())

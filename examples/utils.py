@@ -3,9 +3,11 @@
 
 """What the examples share: digits, training runs that take turns, files of results."""
 
+import argparse
 import csv
 import gzip
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,6 +68,25 @@ def set_fast_floats():
     probabilities and in gradients, and CPUs take several times as long for them.
     """
     torch.set_flush_denormal(True)
+
+
+def make_parser(doc):
+    """The options of all examples, and the first paragraph of a script's docstring."""
+    parser = argparse.ArgumentParser(description=doc.strip().split("\n\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", metavar="PREFIX", help="write PREFIX.json, PREFIX.csv and PREFIX.png")
+    parser.add_argument("--smoke-test", action="store_true", help="a few steps, nothing kept")
+    return parser
+
+
+def make_digit_parser(doc):
+    """These, and the options of examples that train on digits."""
+    parser = make_parser(doc)
+    parser.add_argument("--data-dir", help="folder with the files of MNIST")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--num-threads", type=int, default=1)
+    return parser
 
 
 class Run:
@@ -137,17 +158,31 @@ def make_panels(num_rows, num_columns):
     return fig, list(axes.flat)
 
 
-def write_results(prefix, args, results, rows, fig):
-    """``PREFIX.json`` with the settings, a table ``PREFIX.csv``, a figure ``PREFIX.png``."""
-    prefix = Path(prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "smoke_test")}
-    settings["torch"] = torch.__version__
-    settings["threads"] = torch.get_num_threads()
-    text = json.dumps({"settings": settings, **results}, indent=1)
-    prefix.with_name(prefix.name + ".json").write_text(text + "\n", encoding="utf-8")
-    with open(prefix.with_name(prefix.name + ".csv"), "w", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    fig.savefig(prefix.with_name(prefix.name + ".png"), dpi=100)
+def plot_histories(ax, histories, key, ylabel):
+    """For each run, a value against the seconds of training, means over seeds."""
+    for name in histories[0]:
+        notes = [[(note["seconds"], note[key]) for note in history[name]] for history in histories]
+        ax.plot(*np.mean(notes, 0).T, label=name)
+    ax.set(xlabel="seconds of training", ylabel=ylabel)
+
+
+def write_results(args, results, rows, draw):
+    """
+    With ``--out PREFIX``: ``PREFIX.json`` with the settings, a table ``PREFIX.csv``, a
+    figure ``PREFIX.png``. In a smoke test all are written, and removed.
+    """
+    if not (args.out or args.smoke_test):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        prefix = Path(args.out or Path(scratch) / "result")
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "smoke_test")}
+        settings["torch"] = torch.__version__
+        settings["threads"] = torch.get_num_threads()
+        text = json.dumps({"settings": settings, **results}, indent=1)
+        prefix.with_name(prefix.name + ".json").write_text(text + "\n", encoding="utf-8")
+        with open(prefix.with_name(prefix.name + ".csv"), "w", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        draw().savefig(prefix.with_name(prefix.name + ".png"), dpi=100)
