@@ -3,7 +3,7 @@
 
 """Gradient estimators with less variance for stochastic variational inference in Pyro."""
 
-from pyro_rb.diagnostics import Comparison, compare
+from pyro_rb.diagnostics import Comparison, check_unbiased, compare
 from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
 __version__ = "0.1.0"
@@ -13,5 +13,6 @@ __all__ = [
     "DReG_ELBO",
     "RaoBlackwellTopK_ELBO",
     "STLTrace_ELBO",
+    "check_unbiased",
     "compare",
 ]

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from pyro_rb.diagnostics.bias import BiasError, LowPowerError
 from pyro_rb.diagnostics.compare import compare
 from pyro_rb.diagnostics.gradients import (
     gradient_moments,
@@ -9,11 +10,16 @@ from pyro_rb.diagnostics.gradients import (
 from pyro_rb.diagnostics.parameters import find_parameters
 from pyro_rb.diagnostics.report import Comparison, LossResult, StateResult
 from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.unbiased import BiasCheck, check_unbiased
 
 __all__ = [
+    "BiasCheck",
+    "BiasError",
     "Comparison",
     "LossResult",
+    "LowPowerError",
     "StateResult",
+    "check_unbiased",
     "compare",
     "find_parameters",
     "gradient_moments",
