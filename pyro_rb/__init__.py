@@ -3,7 +3,13 @@
 
 """Gradient estimators with less variance for stochastic variational inference in Pyro."""
 
-from pyro_rb.diagnostics import Comparison, check_unbiased, compare
+from pyro_rb.diagnostics import (
+    Comparison,
+    GradientGuard,
+    NonFiniteError,
+    check_unbiased,
+    compare,
+)
 from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
 __version__ = "0.1.0"
@@ -11,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "DReG_ELBO",
+    "GradientGuard",
+    "NonFiniteError",
     "RaoBlackwellTopK_ELBO",
     "STLTrace_ELBO",
     "check_unbiased",

@@ -167,6 +167,7 @@ def check_unbiased(
     >>> import torch, pyro
     >>> import pyro.distributions as dist
     >>> from pyro.infer import Trace_ELBO
+    >>> pyro.clear_param_store()
     >>> def model():
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
