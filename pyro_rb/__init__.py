@@ -7,8 +7,10 @@ from pyro_rb.diagnostics import (
     Comparison,
     GradientGuard,
     NonFiniteError,
+    StopRule,
     check_unbiased,
     compare,
+    measure_noise,
 )
 from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
@@ -21,6 +23,8 @@ __all__ = [
     "NonFiniteError",
     "RaoBlackwellTopK_ELBO",
     "STLTrace_ELBO",
+    "StopRule",
     "check_unbiased",
     "compare",
+    "measure_noise",
 ]

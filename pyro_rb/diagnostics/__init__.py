@@ -9,9 +9,11 @@ from pyro_rb.diagnostics.gradients import (
     sample_gradients,
 )
 from pyro_rb.diagnostics.guard import BadStep, GradientGuard, NonFiniteError
+from pyro_rb.diagnostics.noise import NoiseEstimate, measure_noise
 from pyro_rb.diagnostics.parameters import find_parameters
 from pyro_rb.diagnostics.report import Comparison, LossResult, StateResult
 from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.stopping import StopRule
 from pyro_rb.diagnostics.unbiased import BiasCheck, check_unbiased
 
 __all__ = [
@@ -23,12 +25,15 @@ __all__ = [
     "GradientGuard",
     "LossResult",
     "LowPowerError",
+    "NoiseEstimate",
     "NonFiniteError",
     "StateResult",
+    "StopRule",
     "check_unbiased",
     "compare",
     "find_parameters",
     "gradient_moments",
+    "measure_noise",
     "preserve_state",
     "sample_gradients",
 ]
