@@ -110,7 +110,8 @@ def main(args):
         if step % 20 == 0:
             steps.set_postfix(loss=f"{losses[-1] / len(images):.1f}")
     last = torch.tensor(losses[-max(1, args.num_steps // 10) :])
-    print(f"{args.loss}: loss for an image {last.nanmean().item() / len(images):.2f}, mean of the last {len(last)} steps")
+    mean = last.nanmean().item() / len(images)
+    print(f"{args.loss}: loss for an image {mean:.2f}, mean of the last {len(last)} steps")
     print(guard.summary())
 
 

@@ -62,8 +62,9 @@ class StopRule:
     by Student's t, and is raised by the correlation of neighbouring blocks; where that is
     above 0.4, the run is too short to tell. Within a block the largest and smallest tenth are
     left out, so that rare spikes count little. The confidence of the checks is raised from
-    one to the next, as 1 / k squared: with probability ``1 - failure_rate`` the rule never
-    stops while the expected improvement exceeds the tolerance.
+    one to the next, as 1 / k squared: with a probability of about ``1 - failure_rate`` the rule
+    never stops while the expected improvement exceeds the tolerance (measured: 5 to 9% failed
+    in the hardest case, where 5% were asked for).
 
     **Requirements.** Call it at each step, with the loss of that step. The objective must stay
     the same: no annealing. If batches are taken in a fixed order, a block should hold some
