@@ -104,7 +104,7 @@ class BiasTest:
     def raise_if_blind(self, detect: float, scale: Optional[float] = None) -> None:
         """
         :param float detect: The smallest bias that must be seen, as a share of ``scale``.
-        :param float scale: Default: :attr:`scale`.
+        :param float scale: Default: that of the test.
         :raises LowPowerError: naming the parameter, and the number of draws that it takes.
         """
         scale = self.scale if scale is None else scale
