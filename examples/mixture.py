@@ -49,15 +49,17 @@ def model(values):
 
 
 def guide(values):
+    start = values.quantile(torch.linspace(0.1, 0.9, NUM_COMPONENTS))
     concentration = pyro.param(
         "concentration", lambda: torch.full((NUM_COMPONENTS,), 10.0), constraint=constraints.positive
     )
-    loc = pyro.param("loc", lambda: values.quantile(torch.linspace(0.1, 0.9, NUM_COMPONENTS)))
+    loc = pyro.param("loc", lambda: start.clone())
     loc_scale = pyro.param(
         "loc_scale", lambda: torch.full((NUM_COMPONENTS,), 0.2), constraint=constraints.positive
     )
     log_scale = pyro.param("log_scale", lambda: torch.zeros(()))
-    logits = pyro.param("logits", lambda: torch.zeros(len(values), NUM_COMPONENTS))
+    # Even odds at the start would draw all locations to the middle.
+    logits = pyro.param("logits", lambda: -0.5 * (values.unsqueeze(-1) - start) ** 2)
     pyro.sample("weights", dist.Dirichlet(concentration))
     pyro.sample("scale", dist.LogNormal(log_scale, 0.1))
     pyro.sample("locs", dist.Normal(loc, loc_scale).to_event(1))
@@ -96,7 +98,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--loss", default="RaoBlackwellTopK_ELBO", help="as Trace_ELBO:num_particles=4")
     parser.add_argument("--num-items", type=int, default=300)
-    parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--num-steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=0.03, help="of Adam")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -64,14 +64,15 @@ class BiasTest:
             key=lambda at: abs(self._at(at)) / self.threshold(at[0]),
         )
 
-    @property
-    def detectable_bias(self) -> Tuple[str, float]:
+    def detectable_bias(self, either_sign: bool = True) -> Tuple[str, float]:
         """
         The parameter in which a bias is hardest to see, and the size, in units of the
         gradient, that one would have to have there to be seen in 95 of 100 cases.
+
+        :param bool either_sign: See :meth:`~pyro_rb.diagnostics.stats.MeanTest.detectable_bias`.
         """
         sizes = {
-            name: test.detectable_bias(self.threshold(name)).max().item()
+            name: test.detectable_bias(self.threshold(name), either_sign=either_sign).max().item()
             for name, test in self.tests.items()
             if test.z.numel()
         }
@@ -101,10 +102,13 @@ class BiasTest:
             message += f"; the means differ most in {self.largest_difference()}"
         raise BiasError(message)
 
-    def raise_if_blind(self, detect: float, scale: Optional[float] = None) -> None:
+    def raise_if_blind(
+        self, detect: float, scale: Optional[float] = None, either_sign: bool = True
+    ) -> None:
         """
         :param float detect: The smallest bias that must be seen, as a share of ``scale``.
         :param float scale: Default: that of the test.
+        :param bool either_sign: As in :meth:`detectable_bias`.
         :raises LowPowerError: naming the parameter, and the number of draws that it takes.
         """
         scale = self.scale if scale is None else scale
@@ -113,7 +117,7 @@ class BiasTest:
                 "the expected gradient is zero, so that detect has no scale: "
                 "give scale=..., or detect=None"
             )
-        name, seen = self.detectable_bias
+        name, seen = self.detectable_bias(either_sign)
         if seen > detect * scale:
             num_samples = self.tests[name].num_samples
             needed = math.ceil(num_samples * (seen / (detect * scale)) ** 2)
@@ -173,7 +177,7 @@ def compare_means(
     >>> draws = {"loc": noise + torch.tensor([1.0, 2.0])}
     >>> test = compare_means(draws, {"loc": torch.tensor([1.0, 2.0])})
     >>> test.raise_if_biased()
-    >>> print(f"a bias of {test.detectable_bias[1]:.1f} would have been seen")
+    >>> print(f"a bias of {test.detectable_bias()[1]:.1f} would have been seen")
     a bias of 0.4 would have been seen
     """
     given = [reference for reference in (expected, paired, independent) if reference is not None]

@@ -107,18 +107,22 @@ class MeanTest:
         num_tests = self.difference.numel() if num_tests is None else num_tests
         return z_threshold(failure_rate, num_tests, self.num_samples)
 
-    def detectable_bias(self, threshold: float, power: float = 0.95) -> Tensor:
+    def detectable_bias(
+        self, threshold: float, power: float = 0.95, either_sign: bool = True
+    ) -> Tensor:
         """
         Per coordinate, the size of a bias that would have crossed the threshold with
         probability ``power``. Smaller ones may have gone unseen.
 
         :param float threshold: What the absolute z-score is compared with.
         :param float power: Probability of detection.
+        :param bool either_sign: Whether that holds for biases of either sign. If not, it holds
+            for the sign that skewness does not make harder to see.
         :returns: A tensor of the coordinates' shape, in units of the gradient.
         :rtype: ~torch.Tensor
         """
         needed: Any = threshold
-        if self.skewness is not None:
+        if self.skewness is not None and either_sign:
             # What the plain score must be for the corrected one to cross the threshold, on
             # the side where that is harder.
             w = self.skewness.abs()

@@ -223,13 +223,13 @@ def check_unbiased(
         if detect is not None:
             test.raise_if_blind(detect)
     except AssertionError as error:
-        seen = test.detectable_bias[1]
+        seen = test.detectable_bias()[1]
         raise type(error)(
             f"{error}. A bias of {seen:.3g} ({test.share(seen)}) would have been seen anywhere"
         ) from None
     name, index = test.worst
     shape = test.tests[name].difference.shape
-    size = test.detectable_bias[1]
+    size = test.detectable_bias()[1]
     return BiasCheck(
         method=method,
         num_samples=num_samples,
