@@ -6,13 +6,13 @@
 import time
 from typing import Any, Dict, List, Optional
 
-import numpy as np
 import torch
 from pyro.util import set_rng_seed
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_rb.diagnostics import stats
+from pyro_rb.diagnostics.bias import coordinate_name
 from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.report import LossResult
 
@@ -116,10 +116,7 @@ class Gauge:
     def _coordinate(self, index: int) -> str:
         for name, tensor in zip(self.sampler.names, self.sampler.tensors):
             if index < tensor.numel():
-                if tensor.dim() == 0:
-                    return name
-                position = np.unravel_index(index, tensor.shape)
-                return f"{name}[{', '.join(str(int(p)) for p in position)}]"
+                return coordinate_name(name, tensor.shape, index)
             index -= tensor.numel()
         raise IndexError(index)
 
