@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from pyro_rb.diagnostics.compare import compare
+from pyro_rb.diagnostics.choose import choose_losses
+from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
 from pyro_rb.diagnostics.gradients import (
     gradient_moments,
     sample_gradients,
@@ -12,8 +13,10 @@ from pyro_rb.diagnostics.state import preserve_state
 
 __all__ = [
     "Comparison",
+    "ComparisonInterrupted",
     "LossResult",
     "StateResult",
+    "choose_losses",
     "compare",
     "find_parameters",
     "gradient_moments",
