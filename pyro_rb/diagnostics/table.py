@@ -79,6 +79,7 @@ bias z      largest |z| over all coordinates, of the mean gradient against the r
             !  so large that the loss is biased, or has another objective.
 detects     smallest bias in one coordinate that the test would have found, in % of the
             size of the reference's gradient; more draws lower it. ?  only a large one.
+            -  the draws cannot tell, as too few of them make up the spread.
 variance x  total variance of the gradient, time x  time per step: ratio to the reference,
             +/- one standard error.
 product     of both: the time for a gradient as exact as the reference's; below 1 is better.
