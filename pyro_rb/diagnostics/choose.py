@@ -208,7 +208,8 @@ class Chooser:
         loss = self._try(R2G2)
         if loss is not None and not _treated(loss, "projected", "local"):
             self._tried.remove(R2G2)
-            self._left_out[R2G2] = "no Gaussian site goes into a linear map only"
+            reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
+            self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
 
     def _choose_top_k(self) -> None:
         if not self.sites.discrete:
@@ -299,5 +300,9 @@ def _size(site: Any) -> int:
 
 
 def _listed(names: List[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return _shortened([repr(name) for name in names])
+
+
+def _shortened(items: List[str]) -> str:
+    shown = ", ".join(items[:3])
+    return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

@@ -224,4 +224,4 @@ def test_projected_sites(monkeypatch):
     assert "R2G2_ELBO" in choose_losses(case.model, case.guide, case.args).losses
     R2G2_ELBO.treatment = "plain"
     left_out = choose_losses(case.model, case.guide, case.args).left_out
-    assert left_out["R2G2_ELBO"] == "no Gaussian site goes into a linear map only"
+    assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterised draw"
