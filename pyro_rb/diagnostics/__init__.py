@@ -3,7 +3,8 @@
 
 from pyro_rb.diagnostics.bias import BiasError, LowPowerError
 from pyro_rb.diagnostics.blame import BadNumber
-from pyro_rb.diagnostics.compare import compare
+from pyro_rb.diagnostics.choose import choose_losses
+from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
 from pyro_rb.diagnostics.gradients import (
     gradient_moments,
     sample_gradients,
@@ -22,6 +23,7 @@ __all__ = [
     "BiasCheck",
     "BiasError",
     "Comparison",
+    "ComparisonInterrupted",
     "GradientGuard",
     "LossResult",
     "LowPowerError",
@@ -30,6 +32,7 @@ __all__ = [
     "StateResult",
     "StopRule",
     "check_unbiased",
+    "choose_losses",
     "compare",
     "find_parameters",
     "gradient_moments",

@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 import pyro_rb
-from pyro_rb.diagnostics import sites
+from pyro_rb.diagnostics import bad_site
 from pyro_rb.diagnostics.parameters import unconstrained
 from pyro_rb.diagnostics.state import preserve_state
 
@@ -125,8 +125,8 @@ class _SiteLog(Messenger):
         self.sites.append((self.role, msg.copy()))
         if torch.is_grad_enabled():
             self._watch("the value", msg["value"], msg)
-            for name, tensor, _ in sites.arguments_of(msg["fn"]):
-                self._watch(f"argument {name!r} of {sites.describe(msg['fn'])}", tensor, msg)
+            for name, tensor, _ in bad_site.arguments_of(msg["fn"]):
+                self._watch(f"argument {name!r} of {bad_site.describe(msg['fn'])}", tensor, msg)
 
     def _watch(self, what: str, tensor: Any, msg: Any) -> None:
         role, name = self.role, msg["name"]
@@ -136,7 +136,7 @@ class _SiteLog(Messenger):
             # the tensor there is no gradient.
             bad = torch.tensor(False) if grad is None else ~grad.isfinite()
             if grad is not None and self.first_bad is None and bad.any():
-                text = f"the derivative of the loss with respect to {what} is {sites.show(grad, bad)}"
+                text = f"the derivative of the loss with respect to {what} is {bad_site.show(grad, bad)}"
                 self.first_bad = BadNumber("gradient", role, name, text)
 
         if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -175,7 +175,7 @@ def _in_parameters(log: _SiteLog, model: Callable, guide: Callable) -> Optional[
         for what, tensor in (("", unconstrained(value)), (", constrained,", value)):
             bad = ~tensor.isfinite()
             if bad.any():
-                text = f"parameter {name!r}{what} was {sites.show(tensor, bad)} before the step"
+                text = f"parameter {name!r}{what} was {bad_site.show(tensor, bad)} before the step"
                 return BadNumber("parameter", site=name, text=text)
     return None
 
@@ -183,16 +183,16 @@ def _in_parameters(log: _SiteLog, model: Callable, guide: Callable) -> Optional[
 def _in_forward_pass(log: _SiteLog) -> Optional[BadNumber]:
     for role, site in log.sites:
         checks = (
-            ("argument", sites.find_bad_argument),
-            ("value", sites.find_bad_value),
-            ("log_prob", sites.find_bad_log_prob),
+            ("argument", bad_site.find_bad_argument),
+            ("value", bad_site.find_bad_value),
+            ("log_prob", bad_site.find_bad_log_prob),
         )
         for kind, find in checks:
             text = find(site)
             if text is not None:
                 return BadNumber(kind, role, site["name"], text)
     for role, site in log.sites:  # a density of zero: the cause if there is no other
-        text = sites.find_bad_log_prob(site, infinite=True)
+        text = bad_site.find_bad_log_prob(site, infinite=True)
         if text is not None:
             return BadNumber("log_prob", role, site["name"], text)
     return None
@@ -200,7 +200,7 @@ def _in_forward_pass(log: _SiteLog) -> Optional[BadNumber]:
 
 def _in_derivatives(log: _SiteLog) -> Optional[BadNumber]:
     for role, site in log.sites:
-        text = sites.find_bad_derivative(site)
+        text = bad_site.find_bad_derivative(site)
         if text is not None:
             return BadNumber("gradient", role, site["name"], text)
     return None

@@ -1,172 +1,98 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is wrong with one sample site: its distribution's arguments, value and density."""
+"""What kinds of latent sites a model and guide have: :func:`read_sites`."""
 
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+import math
+from typing import Any, List, NamedTuple, Tuple
 
+import pyro.distributions as dist
 import torch
-from pyro.distributions.util import scale_and_mask
-from torch import Tensor
-from torch.distributions import constraints
-
-from pyro_rb.diagnostics.bias import coordinate_name
-
-# Arguments that may be infinite: the log of a probability of zero.
-MAY_BE_INFINITE = ("logits", "log_density")
-_INNER = ("base_dist", "component_distribution", "mixture_distribution", "_component_distribution",
-          "_mixture_distribution")  # fmt: skip
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
+from pyro.poutine.util import site_is_subsample
 
 
-def arguments_of(distribution: Any) -> Iterator[Tuple[str, Tensor, Any]]:
-    """Name, tensor and constraint of each argument, also of the distributions within."""
-    limits = getattr(distribution, "arg_constraints", {})
-    # What is not in vars() was not given, and is computed when it is asked for.
-    for name, value in list(vars(distribution).items()):
-        name = name.replace("_unbroadcasted_", "")
-        if isinstance(value, Tensor) and value.is_floating_point() and not name.startswith("_"):
-            yield name, value, limits.get(name)
-    for inner in _INNER:
-        if inner in vars(distribution):
-            yield from arguments_of(vars(distribution)[inner])
-
-
-def find_bad_argument(site: Any) -> Optional[str]:
-    """Describes the first argument that is not finite or out of its range."""
-    for name, value, limit in arguments_of(site["fn"]):
-        bad = value.isnan() if name in MAY_BE_INFINITE else ~value.isfinite()
-        if not is_used(bad, site).any() and _is_checkable(limit):
-            ok = limit.check(value)
-            bad = ~ok if ok.shape == value.shape else (~ok).any().expand(value.shape)
-        bad = is_used(bad, site)
-        if bad.any():
-            what = f"argument {name!r} of {describe(site['fn'])}"
-            finite = value.isfinite() | value.isnan()
-            reason = "" if not (finite & bad).any() or value.isnan().any() else f", not {limit}"
-            return f"{what} is {show(value, bad)}{reason}"
-    return None
-
-
-def find_bad_value(site: Any) -> Optional[str]:
-    """Describes the value, if it is not finite."""
-    value = site["value"]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return None
-    bad = is_used(~value.isfinite(), site)
-    what = "the observed value" if site["is_observed"] else "the value"
-    return f"{what} is {show(value, bad)}" if bad.any() else None
-
-
-def find_bad_log_prob(site: Any, infinite: bool = False) -> Optional[str]:
+class Sites(NamedTuple):
     """
-    Describes the log probability, if it is NaN or plus infinity.
+    Names of latent sites, as read from a pair of traces.
 
-    :param bool infinite: Also if it is minus infinity.
+    :param list discrete: In the guide.
+    :param list countable: Those of them that Pyro can enumerate.
+    :param list annotated: Those of them for which ``infer["enumerate"]`` is set.
+    :param list scored: In the guide, without a reparameterised draw.
+    :param list jacobians: In the guide: Deltas with a log density.
+    :param list summed: In the model only, which it enumerates.
     """
-    log_prob = local_log_prob(site)
-    if log_prob is None:
-        return None
-    bad = log_prob.isnan() | (log_prob == float("inf"))
-    if infinite and not site["infer"].get("_enumerate_dim"):
-        bad = ~log_prob.isfinite()
-    if not bad.any():
-        return None
-    text = f"log_prob of {describe(site['fn'])} is {show(log_prob, bad)}"
-    value = site["value"]
-    if isinstance(value, Tensor) and value.shape == bad.shape:
-        text += f", at the value {value[bad][0].item():.6g}"
-    try:
-        if not site["fn"].support.check(value).all():
-            text += f", which is outside of the support, {site['fn'].support}"
-    except (AttributeError, NotImplementedError, ValueError, RuntimeError):
-        pass
-    return text
+
+    discrete: List[str]
+    countable: List[str]
+    annotated: List[str]
+    scored: List[str]
+    jacobians: List[str]
+    summed: List[str]
 
 
-def find_bad_derivative(site: Any) -> Optional[str]:
-    """Describes the first derivative of the log probability, at this site, that is bad."""
-    inputs: Dict[str, Tensor] = {}
-    value = site["value"]
-    if isinstance(value, Tensor) and value.requires_grad:
-        # A leaf, so that the derivatives are those of this site's density alone.
-        inputs["the value"] = value = value.detach().requires_grad_()
-    log_prob = local_log_prob({**site, "value": value})
-    if log_prob is None or not log_prob.requires_grad:
-        return None
-    inputs.update({f"argument {name!r}": x for name, x, _ in arguments_of(site["fn"])})
-    for name, tensor in inputs.items():
-        grad = _derivative(log_prob, tensor) if tensor.requires_grad else None
-        if grad is None or grad.isfinite().all():
-            continue
-        bad = ~grad.isfinite()
-        text = (
-            f"the derivative of log_prob of {describe(site['fn'])} with respect to {name} "
-            f"is {show(grad, bad)}"
-        )
-        if tensor.shape == bad.shape:
-            text += f", where it is {tensor[bad][0].item():.6g}"
-        return text + _masked_hint(site)
-    return None
+def read_sites(traces: Tuple[poutine.Trace, poutine.Trace]) -> Sites:
+    """
+    Reads latent sites from traces.
 
-
-def _derivative(log_prob: Tensor, tensor: Tensor) -> Optional[Tensor]:
-    try:
-        return torch.autograd.grad(log_prob.sum(), tensor, retain_graph=True, allow_unused=True)[0]
-    except RuntimeError:  # through a part of the graph that was freed by the step
-        return None
-
-
-def local_log_prob(site: Any) -> Optional[Tensor]:
-    """As it enters the loss, computed anew; None if it cannot be."""
-    try:
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        return scale_and_mask(log_prob, site["scale"], site["mask"])
-    except (ValueError, RuntimeError, NotImplementedError):
-        return None
-
-
-def is_used(bad: Tensor, site: Any) -> Tensor:
-    """Without the elements that a mask takes out."""
-    mask = site["mask"]
-    if not isinstance(mask, Tensor):
-        return bad & (mask is not False)
-    mask = mask.reshape(mask.shape + (1,) * len(site["fn"].event_shape))
-    try:
-        joint = torch.broadcast_shapes(bad.shape, mask.shape)
-    except RuntimeError:  # an argument whose shape is another than that of the value
-        return bad
-    # An argument that is shared by several elements is used if one of them is.
-    return bad & mask.expand(joint) if joint == bad.shape else bad & mask.any()
-
-
-def show(tensor: Tensor, bad: Tensor) -> str:
-    """The first bad element, where it is, and how many there are: ``nan at [3] (2 of 5)``."""
-    index = int(bad.flatten().int().argmax())
-    text = f"{tensor.flatten()[index].item():.6g}"
-    if tensor.numel() == 1:
-        return text
-    return f"{text} at {coordinate_name('', tensor.shape, index)} ({int(bad.sum())} of {bad.numel()})"
-
-
-def describe(distribution: Any) -> str:
-    """The name of the distribution at the core, without wrappers that reshape it."""
-    while type(distribution).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
-        distribution = distribution.base_dist
-    return type(distribution).__name__
-
-
-def _masked_hint(site: Any) -> str:
-    if not isinstance(site["mask"], Tensor):
-        return ""
-    value = site["value"]
-    numbers: List[Tensor] = [value] + [x for _, x, _ in arguments_of(site["fn"])]
-    if all(x.isfinite().all() for x in numbers if x.is_floating_point()):
-        return ""
-    return (
-        "; a mask hides the log_prob of elements that are not finite, not their derivative: "
-        "give them any valid number"
+    :param traces: Of guide and model.
+    :rtype: Sites
+    """
+    guide, model = (latent_sites(trace) for trace in traces)
+    names = {name for name, _ in guide}
+    discrete = [(name, site) for name, site in guide if _is_discrete(site["fn"])]
+    countable = [(name, site) for name, site in discrete if site["fn"].has_enumerate_support]
+    return Sites(
+        discrete=[name for name, _ in discrete],
+        countable=[name for name, _ in countable],
+        annotated=[name for name, site in countable if site["infer"].get("enumerate")],
+        scored=[name for name, site in guide if not _is_reparameterized(site["fn"])],
+        jacobians=[name for name, site in guide if _has_log_density(site["fn"])],
+        summed=[
+            name
+            for name, site in model
+            if name not in names and (site["infer"] or {}).get("enumerate")
+        ],
     )
 
 
-def _is_checkable(limit: Any) -> bool:
-    return limit is not None and not constraints.is_dependent(limit)
+def settle_plates(loss: Any, traces: Tuple[poutine.Trace, poutine.Trace]) -> None:
+    """
+    Tells a :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` how deep the plates are
+    nested, if it would guess. It would say so in the log, each time that one is made.
+    """
+    if isinstance(loss, TraceEnum_ELBO) and loss.max_plate_nesting == math.inf:
+        sites = [site for trace in traces for site in trace.nodes.values()]
+        frames = [f for s in sites if s["type"] == "sample" for f in s["cond_indep_stack"]]
+        depth = max([-frame.dim for frame in frames if frame.dim is not None], default=0)
+        loss.max_plate_nesting = depth + (loss.vectorize_particles and loss.num_particles > 1)
+
+
+def latent_sites(trace: poutine.Trace) -> List[Tuple[str, Any]]:
+    """Sample sites with their names, without observed ones and subsampling."""
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    ]
+
+
+def _is_discrete(fn: Any) -> bool:
+    if getattr(fn, "has_enumerate_support", False):
+        return True
+    try:
+        return not _is_reparameterized(fn) and bool(fn.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _is_reparameterized(fn: Any) -> bool:
+    return bool(getattr(fn, "has_rsample", False))
+
+
+def _has_log_density(fn: Any) -> bool:
+    while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta) and bool(torch.any(torch.as_tensor(fn.log_density) != 0))

@@ -26,7 +26,7 @@ from pyro_rb.diagnostics.parameters import (
     parameters_of,
     run_traces,
 )
-from pyro_rb.diagnostics.report import HEAVY_TAIL
+from pyro_rb.diagnostics.recommend import HEAVY_TAIL
 from pyro_rb.diagnostics.state import preserve_state
 
 METHODS = ("paired", "independent", "exact")
