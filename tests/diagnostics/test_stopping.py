@@ -10,6 +10,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_rb import STLTrace_ELBO, StopRule
+from pyro_rb.diagnostics.stopping import _standard_error
 from tests.conftest import SEED
 from tests.models import conj, poisson
 
@@ -94,6 +95,23 @@ def test_correlated_losses_take_longer():
     slow, rule = stop_time(curve, wandering, 0, tolerance=0.3, count=40000)
     assert quick < 2000
     assert slow is None or slow > 2 * quick
+
+
+def test_standard_error_of_blocks():
+    rng = np.random.default_rng(SEED)
+    independent = [_standard_error(rng.normal(size=(2, 10))) for _ in range(300)]
+    known = [e for e in independent if math.isfinite(e)]
+    assert len(known) > 280
+    # The true one is sqrt(2 / 10); chance correlation makes the estimate larger.
+    assert 0.44 < np.median(known) < 0.52
+    # Neighbours that share a part of their noise, and blocks that are the same five times.
+    noise = rng.normal(size=(300, 21))
+    alike = [_standard_error((x[1:] + 0.3 * x[:-1]).reshape(2, 10)) for x in noise]
+    same = [_standard_error(np.repeat(x[:4], 5).reshape(2, 10)) for x in noise]
+    differences = [np.diff((x[1:] + 0.3 * x[:-1]).reshape(2, 10).mean(1)) for x in noise]
+    assert np.median(alike) > 0.9 * np.std(differences)
+    assert np.isinf(same).mean() > 0.95
+    assert math.isinf(_standard_error(np.arange(20.0).reshape(2, 10)))
 
 
 @pytest.mark.parametrize("length, is_seen", [(800, True), (20000, False)])
