@@ -23,7 +23,7 @@ from pyro_rb.diagnostics.table import (
 STYLE = """
 .pyro-rb { line-height: 1.45; }
 .pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums; }
-.pyro-rb th, .pyro-rb td { padding: 0.2em 0.7em; text-align: right; border: 0;
+.pyro-rb th, .pyro-rb td { padding: 0.2em 0.7em; text-align: right; border: 0; white-space: nowrap;
   border-bottom: 1px solid rgba(128, 128, 128, 0.35); background: none; color: inherit; }
 .pyro-rb th:first-child, .pyro-rb td:first-child,
 .pyro-rb th:last-child, .pyro-rb td:last-child { text-align: left; }

@@ -3,6 +3,7 @@
 
 """Variance along training, by :func:`draw_ratios`, and the loss, by :func:`draw_loss`."""
 
+import math
 from typing import Any, List, Tuple
 
 from pyro_rb.diagnostics.palette import (
@@ -33,6 +34,12 @@ def draw_ratios(panels: Any, comparison: Comparison, styles: Styles, handles: Ha
             line = axes.errorbar(steps, values, yerr=bars, **style)
             handles.setdefault(styles.label(row), line[0])
         axes.set_yscale("log")
+        bottom, top = axes.get_ylim()
+        decades = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
+        factors = (1, 2, 5) if top < 100 * bottom else (1,)
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+        shown = [tick for tick in ticks if bottom <= tick <= top]
+        axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
         axes.minorticks_off()
         dress(axes, "training steps", f"{label} / reference")
 
