@@ -1,0 +1,254 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Looks at a model and a guide before they are first used by an RVRSGuide, and refuses what
+would be silently wrong.
+"""
+
+import warnings
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+from pyro.distributions import Delta
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger, unwrap
+
+from pyro_rb.infer.rvrs_proposals import (
+    Proposer,
+    Structure,
+    Values,
+    check_reasons,
+    missing_site,
+    no_path_gradient,
+    strip,
+)
+from pyro_rb.ops.graph import leaves
+from pyro_rb.ops.score_identity import base_dists
+from pyro_rb.poutine import ProposalMessenger, TapMessenger
+from pyro_rb.poutine.proposal_messenger import Site
+
+#: Log densities with more elements in a proposal than this are evaluated twice.
+SMALL = 20_000
+
+
+def find_structure(
+    model: Callable,
+    guide: Callable,
+    args: Tuple,
+    kwargs: Dict,
+    local_plate: Optional[str],
+    known: Dict,
+) -> Structure:
+    """
+    Runs model and guide once as they are, once for two proposals at a time, and again
+    for each of these.
+
+    :raises ValueError: if the guide lacks a latent site of the model, or there is no such
+        local plate around one.
+    :raises NotImplementedError: naming the site, for what cannot be done.
+    """
+    if isinstance(unwrap(guide), Messenger):
+        raise NotImplementedError(
+            f"Found a GuideMessenger, {type(unwrap(guide)).__name__}. Expected a guide that "
+            "runs by itself, such as AutoNormal, or a function."
+        )
+    subsamples: Values = {}
+    with torch.no_grad():
+        with ProposalMessenger(subsamples=subsamples) as guide_run:
+            guide(*args, **kwargs)
+        values = {name: site.value for name, site in guide_run.latents.items()}
+        with ProposalMessenger(values=values, subsamples=subsamples) as model_run:
+            model(*args, **kwargs)
+    for name in model_run.latents:
+        if name not in guide_run.sites:
+            raise missing_site(name)
+    for name, site in guide_run.latents.items():
+        if not getattr(site.fn, "has_rsample", False):
+            raise no_path_gradient(name, site.fn, "not reparameterised")
+    _warn_of_surplus(guide_run, model_run)
+
+    sites = [*guide_run.sites.values(), *model_run.sites.values()]
+    dims = [frame.dim for site in sites for frame in site.frames if frame.dim is not None]
+    options: Dict[str, Any] = {}
+    if local_plate is not None:
+        frame = _find_plate(local_plate, model_run)
+        in_plate = {n: _is_in(local_plate, s) for n, s in guide_run.latents.items()}
+        for name, site in model_run.latents.items():
+            if _is_in(local_plate, site) and not in_plate[name]:
+                raise NotImplementedError(
+                    f"Site '{name}' is inside of plate '{local_plate}' in the model, but not "
+                    "in the guide. Expected a guide that draws it inside of the plate, such "
+                    "as AutoNormal or a function."
+                )
+        options = {
+            "plate": local_plate,
+            "plate_dim": frame.dim,
+            "has_globals": not all(in_plate.values()),
+            "num_items": frame.size,
+            "is_subsampled": frame.full_size not in (None, frame.size),
+        }
+    num_elements = sum(
+        site.log_prob.numel() for site in sites if site.log_prob is not None
+    )
+    structure = Structure(
+        dim=min(dims, default=0) - 1, is_small=num_elements <= SMALL, **options
+    )
+    _try_out(Proposer(model, guide, args, kwargs, structure, known))
+    return structure
+
+
+def _warn_of_surplus(
+    guide_run: ProposalMessenger, model_run: ProposalMessenger
+) -> None:
+    surplus = [
+        name
+        for name, site in guide_run.latents.items()
+        if name not in model_run.latents and not site.is_auxiliary
+    ]
+    if surplus:
+        warnings.warn(
+            f"Found sites {sorted(surplus)} in the guide but not in the model. If that is "
+            "meant, mark them by infer={'is_auxiliary': True}."
+        )
+
+
+def _is_in(plate: str, site: Site) -> bool:
+    return any(frame.name == plate for frame in site.frames)
+
+
+def _find_plate(name: str, run: ProposalMessenger) -> CondIndepStackFrame:
+    frames = {f.name: f for site in run.latents.values() for f in site.frames}
+    if name not in frames:
+        raise ValueError(
+            f"Invalid local_plate: {name!r}. Expected the name of a plate around a latent "
+            f"site of the model, one of {sorted(frames)}."
+        )
+    if frames[name].dim is None:
+        raise NotImplementedError(
+            f"local_plate '{name}' is a loop. Expected a vectorised plate, used by "
+            "`with pyro.plate(...)`."
+        )
+    return frames[name]
+
+
+def _try_out(proposer: Proposer) -> None:
+    """Two proposals at a time must be what each of them is by itself."""
+    with torch.enable_grad():
+        if proposer.structure.has_globals:
+            with ProposalMessenger():  # out of sight
+                proposer.draw_globals()
+        tap = TapMessenger(proposer._known)
+        try:
+            guide_run = proposer.run(proposer.guide, 2, {}, tap)
+            values = {
+                name: site.value.detach() for name, site in guide_run.latents.items()
+            }
+            model_run = proposer.run(proposer.model, 2, values)
+        except (IndexError, RuntimeError, TypeError, ValueError) as e:
+            if type(e) not in (IndexError, RuntimeError, TypeError, ValueError):
+                raise
+            raise type(e)(
+                f"{e}\nThe model and guide run once, but not for 2 proposals at a time, "
+                f"along dim {proposer.structure.dim} of each site. Expected code that "
+                "allows for batch dims on the left, as for vectorize_particles=True: "
+                "index from the right, and put batch dims in plates."
+            ) from e
+    check_reasons(tap, guide_run)
+    _check_deltas(proposer, guide_run, model_run, tap)
+    drawn = {
+        name: site
+        for name, site in guide_run.latents.items()
+        if not isinstance(list(base_dists(site.fn))[-1], Delta)
+    }
+    for what, fn, run, sites in (
+        ("guide", proposer.guide, guide_run, drawn),
+        ("model", proposer.model, model_run, model_run.latents),
+    ):
+        together = proposer.log_prob_sum(run).detach()
+        for i in range(2):
+            alone = [_run_alone(proposer, fn, sites, i) for _ in range(2)]
+            has_noise = not torch.equal(*alone)
+            if what == "guide" and has_noise:
+                break  # dropout: its mask belongs to the draw
+            if has_noise or not _is_close(alone[0][0], together[i]):
+                raise NotImplementedError(_differs(what, alone, together[i], has_noise))
+
+
+def _check_deltas(
+    proposer: Proposer, guide_run: ProposalMessenger, model_run: ProposalMessenger, tap: Any
+) -> None:
+    """
+    What is not drawn must be computed from draws alone, and change with them: the path
+    gradient has no part for a direct dependence on parameters.
+    """
+    stop = {value.grad_fn for value in tap.values.values()}
+    for name, site in guide_run.sites.items():
+        if site.log_prob is None:
+            continue
+        if ((torch.as_tensor(site.scale) - 1).abs() > 1e-6).any():
+            raise _scaled(name, site.scale)
+        if name in tap.values:
+            continue
+        for x in (site.log_prob, site.value):
+            if x.requires_grad and (x.grad_fn is None or any(leaves(x, stop))):
+                raise NotImplementedError(
+                    f"Guide site '{name}' of type {type(site.fn).__name__} is computed from "
+                    "parameters, not from draws alone. Expected draws from a "
+                    "reparameterised distribution, or functions of such draws without "
+                    "parameters of their own: AutoDelta cannot be used, nor a learned "
+                    "transform outside of a TransformedDistribution."
+                )
+    for name in proposer.latents(model_run):
+        value = guide_run.sites[name].value
+        if torch.equal(value[0], value[1]):
+            raise NotImplementedError(
+                f"Guide site '{name}' has the same value in two draws. Expected a random "
+                "draw: a point estimate, as by AutoDelta, leaves nothing to accept or "
+                "reject. In local mode, local sites must be drawn inside of the plate."
+            )
+
+
+def _scaled(name: str, scale: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"Guide site '{name}' is scaled by {scale}. Expected a guide without poutine.scale "
+        "inside: put the same scale around the RVRSGuide and the model given to SVI, and "
+        "make the RVRSGuide of the unscaled model and guide."
+    )
+
+
+def _run_alone(
+    proposer: Proposer, fn: Callable, sites: Dict[str, Site], i: int
+) -> torch.Tensor:
+    """Log density of the ``i``-th of two proposals, run without the other."""
+    structure = proposer.structure
+    values: Values = {name: value for name, (value, _) in proposer.globals.items()}
+    for name, site in sites.items():
+        if site.log_prob is not None:
+            values[name] = strip(site, site.value.detach())[i]
+    with torch.no_grad(), ProposalMessenger(
+        values=values, subsamples=proposer.subsamples, plate=structure.plate
+    ) as run:
+        fn(*proposer.args, **proposer.kwargs)
+    return run.log_prob_sum(structure.plate_dim)
+
+
+def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    rtol = 1e-6 if a.dtype == torch.float64 else 1e-3
+    scale = max(1.0, b.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
+    return torch.allclose(a, b.to(a), rtol=0.0, atol=rtol * scale, equal_nan=True)
+
+
+def _differs(what: str, alone: Any, together: torch.Tensor, has_noise: bool) -> str:
+    if has_noise:
+        return (
+            f"The log density of the {what} differs between two runs at the same values, by "
+            f"{(alone[0] - alone[1]).abs().max().item():.3g}. Expected a function of the "
+            "latents: switch dropout off by .eval(), and mark random sites as latents."
+        )
+    return (
+        f"The log density of the {what} for two proposals at a time is {together}, and for "
+        f"one of them alone {alone[0][0]}. Expected the same. The proposals are a batch dim on "
+        "the left of all plates, as with vectorize_particles=True: sum over dims by "
+        "negative index, do not use batch normalisation, and give each batch dim a plate."
+    )
