@@ -80,6 +80,8 @@ class RVRSGuide(PyroModule):
         self.max_steps = max_steps
         self.local_plate = local_plate
         self.local_size = local_size
+        # For all items of a plate; else each call of a plate without a size finds its own.
+        self._has_one_threshold = T is not None
         shape = () if local_size is None else (local_size,)
         nan = torch.full(shape, math.nan)
         self.register_buffer("T", nan.clone() if T is None else torch.full(shape, float(T)))
@@ -106,6 +108,19 @@ class RVRSGuide(PyroModule):
     # -- Sampling -------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
+        """
+        Makes the sites of the latents, and a factor, inside of a loss.
+
+        :return: the emitted draw of each latent site, by name.
+        """
+        try:
+            return self._forward(args, kwargs)
+        except StructureChanged:
+            # Nothing was emitted yet.
+            self._structure = None
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Tuple, kwargs: Dict) -> Dict[str, torch.Tensor]:
         particles = self._find_particles()
         num_emitted = 1 if particles is None else particles.size
         num_samples = max(self.num_samples, num_emitted)
@@ -181,7 +196,7 @@ class RVRSGuide(PyroModule):
     def _find_threshold(self, proposer: Proposer) -> torch.Tensor:
         """``[*batch]``, for the items of this call."""
         if self.local_plate is not None and self.local_size is None:
-            if self.adaptation == "fixed" and not self.T.isnan():
+            if self._has_one_threshold:
                 return self.T
             return solve_by_pilot(proposer, self.Z_target, self.epsilon)
         index = self._find_items(proposer)
@@ -220,9 +235,9 @@ class RVRSGuide(PyroModule):
         T = accepted.T
         mean = acceptance(log_weight, T, self.epsilon).mean().to(self.Z)
         self.Z = mean if self.Z.isnan() else self.Z + _FORGET * (mean - self.Z)
-        if self.adaptation == "fixed":
-            return
-        if self.local_plate is None or self.local_size is not None:
+        if self.local_plate is not None and self.local_size is None:
+            self.T = T.mean().to(self.T)  # for information
+        elif self.adaptation == "Z_target":
             new = adapt_threshold(
                 log_weight, T, self.Z_target, self.epsilon, self.T_lr
             )
@@ -278,7 +293,10 @@ class RVRSGuide(PyroModule):
                 fn = Delta(value, event_dim=event_dim, validate_args=False)
                 values[name] = pyro.sample(name, fn)
             pyro.factor("_rvrs_factor", factor, has_rsample=True)
-        return {**{n: v for n, (v, _) in proposer.globals.items()}, **values}
+        for name, (value, _) in proposer.globals.items():
+            if name in run.sites:
+                values[name] = value
+        return values
 
     # -- What users ask of the guide ------------------------------------------
 
@@ -305,7 +323,11 @@ class RVRSGuide(PyroModule):
                 size = 1 if self._is_mixed(proposer) else num_samples
                 accepted = self._sample(proposer, size)
                 sites = accepted.rounds[0].joint.run.sites
-                draw = {n: v.unsqueeze(0) for n, (v, _) in proposer.globals.items()}
+                draw = {
+                    name: value.unsqueeze(0)
+                    for name, (value, _) in proposer.globals.items()
+                    if name in sites
+                }
                 for name, value in accepted.values.items():
                     draw[name] = strip(sites[name], value)
                 draws.append(draw)
@@ -344,7 +366,7 @@ class RVRSGuide(PyroModule):
 
         :param int num_samples: number of proposals, ``>= 2``. With a local plate, for
             each item; if there are global latents or subsamples, they are shared out
-            among about the square root as many draws of these, and ``>= 4``.
+            among draws of these, about 256 for each, and there must be 8 or more.
         :param args: arguments of the model; ``kwargs`` likewise.
         :return: the ELBO and its standard error.
         :raises ValueError: if ``num_samples`` is too small.
@@ -355,11 +377,11 @@ class RVRSGuide(PyroModule):
             proposer = self._make_proposer(args, kwargs)
             if not self._is_mixed(proposer):
                 return self._estimate(proposer, num_samples)
-            check_count("num_samples", num_samples, 4)
-            num_passes = max(2, round(num_samples**0.5))
+            check_count("num_samples", num_samples, 8)
+            num_passes = max(4, num_samples // MAX_ROUND)
             values = []
             for _ in range(num_passes):
-                value, _ = self._estimate(proposer, max(2, num_samples // num_passes))
+                value, _ = self._estimate(proposer, num_samples // num_passes)
                 values.append(value)
                 proposer = self._make_proposer(args, kwargs)
         x = torch.tensor(values, dtype=torch.float64)

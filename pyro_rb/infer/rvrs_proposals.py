@@ -223,6 +223,11 @@ class Proposer:
 
     def _check_frame(self, name: str, frame: CondIndepStackFrame) -> None:
         if frame.dim is not None and frame.dim <= self.structure.dim:
+            if self.globals:
+                raise NotImplementedError(
+                    f"Plate '{frame.name}' at site '{name}' is further left than any at the "
+                    "first call. Expected a fixed nesting of plates: make a new RVRSGuide."
+                )
             raise StructureChanged
         if frame.name == self.structure.plate:
             self.plate = frame
