@@ -41,7 +41,7 @@ class Accepted(NamedTuple):
     #: ``[S, *batch]``
     log_weight: torch.Tensor
     #: Positions among all proposals, ``[S, *batch]``.
-    index: torch.Tensor
+    position: torch.Tensor
     #: Proposals up to and including the last one that was accepted, ``[*batch]``.
     num_proposed: torch.Tensor
     #: Of the latents of the model, each ``[S, *plates, *event]``.
@@ -207,14 +207,14 @@ def compute_surrogate(
     if torch.is_grad_enabled() and not has_graph:
         again = proposer.evaluate(len(log_weight), accepted.values)
     if again is None:
-        log_p = _cat([j.log_p.detach() for j in joints]).gather(0, accepted.index)
+        log_p = _cat([j.log_p.detach() for j in joints]).gather(0, accepted.position)
     else:
         log_p = again.log_p.detach()
     emitted = log_p[:num_emitted].sum(0)
     if not torch.is_grad_enabled():
         return Surrogate(mean_f, None, emitted)
     path, model = _scaled(weights, num_emitted)
-    rows = accepted.index
+    rows = accepted.position
     sizes = [len(r.log_weight) for r in accepted.rounds]
     shape = (sum(sizes),) + rows.shape[1:]
     all_path = _scatter(shape, rows, path).split(sizes)
