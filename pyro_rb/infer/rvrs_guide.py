@@ -24,13 +24,12 @@ from pyro_rb.infer.rvrs_sampler import (
     MAX_ROUND,
     Accepted,
     RejectionSamplingError,
-    compute_surrogate,
     sample,
     solve_by_pilot,
 )
 from pyro_rb.infer.rvrs_structure import find_structure
+from pyro_rb.infer.rvrs_surrogate import compute_surrogate
 from pyro_rb.ops.rejection import (
-    acceptance,
     adapt_threshold,
     estimate_bound,
     log_normalizer,
@@ -344,15 +343,19 @@ class RVRSGuide(PyroModule):
         self.T = new
 
     def _adapt(self, proposer: Proposer, accepted: Accepted) -> None:
-        log_weight = accepted.all_log_weights
         T = accepted.T
-        mean = acceptance(log_weight, T, self.epsilon).mean().to(self.Z)
+        mean = accepted.acceptance.mean().to(self.Z)
         self.Z = mean if self.Z.isnan() else self.Z + _FORGET * (mean - self.Z)
         if self.local_plate is not None and self.local_size is None:
             self.T = T.mean().to(self.T)  # for information
         elif self.adaptation == "Z_target":
             new = adapt_threshold(
-                log_weight, T, self.Z_target, self.epsilon, self.T_lr
+                accepted.all_log_weights,
+                T,
+                self.Z_target,
+                self.epsilon,
+                self.T_lr,
+                accepted.acceptance,
             )
             self._set_threshold(self._find_items(proposer), new)
 

@@ -75,8 +75,8 @@ class Proposals(NamedTuple):
 
     #: ``[M, *batch]``, detached, -inf where not finite.
     log_weight: torch.Tensor
-    #: Number of log weights that are not finite, 0-dim.
-    num_invalid: torch.Tensor
+    #: Number of log weights that are not finite.
+    num_invalid: int
     #: ``[M, *batch]``, with a graph if gradients are enabled.
     log_q: torch.Tensor
     #: Of the latents of the model, each ``[M, *plates, *event]``.
