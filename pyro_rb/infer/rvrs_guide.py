@@ -312,7 +312,7 @@ class RVRSGuide(PyroModule):
                 return self.T
             return solve_by_pilot(proposer, self.Z_target, self.epsilon)
         index = self._find_items(proposer)
-        T = self.T[index]
+        T = self.T[index] if self.T.dim() else self.T
         is_unknown = T.isnan()
         if is_unknown.any():
             solved = solve_by_pilot(proposer, self.Z_target, self.epsilon)
@@ -321,9 +321,9 @@ class RVRSGuide(PyroModule):
         return T
 
     def _find_items(self, proposer: Proposer) -> Any:
-        """What ``T`` is to be indexed by."""
+        """What ``T`` is to be indexed by, unless there is one for all."""
         if self.local_plate is None:
-            return ()
+            return None
         frame = proposer.plate
         assert frame is not None
         size = frame.full_size or frame.size
@@ -338,9 +338,10 @@ class RVRSGuide(PyroModule):
 
     def _set_threshold(self, index: Any, T: torch.Tensor) -> None:
         # Out of place: a graph may hold the old one.
-        new = self.T.detach().clone()
-        new[index] = T.to(new)
-        self.T = new
+        new = T.to(self.T.dtype)
+        if self.T.dim():
+            new = self.T.index_put((index,), new)
+        self.T = new.detach()
 
     def _adapt(self, proposer: Proposer, accepted: Accepted) -> None:
         T = accepted.T
@@ -361,9 +362,7 @@ class RVRSGuide(PyroModule):
 
     def _warn_of_invalid(self, accepted: Accepted) -> None:
         self._num_invalid += accepted.num_invalid
-        self._num_proposed += accepted.rounds[0].log_weight[0].numel() * sum(
-            len(r.log_weight) for r in accepted.rounds
-        )
+        self._num_proposed += accepted.all_log_weights.numel()
         share = self._num_invalid / self._num_proposed
         if share > 0.01 and self._num_proposed >= 100 and not self._has_warned:
             self._has_warned = True
