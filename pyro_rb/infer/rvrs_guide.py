@@ -17,7 +17,6 @@ from pyro_rb.infer.rvrs_options import check_count, check_options
 from pyro_rb.infer.rvrs_proposals import (
     Proposer,
     Structure,
-    StructureChanged,
     strip,
 )
 from pyro_rb.infer.rvrs_sampler import (
@@ -27,7 +26,7 @@ from pyro_rb.infer.rvrs_sampler import (
     sample,
     solve_by_pilot,
 )
-from pyro_rb.infer.rvrs_structure import find_structure
+from pyro_rb.infer.rvrs_structure import find_dim, find_structure
 from pyro_rb.infer.rvrs_surrogate import compute_surrogate
 from pyro_rb.ops.rejection import (
     adapt_threshold,
@@ -227,8 +226,13 @@ class RVRSGuide(PyroModule):
         """
         try:
             return self._forward(args, kwargs)
-        except StructureChanged:
-            # Nothing was emitted yet.
+        except (IndexError, RuntimeError, ValueError):
+            # Are there more plates than at the first call? Nothing was emitted yet.
+            structure = self._structure
+            if structure is None or structure.has_globals:
+                raise
+            if find_dim(self.model, self.guide, args, kwargs) == structure.dim:
+                raise
             self._structure = None
             return self._forward(args, kwargs)
 

@@ -252,13 +252,6 @@ class Proposer:
                 self._check_frame(name, frame)
 
     def _check_frame(self, name: str, frame: CondIndepStackFrame) -> None:
-        if frame.dim is not None and frame.dim <= self.structure.dim:
-            if self.globals:
-                raise NotImplementedError(
-                    f"Plate '{frame.name}' at site '{name}' is further left than any at the "
-                    "first call. Expected a fixed nesting of plates: make a new RVRSGuide."
-                )
-            raise StructureChanged
         if frame.name == self.structure.plate:
             self.plate = frame
         elif frame.full_size not in (None, frame.size):
@@ -279,10 +272,6 @@ def missing_site(name: str) -> ValueError:
         "samples every latent site of the model: add the site to the guide, or fix its "
         "value by poutine.condition."
     )
-
-
-class StructureChanged(Exception):
-    """Plates are nested deeper than at the first call."""
 
 
 _HARMLESS = (
