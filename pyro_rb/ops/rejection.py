@@ -216,9 +216,10 @@ def adapt_threshold(
 ) -> torch.Tensor:
     """
     A step of the threshold towards the target: Newton's, with a limit on its length and
-    on how flat the acceptance may be. Its fixed point is unbiased. Where all proposals
-    are almost surely accepted or rejected there is no slope to follow, and the step goes
-    half of the way to what :func:`solve_threshold` says of these proposals.
+    on how flat the acceptance may be. Its fixed point is unbiased. Where the acceptance
+    is far off, or each proposal is almost surely accepted or rejected so that there is no
+    slope to follow, the step goes half of the way to what :func:`solve_threshold` says
+    of these proposals.
 
     :param log_weight: of proposals that were decided upon with T, ``[M, *batch]``.
     :param T: threshold, ``[*batch]``.
@@ -237,12 +238,13 @@ def adapt_threshold(
     slope = ((a - epsilon).clamp(min=0) * (1 - a)).mean(0) / (1 - epsilon)
     if T.dim() == 0:
         mean, flat = torch.stack([mean_a, slope]).tolist()
-        if flat >= _SATURATED:  # in floats, which takes a tenth of the time
+        if flat >= _SATURATED and target / 4 <= mean <= (1 + target) / 2:
+            # In floats, which takes a tenth of the time.
             return T + lr * max(-2.0, min(2.0, (target - mean) / max(flat, 0.02)))
     step = ((target - mean_a) / slope.clamp(min=0.02)).clamp(-2, 2)
     new = T + lr * step
-    is_saturated = slope < _SATURATED
-    if is_saturated.any():
+    is_off = (slope < _SATURATED) | (mean_a > (1 + target) / 2) | (mean_a < target / 4)
+    if is_off.any():
         solved = solve_threshold(log_weight, target, epsilon)
-        new = torch.where(is_saturated, (T + solved) / 2, new)
+        new = torch.where(is_off, (T + solved) / 2, new)
     return new.where(new.isfinite(), T)
