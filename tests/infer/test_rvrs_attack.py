@@ -111,6 +111,7 @@ def test_full_covariance(make):
     with torch.no_grad():
         for i, p in enumerate(guide.parameters()):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+
     def exact():
         return plane(plane_log_joint, guide.get_posterior().log_prob)
 
