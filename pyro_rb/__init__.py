@@ -12,7 +12,13 @@ from pyro_rb.diagnostics import (
     compare,
     measure_noise,
 )
-from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
+from pyro_rb.infer import (
+    DReG_ELBO,
+    RaoBlackwellTopK_ELBO,
+    RejectionSamplingError,
+    RVRSGuide,
+    STLTrace_ELBO,
+)
 
 __version__ = "0.1.0"
 
@@ -22,6 +28,8 @@ __all__ = [
     "GradientGuard",
     "NonFiniteError",
     "RaoBlackwellTopK_ELBO",
+    "RejectionSamplingError",
+    "RVRSGuide",
     "STLTrace_ELBO",
     "StopRule",
     "check_unbiased",

@@ -1,12 +1,16 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from pyro_rb.poutine.frames_messenger import FramesMessenger
+from pyro_rb.poutine.proposal_messenger import ProposalMessenger
 from pyro_rb.poutine.shared_subsample_messenger import SharedSubsampleMessenger
 from pyro_rb.poutine.tap_messenger import TapMessenger
 from pyro_rb.poutine.topk_messenger import TopKMessenger, TopKModelMessenger
 from pyro_rb.poutine.topk_options import TopKOptions
 
 __all__ = [
+    "FramesMessenger",
+    "ProposalMessenger",
     "SharedSubsampleMessenger",
     "TapMessenger",
     "TopKMessenger",

@@ -1,0 +1,298 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import pyro
+import torch
+from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import get_plates
+
+from pyro_rb.infer.rvrs_options import check_count, check_options
+from pyro_rb.infer.rvrs_posterior import PosteriorMixin
+from pyro_rb.infer.rvrs_proposals import Proposer, strip
+from pyro_rb.infer.rvrs_sampler import Accepted
+from pyro_rb.infer.rvrs_structure import find_dim
+from pyro_rb.infer.rvrs_surrogate import compute_surrogate
+from pyro_rb.ops.rejection import log_normalizer
+from pyro_rb.poutine import FramesMessenger
+
+
+class RVRSGuide(PosteriorMixin, PyroModule):
+    r"""
+    A guide that is closer to the posterior than the guide that it is made of, by
+    rejection sampling [1, 2]. It is trained by :class:`~pyro.infer.SVI` with
+    :class:`~pyro.infer.Trace_ELBO`, by the exact pathwise gradient.
+
+    Draws :math:`z` of the given guide :math:`q_\phi` are proposals. With
+    :math:`\ell = \log p_\theta(x, z) - \log q_\phi(z)`, one is accepted with probability
+
+    .. math::
+
+        a(z) = \epsilon + (1 - \epsilon) \, \sigma(\ell + T),
+
+    so that accepted draws have the density :math:`r(z) = q(z) a(z) / Z` with
+    :math:`Z = E_q[a]`. The smaller the threshold :math:`T`, the closer they are to the
+    posterior, and the more proposals it takes, :math:`1 / Z` for each. The objective is the
+    ELBO of :math:`r` (section 3 of [2]),
+
+    .. math::
+
+        E_r[f] + \log Z, \qquad f = \ell - \log a.
+
+    The gradient is at fixed :math:`T`, and unbiased for ``num_samples`` accepted draws a
+    call. It needs one evaluation of the model's gradient, none of :math:`Z`. Each loss is
+    an unbiased, noisy estimate of the objective; watch :meth:`elbo`.
+
+    **Requirements.** A model whose log density is a function of its latents, and model
+    and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.
+    A guide of reparameterised draws, with a support that does not depend on a parameter,
+    and invertible transforms if any: :class:`~pyro.infer.autoguide.AutoNormal`,
+    :class:`~pyro.infer.autoguide.AutoDiagonalNormal`,
+    :class:`~pyro.infer.autoguide.AutoMultivariateNormal`,
+    :class:`~pyro.infer.autoguide.AutoLowRankMultivariateNormal`,
+    :class:`~pyro.infer.autoguide.AutoIAFNormal` (whose inverse is slow), an
+    :class:`~pyro.infer.autoguide.AutoGuideList` of these, or a function. The first call
+    checks all this, at the cost of about ten runs of model and guide. The loss must be
+    ``Trace_ELBO``. Of particles, vectorised ones are accepted draws of one call.
+    ``model`` must be the very model that is given to ``SVI``; a
+    :func:`~pyro.poutine.scale` must be around both of the guide and the model of ``SVI``.
+
+    **Local latents.** The more latents are accepted or rejected together, the less is
+    gained. Name the plate of the local ones as ``local_plate``: they are then accepted
+    item by item, each with a threshold of its own, and the plate may be subsampled.
+    Latents outside of it come from the same guide, unrejected. With ``local_size`` the
+    thresholds are kept and adapted. Without, each call finds those of its items from 32
+    proposals that it discards, which works for data without an index and for unseen data.
+
+    **When it is worse.** A step costs about ``num_samples / Z`` evaluations of the model:
+    if a mean-field guide is good enough, take that. Fit the guide by plain SVI first, and
+    wrap it then; its parameters keep their names. Where :math:`\ell` falls faster than a
+    square in the tails of the guide, draws from there, accepted with the probability
+    :math:`\epsilon`, make gradients heavy-tailed: take a smaller ``epsilon`` or a narrower
+    guide. Where the model's density ends at a hard edge inside of the guide's support,
+    the gradient is biased; there is a warning when such proposals occur. Gradients are
+    first order only. RenyiELBO and importance sampling need a density of each draw, and
+    give nonsense with this guide.
+
+    :param callable model: the model.
+    :param callable guide: the proposal. Defaults to ``AutoDiagonalNormal(model)``.
+    :param int num_samples: accepted draws in a call, ``>= 2``. Defaults to 2.
+    :param float T: the threshold to start from. None, the default, solves for
+        ``Z_target`` on proposals that are discarded.
+    :param float epsilon: least acceptance, between 0 and 1. Defaults to 0.01. Larger
+        values lower the ELBO.
+    :param float Z_target: the wanted mean acceptance, between ``epsilon`` and 1.
+        Defaults to 0.33.
+    :param str adaptation: ``"Z_target"``, the default: the threshold follows the
+        acceptance, in training mode and with gradients enabled. ``"fixed"``: it stays.
+    :param float T_lr: learning rate of the threshold. Defaults to 0.1.
+    :param int max_steps: proposals in a call at most, for each ``num_samples`` draws, and
+        each item of the local plate. Defaults to 10,000.
+    :param str local_plate: name of the plate of the local latents. Defaults to None.
+    :param int local_size: full size of that plate. Defaults to None.
+    :ivar torch.Tensor T: the threshold, 0-dim or ``[local_size]``, NaN before it is
+        known; without ``local_size`` the mean of the last ones. In ``state_dict``.
+    :ivar torch.Tensor Z: running mean of the acceptance in training. In ``state_dict``.
+    :ivar guide: the proposal.
+    :raises ValueError: naming the argument that is out of range. At a call, naming the
+        site, for a latent that the guide lacks, and for a plate that is not there or not
+        of ``local_size``.
+    :raises NotImplementedError: at a call, naming the site or the plate: guide sites that
+        are discrete, point estimates, or otherwise without a path gradient; a subsampling
+        plate that is not ``local_plate``; a model or guide that gives something else for
+        two proposals at a time; ``local_plate`` within vectorised particles; JIT losses.
+    :raises RejectionSamplingError: at a call, if ``max_steps`` proposals were too few.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(data):
+        ...     rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", len(data)):
+        ...         pyro.sample("obs", dist.Exponential(rate), obs=data)
+        >>> data = torch.tensor([0.3, 0.8, 2.1])
+        >>> guide = RVRSGuide(model, AutoNormal(model, init_scale=0.5))
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> loss = svi.step(data)
+        >>> guide.sample_posterior(5, data)["rate"].shape
+        torch.Size([5])
+
+    **References**
+
+    [1] Aditya Grover, Ramki Gummadi, Miguel Lazaro-Gredilla, Dale Schuurmans, Stefano
+    Ermon (2018), "Variational Rejection Sampling". https://arxiv.org/abs/1804.01712
+
+    [2] Martin Jankowiak, Du Phan (2024), "Reparameterized Variational Rejection
+    Sampling". https://arxiv.org/abs/2309.14612
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Optional[Callable] = None,
+        *,
+        num_samples: int = 2,
+        T: Optional[float] = None,
+        epsilon: float = 0.01,
+        Z_target: float = 0.33,
+        adaptation: str = "Z_target",
+        T_lr: float = 0.1,
+        max_steps: int = 10_000,
+        local_plate: Optional[str] = None,
+        local_size: Optional[int] = None,
+    ) -> None:
+        super().__init__()
+        check_count("num_samples", num_samples, 2)
+        check_count("max_steps", max_steps, 1)
+        check_options(T, epsilon, Z_target, adaptation, T_lr, local_plate, local_size)
+        # The model is no submodule: its parameters are not the guide's.
+        object.__setattr__(self, "model", model)
+        guide = AutoDiagonalNormal(model) if guide is None else guide
+        if isinstance(guide, torch.nn.Module):
+            # Assignment, or PyroModule's own add_module, would rename its parameters.
+            torch.nn.Module.add_module(self, "guide", guide)
+        else:
+            object.__setattr__(self, "_guide_function", guide)
+        self.num_samples = num_samples
+        self.epsilon = epsilon
+        self.Z_target = Z_target
+        self.adaptation = adaptation
+        self.T_lr = T_lr
+        self.max_steps = max_steps
+        self.local_plate = local_plate
+        self.local_size = local_size
+        # For all items of a plate; else each call of a plate without a size finds its own.
+        self._has_one_threshold = T is not None
+        shape = () if local_size is None else (local_size,)
+        nan = torch.full(shape, math.nan)
+        self.register_buffer("T", nan.clone() if T is None else torch.full(shape, float(T)))
+        self.register_buffer("Z", torch.tensor(math.nan))
+        self._structure = None
+        self._known = {}
+        self._num_proposed = self._num_invalid = 0
+        self._has_warned = False
+
+    @property
+    def guide(self) -> Callable:
+        """The proposal."""
+        # PyroModule would rename a guide without a name on access.
+        modules = self.__dict__.get("_modules", {})
+        if "guide" in modules:
+            return modules["guide"]
+        if "_guide_function" in self.__dict__:
+            return self.__dict__["_guide_function"]
+        raise AttributeError("guide")
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_structure": None, "_known": {}}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
+        """
+        Makes the sites of the latents, and a factor, inside of a loss.
+
+        :return: the emitted draw of each latent site, by name.
+        """
+        try:
+            return self._forward(args, kwargs)
+        except (IndexError, RuntimeError, ValueError):
+            # Are there more plates than at the first call? Nothing was emitted yet.
+            structure = self._structure
+            if structure is None or structure.has_globals:
+                raise
+            if find_dim(self.model, self.guide, args, kwargs) == structure.dim:
+                raise
+            self._structure = None
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Tuple, kwargs: Dict) -> Dict[str, torch.Tensor]:
+        particles = self._find_particles()
+        num_emitted = 1 if particles is None else particles.size
+        num_samples = max(self.num_samples, num_emitted)
+        proposer = self._make_proposer(args, kwargs)
+        accepted = self._sample(proposer, num_samples, proposer.structure.is_small)
+        surrogate = compute_surrogate(proposer, accepted, self.epsilon, num_emitted)
+        log_z = log_normalizer(num_samples, accepted.num_proposed).to(surrogate.mean_f)
+        bound = num_emitted * (surrogate.mean_f + log_z)
+        factor = surrogate.log_p - bound
+        if surrogate.gradient is not None:
+            factor = factor - (surrogate.gradient - surrogate.gradient.detach())
+        values = self._emit(proposer, accepted, factor, particles)
+        if self.training and torch.is_grad_enabled():
+            self._adapt(proposer, accepted)
+        return values
+
+    def _find_particles(self) -> Any:
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "RVRSGuide was called inside of torch.jit.trace, which would freeze the "
+                "number of proposals and the threshold. Expected a loss that is not "
+                "compiled, Trace_ELBO in place of JitTrace_ELBO."
+            )
+        plates = [frame for frame in get_plates() if frame.dim is not None]
+        if not plates:
+            return None
+        if len(plates) > 1:
+            names = [frame.name for frame in plates]
+            raise NotImplementedError(
+                f"RVRSGuide was called inside of the plates {names}. Expected one at most, "
+                "that of the particles; plates of the model belong inside of the model."
+            )
+        if self.local_plate is not None:
+            raise NotImplementedError(
+                f"RVRSGuide with local_plate={self.local_plate!r} was called inside of plate "
+                f"'{plates[0].name}'. Expected no vectorised particles or predictions: "
+                "raise num_samples in place of num_particles, and set parallel=False."
+            )
+        return plates[0]
+
+    def _emit(
+        self, proposer: Proposer, accepted: Accepted, factor: torch.Tensor, particles: Any
+    ) -> Dict[str, torch.Tensor]:
+        """Makes the sites that the ELBO sees: the draws, and what is left of the bound."""
+        run = accepted.rounds[0].joint.run
+        sites = {name: run.sites[name] for name in accepted.values}
+        frames = {name: site.frames for name, site in sites.items()}
+        if particles is not None:
+            factor = (factor / particles.size).expand(
+                (particles.size,) + (1,) * (-particles.dim - 1)
+            )
+        plate: Any = nullcontext()
+        if proposer.plate is not None:
+            name, size = proposer.plate.name, proposer.plate.size
+            frames = {n: tuple(f for f in fs if f.name != name) for n, fs in frames.items()}
+            dim = proposer.plate.dim
+            assert dim is not None
+            factor = factor.expand(size).reshape((size,) + (1,) * (-dim - 1))
+            subsample = proposer.subsamples[name]
+            full_size = proposer.plate.full_size or size
+            plate = pyro.plate(name, full_size, subsample=subsample, dim=dim)
+        values = {}
+        with plate, FramesMessenger(frames):
+            for name, value in accepted.values.items():
+                event_dim = sites[name].fn.event_dim
+                value = strip(sites[name], value.detach())
+                if particles is None:
+                    value = value[0]
+                else:
+                    dim = particles.dim - event_dim
+                    value = _with_particles(value[: particles.size], dim)
+                fn = Delta(value, event_dim=event_dim, validate_args=False)
+                values[name] = pyro.sample(name, fn)
+            pyro.factor("_rvrs_factor", factor, has_rsample=True)
+        for name, (value, _) in proposer.globals.items():
+            if name in run.sites:
+                values[name] = value
+        return values
+
+
+def _with_particles(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """Moves particles from dim 0 to ``dim``, a negative int, left of all others."""
+    shape = value.shape
+    return value.reshape(shape[:1] + (1,) * (-dim - value.dim()) + shape[1:])

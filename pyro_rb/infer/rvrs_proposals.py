@@ -1,0 +1,319 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Proposals of a guide, weighed by a model, many at a time.
+"""
+
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+
+from pyro_rb.ops.rejection import clean_log_weights
+from pyro_rb.ops.score_identity import base_dists, flat_transforms
+from pyro_rb.poutine import ProposalMessenger, TapMessenger
+from pyro_rb.poutine.proposal_messenger import Site
+
+Values = Dict[str, torch.Tensor]
+
+
+class Structure(NamedTuple):
+    """What stays the same from call to call."""
+
+    #: Dim of the proposals, left of all plates of model and guide.
+    dim: int
+    #: Name and dim of the plate of the local latents, if any.
+    plate: Optional[str] = None
+    plate_dim: Optional[int] = None
+    #: Whether the guide samples anything outside of that plate.
+    has_globals: bool = False
+    #: Items of that plate in a call, and whether they are a subsample.
+    num_items: int = 1
+    is_subsampled: bool = False
+    #: Whether the model is to be run for one proposal at a time.
+    is_looped: bool = False
+    #: Latents of the model, of which plates and event dims are used.
+    sites: Mapping[str, Site] = {}
+    #: Whether log densities have so few elements that a gradient of all proposals is
+    #: cheaper than a second evaluation of those that were accepted.
+    is_small: bool = True
+
+
+class Rescale:
+    """Holds what gradients by latents are multiplied by, once it is known."""
+
+    factor: Optional[torch.Tensor] = None
+
+
+class _Rescaled(torch.autograd.Function):
+    """The identity. Multiplies its gradient by a factor that is set later."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, rescale: Rescale, like: Callable) -> Any:
+        ctx.rescale, ctx.like = rescale, like
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        factor = ctx.like(ctx.rescale.factor, grad)
+        # A rejected proposal may be where the density has no gradient.
+        return torch.where(factor == 0, torch.zeros_like(grad), grad * factor), None, None
+
+
+class LogJoint(NamedTuple):
+    """The model at some values of the latents."""
+
+    #: ``[M, *batch]``, with a graph.
+    log_p: torch.Tensor
+    rescale: Rescale
+    run: ProposalMessenger
+
+
+class Proposals(NamedTuple):
+    """M proposals. ``batch`` is empty, or the items of the local plate."""
+
+    #: ``[M, *batch]``, detached, -inf where not finite.
+    log_weight: torch.Tensor
+    #: Number of log weights that are not finite.
+    num_invalid: int
+    #: ``[M, *batch]``, with a graph if gradients are enabled.
+    log_q: torch.Tensor
+    #: Of the latents of the model, each ``[M, *plates, *event]``.
+    values: Values
+    #: None if gradients are disabled.
+    tap: Optional[TapMessenger]
+    joint: LogJoint
+
+
+class Proposer:
+    """
+    Draws proposals in one call of an RVRSGuide: with one subsample, and one draw of the
+    global latents.
+
+    :param guide: the proposal.
+    :param structure: of model and guide.
+    :param known: what taps found out about the guide's sites, see ``TapMessenger``.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: Tuple,
+        kwargs: Dict,
+        structure: Structure,
+        known: Dict,
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.args = args
+        self.kwargs = kwargs
+        self.structure = structure
+        self.subsamples: Values = {}
+        #: Draws of the guide outside of the local plate, and their event dims.
+        self.globals: Dict[str, Tuple[torch.Tensor, int]] = {}
+        #: The local plate, as it was in the last run.
+        self.plate: Optional[CondIndepStackFrame] = None
+        self.known = known
+
+    def draw_globals(self) -> None:
+        """Runs the guide, of which all but the local latents is visible from outside."""
+        with ProposalMessenger(
+            subsamples=self.subsamples, plate=self.structure.plate, expose=True
+        ) as run:
+            self.guide(*self.args, **self.kwargs)
+        self.globals = {
+            name: (site.value, site.fn.event_dim)
+            for name, site in run.latents.items()
+            if site.log_prob is None
+        }
+
+    def log_ratio_of_globals(self) -> torch.Tensor:
+        """Log density of the model less that of the guide, outside of the local plate."""
+        values = {name: value for name, (value, _) in self.globals.items()}
+        total = torch.zeros(())
+        for fn, sign in ((self.guide, -1), (self.model, 1)):
+            with ProposalMessenger(values=values, subsamples=self.subsamples) as run:
+                fn(*self.args, **self.kwargs)
+            for name, site in run.sites.items():
+                values.setdefault(name, site.value)
+                if all(frame.name != self.structure.plate for frame in site.frames):
+                    assert site.log_prob is not None
+                    total = total + sign * site.log_prob.sum()
+        return total
+
+    def like(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """
+        Gives ``x`` of shape ``[M, *batch]`` the dims of ``value``, for broadcasting.
+        """
+        shape = [1] * value.dim()
+        shape[0] = len(x)
+        if self.structure.plate_dim is not None:
+            shape[self.structure.plate_dim - self.structure.dim] = x.shape[1]
+        return x.reshape(shape)
+
+    def sum_to_batch(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums ``[M, *plates, *event]`` to ``[*batch]``."""
+        if self.structure.plate_dim is None:
+            return x.sum()
+        keep = self.structure.plate_dim - self.structure.dim
+        return x.sum([i for i in range(x.dim()) if i != keep])
+
+    def propose(self, size: int, with_grad: bool) -> Proposals:
+        """
+        :param size: M.
+        :param with_grad: whether the log joint is to have a graph. The guide has one
+            if gradients are enabled.
+        """
+        run, tap = self.draw(size)
+        log_q = self.log_prob_sum(run)
+        values = {name: run.sites[name].value for name in self.latents(run)}
+        with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
+            joint = self.evaluate(size, values)
+        latents = {name: values[name] for name in self.latents(joint.run)}
+        log_weight, num_invalid = clean_log_weights((joint.log_p - log_q).detach())
+        return Proposals(log_weight, num_invalid, log_q, latents, tap, joint)
+
+    def draw(self, size: int) -> Tuple[ProposalMessenger, Optional[TapMessenger]]:
+        """Runs the guide."""
+        tap = TapMessenger(self.known) if torch.is_grad_enabled() else None
+        run = self.run(self.guide, size, {}, tap)
+        if tap is not None:
+            check_reasons(tap, run)
+        return run, tap
+
+    def evaluate(self, size: int, values: Values) -> LogJoint:
+        """The model at values of its latents, each ``[M, *plates, *event]``."""
+        rescale = Rescale()
+        if torch.is_grad_enabled():
+            values = {
+                name: (
+                    _Rescaled.apply(value, rescale, self.like)
+                    if value.requires_grad
+                    else value
+                )
+                for name, value in values.items()
+            }
+        if self.structure.is_looped:
+            log_p, run = self._loop(size, values)
+        else:
+            run = self.run(self.model, size, values)
+            log_p = self.log_prob_sum(run)
+        for name in run.latents:
+            if name not in values and name not in self.globals:
+                raise missing_site(name)
+        return LogJoint(log_p, rescale, run)
+
+    def _loop(self, size: int, values: Values) -> Tuple[torch.Tensor, ProposalMessenger]:
+        sites = self.structure.sites
+        rows = {n: strip(sites[n], value) for n, value in values.items() if n in sites}
+        terms = []
+        for i in range(size):
+            run = self.run_alone(self.model, {name: row[i] for name, row in rows.items()})
+            terms.append(self.log_prob_sum(run))
+        return torch.cat(terms), run
+
+    def run_alone(self, fn: Callable, values: Values) -> ProposalMessenger:
+        """Runs the code as it is, without a dim of proposals."""
+        values = {**values, **{name: value for name, (value, _) in self.globals.items()}}
+        with ProposalMessenger(
+            values=values, subsamples=self.subsamples, plate=self.structure.plate
+        ) as run:
+            fn(*self.args, **self.kwargs)
+        self._check_frames(run)
+        return run
+
+    def latents(self, run: ProposalMessenger) -> List[str]:
+        """Names of the latents of the model that are accepted or rejected."""
+        return [n for n, s in run.latents.items() if s.log_prob is not None]
+
+    def run(
+        self,
+        fn: Callable,
+        size: int,
+        values: Values,
+        tap: Optional[TapMessenger] = None,
+    ) -> ProposalMessenger:
+        values = {**values, **self._expanded_globals(size)}
+        dim, plate = self.structure.dim, self.structure.plate
+        with ProposalMessenger(dim, size, values, self.subsamples, tap, plate) as run:
+            fn(*self.args, **self.kwargs)
+        self._check_frames(run)
+        return run
+
+    def _expanded_globals(self, size: int) -> Values:
+        """One draw for all proposals, in the shape that a draw for each would have."""
+        expanded = {}
+        for name, (value, event_dim) in self.globals.items():
+            ones = (1,) * (event_dim - self.structure.dim - 1 - value.dim())
+            shape = (size,) + ones + value.shape
+            expanded[name] = value.expand(shape)
+        return expanded
+
+    def _check_frames(self, run: ProposalMessenger) -> None:
+        for name, site in run.sites.items():
+            for frame in site.frames:
+                self._check_frame(name, frame)
+
+    def _check_frame(self, name: str, frame: CondIndepStackFrame) -> None:
+        if frame.name == self.structure.plate:
+            self.plate = frame
+        elif frame.full_size not in (None, frame.size):
+            raise NotImplementedError(
+                f"Plate '{frame.name}' at site '{name}' subsamples {frame.size} of "
+                f"{frame.full_size}. Acceptance needs the whole log density. Expected no "
+                f"subsampling; if all latents are inside of the plate, or the others "
+                f"need no rejection, set local_plate={frame.name!r}."
+            )
+
+    def log_prob_sum(self, run: ProposalMessenger) -> torch.Tensor:
+        return run.log_prob_sum(self.structure.plate_dim)
+
+
+def missing_site(name: str) -> ValueError:
+    return ValueError(
+        f"The model samples '{name}', which the guide does not. Expected a guide that "
+        "samples every latent site of the model: add the site to the guide, or fix its "
+        "value by poutine.condition."
+    )
+
+
+_HARMLESS = (
+    "reparameterised draw",
+    "its value was supplied",
+    "depends on no parameter",
+    "a Delta",  # looked at once, in rvrs_structure
+)
+
+
+def check_reasons(tap: TapMessenger, run: ProposalMessenger) -> None:
+    """
+    :raises NotImplementedError: naming the guide site whose draws have no path gradient.
+    """
+    for name, reason in tap.reasons.items():
+        if not reason.startswith(_HARMLESS):
+            raise no_path_gradient(name, run.sites[name].fn, reason)
+
+
+def no_path_gradient(name: str, fn: Any, reason: str) -> NotImplementedError:
+    *_, base = base_dists(fn)
+    parts = [type(part).__name__ for part in (base, *flat_transforms(fn))]
+    return NotImplementedError(
+        f"Guide site '{name}', made of {', '.join(parts)}, has no path gradient: {reason}. "
+        "Expected reparameterised draws, with invertible transforms and a support that "
+        "does not depend on a parameter. Marginalise discrete sites, or choose another "
+        "distribution for the guide."
+    )
+
+
+def strip(site: Site, value: torch.Tensor) -> torch.Tensor:
+    """
+    Takes away the dims of size one that the dim of proposals asked for.
+
+    :param value: of draws at this site, ``[S, *ones, *plates, *event]``.
+    :return: ``[S, *plates, *event]``.
+    """
+    dims = [-frame.dim for frame in site.frames if frame.dim is not None]
+    rank = max(dims, default=0) + site.fn.event_dim
+    return value.reshape(value.shape[:1] + value.shape[value.dim() - rank :])
