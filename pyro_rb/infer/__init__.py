@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from pyro_rb.infer.dreg_elbo import DReG_ELBO
+from pyro_rb.infer.r2g2_elbo import R2G2_ELBO
 from pyro_rb.infer.stl_elbo import STLTrace_ELBO
 from pyro_rb.infer.topk_elbo import RaoBlackwellTopK_ELBO
 
-__all__ = ["DReG_ELBO", "RaoBlackwellTopK_ELBO", "STLTrace_ELBO"]
+__all__ = ["DReG_ELBO", "R2G2_ELBO", "RaoBlackwellTopK_ELBO", "STLTrace_ELBO"]

@@ -20,6 +20,7 @@ from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.util import get_rng_state, set_rng_state
 
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
@@ -93,3 +94,25 @@ def compute_baseline(
     """
     _, loss, baseline = _construct_baseline(name, site, downstream_cost)
     return torch.as_tensor(baseline), loss
+
+
+def get_generators() -> Any:
+    """The states of all generators of random numbers that Pyro and PyTorch use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return get_rng_state(), cuda
+
+
+def set_generators(states: Any) -> None:
+    """
+    Sets what :func:`get_generators` returned.
+
+    >>> states = get_generators()
+    >>> x = torch.rand(3)
+    >>> set_generators(states)
+    >>> torch.equal(torch.rand(3), x)
+    True
+    """
+    state, cuda = states
+    set_rng_state(state)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
