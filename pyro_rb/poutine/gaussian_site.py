@@ -154,7 +154,7 @@ class View:
         self._parent = parent
         self._step = step
         self._version = tensor._version
-        self._is_whole = is_whole and (parent is None or parent._is_whole)
+        self._is_whole: bool = is_whole and (parent is None or parent._is_whole)
         self._found: Optional[Tuple[Elements, bool]] = None
 
     def replay(self, x: torch.Tensor) -> torch.Tensor:

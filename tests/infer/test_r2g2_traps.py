@@ -3,23 +3,17 @@
 
 """Uses that may not be projected, and what is said about them."""
 
-import pickle
 import re
 import warnings
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from pyro import poutine
-from pyro.infer import Trace_ELBO
 from torch.utils.checkpoint import checkpoint
 
 from pyro_rb.infer import R2G2_ELBO
-from tests.cases import Case
 from tests.infer.elbo_contract import assert_same, evaluate
-from tests.infer.r2g2_models import fixed, net, reasons, regression, spent, treatments, weights
+from tests.infer.r2g2_models import reasons, spent, treatments, weights
 
 
 @pytest.fixture(autouse=True)
