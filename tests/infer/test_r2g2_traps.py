@@ -169,6 +169,9 @@ USES = {
 }
 
 
+# PyTorch's own warnings, some of them at the first use only.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("name", USES)
 def test_use_is_plain_from_the_first_step_on(name):
     use, reason, *shape = USES[name]

@@ -91,16 +91,14 @@ def test_subsampled_and_scaled():
 # -- Networks ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["auto", "cg", "qr"])
-@pytest.mark.parametrize("guide", ["AutoNormal", "AutoDiagonalNormal"])
+@pytest.mark.parametrize("guide, solver", [("AutoNormal", "cg"), ("AutoDiagonalNormal", "auto")])
 def test_network(guide, solver):
-    if solver == "auto" or guide == "AutoNormal":
-        check_paired(net(guide), solver=solver)
+    check_paired(net(guide), 100, detect=0.25, solver=solver)
 
 
 @pytest.mark.parametrize("guide", ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal"])
 def test_full_rank_guide_of_one_layer(guide):
-    elbo = check_paired(net(guide, sizes=(8, 1)), detect=0.2)
+    elbo = check_paired(net(guide, sizes=(8, 1)), 100, detect=0.3)
     assert "projected" in treatments(elbo).values()
 
 
@@ -116,72 +114,21 @@ def test_gaussian_process():
             pyro.sample("y", dist.StudentT(3.0, f, 0.3), obs=fixed(4, seed=3))
 
     case.model = model
-    check_paired(case)
+    check_paired(case, 150, detect=0.4)
 
 
-CONVOLUTIONS = {
-    "conv1d": lambda x, w: F.conv1d(x.reshape(1, 2, 9), w.reshape(2, 2, 6)).tanh(),
-    "conv2d": lambda x, w: F.conv2d(x.reshape(1, 1, 6, 3), w.reshape(4, 1, 3, 2), stride=2).tanh(),
-    "groups": lambda x, w: F.conv1d(x.reshape(1, 2, 9), w.reshape(4, 1, 6), groups=2).tanh(),
-    "padding": lambda x, w: F.conv1d(x.reshape(1, 2, 9)[..., :3], w.reshape(2, 2, 6)[..., :3], padding="same").tanh(),
-    "conv3d": lambda x, w: F.conv3d(x.reshape(1, 1, 2, 3, 3), w.reshape(2, 1, 2, 3, 2)).tanh(),
-}
-LINEAR = {
-    "linear": lambda x, w: F.linear(x, w).tanh(),
-    "keywords": lambda x, w: F.linear(input=x, weight=w[:, :], bias=None).tanh(),
-    "bias": lambda x, w: F.linear(x[:, :5], w[:, :5], w[:, 5]).tanh(),
-    "weight_as_input": lambda x, w: F.linear(w, x).tanh(),
-    "weight_as_input_bias": lambda x, w: F.linear(w[:3], x, w[3, :3]).tanh(),
-    "matmul": lambda x, w: torch.matmul(x, w.transpose(0, 1)).tanh(),
-    "left": lambda x, w: (w @ x.mT).tanh(),
-    "batched": lambda x, w: (x.reshape(3, 1, 1, 6) @ w.reshape(1, 2, 6, 2)).tanh(),
-    "own_batch": lambda x, w: (x[:2, None, :] @ w.reshape(2, 6, 2)).tanh(),
-    "bmm": lambda x, w: torch.bmm(x[:2, None, :], w.reshape(2, 6, 2)).tanh(),
-    "mixed_batch": lambda x, w: (x[:, None, None, :3] @ w.reshape(4, 3, 2)).tanh(),
-    "mv": lambda x, w: x.mv(w[0]).tanh() + x[:2].mv(w[1]).tanh().sum(),
-    "dot": lambda x, w: torch.dot(x[0], w[2]).tanh(),
-    "inner": lambda x, w: torch.inner(x, w).tanh(),
-    "inner_left": lambda x, w: torch.inner(w, x).tanh(),
-    "addmm": lambda x, w: torch.addmm(w[:, 5], x[:, :5], w[:, :5].mT).tanh(),
-    "addmm_beta": lambda x, w: torch.addmm(w[:, 5], x[:, :5], w[:, :5].mT, beta=2.0).tanh(),
-    "addmv": lambda x, w: torch.addmv(w[1, :3], x, w[0]).tanh(),
-    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w).tanh(),
-    "einsum_three": lambda x, w: torch.einsum("bi,oi,o->b", x, w, x[0, :4]).tanh(),
-    "tensordot": lambda x, w: torch.tensordot(x, w, dims=([1], [1])).tanh(),
-    "rows_of_one": lambda x, w: F.linear(x[0], w).tanh(),
-    "split": lambda x, w: torch.cat([F.linear(x, u) for u in w.split(2)], -1).tanh(),
-    "unbind": lambda x, w: torch.stack([x @ u for u in w], -1).tanh(),
-    "disjoint": lambda x, w: F.linear(F.linear(x, w[:2]).tanh()[:, :1].expand(3, 6), w[2:]).tanh(),
-    "masked_index": lambda x, w: (x @ w[torch.tensor([3, 1])].T).tanh(),
-    "index_select": lambda x, w: (x @ w.index_select(0, torch.tensor([3, 1])).T).tanh(),
-    "reshaped": lambda x, w: F.linear(x, w.T.reshape(4, 6)).tanh(),
-    "clone": lambda x, w: F.linear(x, w.clone().contiguous()).tanh(),
+PARTLY = {
+    "disjoint": lambda x, w: F.linear(F.linear(x, w[:2]).tanh()[:, :1].expand(3, 6), w[2:]),
     "overlapping": lambda x, w: (x @ w[:3].mT + x @ w[1:].mT).tanh(),
     "one_item": lambda x, w: (F.linear(x, w) * w[0, 0].item()).tanh(),
-    "two_uses_by_half": lambda x, w: F.linear(x, w).tanh() + w[:2].square().sum(),
-    "unused_rows": lambda x, w: F.linear(x, w)[:, :2].tanh(),
+    "a_half": lambda x, w: F.linear(x, w).tanh() + w[:2].square().sum(),
 }
 
 
-def moved_index(x, w):
-    index = torch.tensor(0)
-    row = w[index]
-    index += 1
-    return (x @ row).tanh()
-
-
-LINEAR["moved_index"] = moved_index
-LINEAR["baddbmm"] = lambda x, w: torch.baddbmm(w[0, :1], x[:2, None, :4], w[2:, :4, None]).tanh()
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution(name):
-    check_paired(weights(CONVOLUTIONS[name], (4, 6)), 100, detect=0.4)
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_functions(name):
-    check_paired(weights(LINEAR[name], (4, 6)), 100, detect=0.4)
+@pytest.mark.parametrize("name", PARTLY)
+def test_only_some_elements_are_projected(name):
+    elbo = check_paired(weights(PARTLY[name]), 150, detect=0.3)
+    assert treatments(elbo)["w"].startswith("projected")
 
 
 # -- More than one Gaussian site -------------------------------------------------
@@ -218,7 +165,7 @@ def test_linear_use_in_the_guide():
         z = F.linear(u, x)
         pyro.sample("v", dist.Normal(z, (positive("c", 3, seed=3) * (0.3 * z).exp())).to_event(1))
 
-    elbo = check_paired(two_sites(model_apart, guide))
+    elbo = check_paired(two_sites(model_apart, guide), detect=0.3)
     assert treatments(elbo) == {"u": "projected", "v": "plain"}
     case = two_sites(model, guide)  # the model uses it once more
     plain = draw_gradients(spent(case), case, 5, seed=0)
@@ -241,7 +188,7 @@ def test_latent_of_a_hidden_layer():
         pyro.sample("u", dist.Normal(real("a", 4, 7, seed=1), positive("b", 4, 7, seed=2)).to_event(2))
         pyro.sample("v", dist.Normal(real("c", 5, 2, seed=3), positive("d", 5, 2, seed=4)).to_event(2))
 
-    elbo = check_paired(two_sites(model, guide))
+    elbo = check_paired(two_sites(model, guide), detect=0.25)
     assert treatments(elbo) == {"u": "projected", "v": "plain"}
 
 
@@ -325,7 +272,7 @@ def test_second_use_behind_a_branch():
             self._plain = {}
             return super()._get_trace(*args)
 
-    check_paired(case, 500, elbo=Forgets(), detect=0.15)
+    check_paired(case, 400, elbo=Forgets(), detect=0.15)
 
 
 # -- Local mode ----------------------------------------------------------------------
