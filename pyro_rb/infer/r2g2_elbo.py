@@ -116,9 +116,12 @@ class R2G2_ELBO(Trace_ELBO):
         all else as in ``"shared"``. Less variance and less time, but WRONG, silently,
         if the loss couples rows: BatchNorm, contrastive losses, positions of a sequence
         folded into rows, ensembles of functions.
-    :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``; ``"auto"`` (default) chooses
-        by size. All are exact up to rounding. Conjugate gradients that do not converge
-        fall back on Cholesky, and that on QR.
+    :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``, which project wherever something
+        can be gained; ``"auto"`` (default) chooses by size, and takes the plain gradient where
+        variance times time would not fall: with less than 2 inputs for each row, in large
+        layers (inputs times outputs times rows over a million) less than 6. All are exact
+        up to rounding. Conjugate gradients that do not converge fall back on Cholesky, and
+        that on QR.
     :param int num_steps: After that many calls of ``loss_and_grads`` or
         ``differentiable_loss``, however many particles, the plain gradient is taken, with
         analytic KL terms. Defaults to None, never.
