@@ -11,9 +11,14 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
-from pyro_rb.infer.gaussian_kl import replace_kl
+from pyro_rb.infer.gaussian_kl import compute_log_prob
 from pyro_rb.infer.report import Report, SiteReport
-from pyro_rb.infer.util import get_generators, set_generators
+from pyro_rb.infer.util import (
+    check_shapes,
+    get_generators,
+    get_traces,
+    set_generators,
+)
 from pyro_rb.ops.projection import SOLVERS
 from pyro_rb.poutine import ProjectionOptions, R2G2Messenger
 from pyro_rb.poutine.gaussian_site import GaussianSite, Plain
@@ -230,15 +235,16 @@ class R2G2_ELBO(Trace_ELBO):
                 "not see the linear functions that it conditions on. Expected a call "
                 "outside; to compile a loss, use JitTrace_ELBO."
             )
-        generators = get_generators()
+        generators, nesting = get_generators(), self.max_plate_nesting
         while True:
             handler = self._make_handler()
             found = None
             try:
-                model_trace, guide_trace = super()._get_trace(
-                    handler.model(model), handler.guide(guide), args, kwargs
+                model_trace, guide_trace = get_traces(
+                    handler.model(model), handler.guide(guide), args, kwargs, nesting
                 )
-                left = replace_kl(model_trace, guide_trace, handler)
+                left = compute_log_prob(model_trace, guide_trace, handler)
+                check_shapes(model_trace, guide_trace, nesting)
                 _note_uses(model_trace, guide_trace, handler)
                 found = model_trace, guide_trace
             except Exception:
