@@ -13,6 +13,7 @@ from pyro_rb.diagnostics import (
     measure_noise,
 )
 from pyro_rb.infer import (
+    R2G2_ELBO,
     DReG_ELBO,
     RaoBlackwellTopK_ELBO,
     RejectionSamplingError,
@@ -27,6 +28,7 @@ __all__ = [
     "DReG_ELBO",
     "GradientGuard",
     "NonFiniteError",
+    "R2G2_ELBO",
     "RaoBlackwellTopK_ELBO",
     "RejectionSamplingError",
     "RVRSGuide",

@@ -7,7 +7,7 @@ Pure statistics on dicts of tensors, on top of :mod:`~pyro_rb.diagnostics.stats`
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -265,6 +265,9 @@ class Draws:
     def _result(
         self, tests: Dict[str, stats.MeanTest], means: Mapping[str, Tensor], failure_rate: float
     ) -> BiasTest:
+        # Terms of one size may cancel in one parameter, and leave their rounding there.
+        rounding = max(test.rounding for test in tests.values())
+        tests = {name: replace(test, rounding=rounding) for name, test in tests.items()}
         differences = {name: mean - means[name] for name, mean in self.means.items()}
         scale = math.sqrt(sum(mean.square().sum().item() for mean in means.values()))
         return BiasTest(tests, differences, scale, failure_rate)

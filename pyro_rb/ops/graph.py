@@ -5,13 +5,16 @@
 
 from typing import (
     AbstractSet,
+    Any,
     Dict,
     Hashable,
+    Iterable,
     Iterator,
     List,
     Mapping,
     Optional,
     Sequence,
+    Set,
     Tuple,
     TypeVar,
 )
@@ -48,6 +51,35 @@ def leaves(
             stack.extend([parent for parent, _ in parents])
         elif hasattr(node, "variable"):
             yield node.variable
+
+
+def iter_reached(
+    roots: Iterable[Any], targets: Mapping[Tuple[Node, int], Key], seen: Set[Node]
+) -> Iterator[Key]:
+    """
+    Yields which of some tensors others were computed from, without looking behind them.
+
+    :param roots: tensors of any shape, or numbers.
+    :param targets: by graph node and output number, what to yield.
+    :param seen: graph nodes that are not looked at, to which those are added that were.
+
+    >>> x = torch.ones((), requires_grad=True)
+    >>> y = x + 1
+    >>> list(iter_reached([y * x], {(y.grad_fn, 0): "y"}, set()))
+    ['y']
+    """
+    stack = [
+        (root.grad_fn, root.output_nr) for root in roots if isinstance(root, torch.Tensor)
+    ]
+    while stack:
+        node, output = stack.pop()
+        if node is None:
+            continue
+        if (node, output) in targets:
+            yield targets[node, output]
+        elif node not in seen:
+            seen.add(node)
+            stack.extend(node.next_functions)
 
 
 def share_leaves(

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from pyro_rb.poutine.frames_messenger import FramesMessenger
+from pyro_rb.poutine.projected_use import ProjectionOptions
 from pyro_rb.poutine.proposal_messenger import ProposalMessenger
+from pyro_rb.poutine.r2g2_messenger import R2G2Messenger
 from pyro_rb.poutine.shared_subsample_messenger import SharedSubsampleMessenger
 from pyro_rb.poutine.tap_messenger import TapMessenger
 from pyro_rb.poutine.topk_messenger import TopKMessenger, TopKModelMessenger
@@ -11,6 +13,8 @@ from pyro_rb.poutine.topk_options import TopKOptions
 __all__ = [
     "FramesMessenger",
     "ProposalMessenger",
+    "ProjectionOptions",
+    "R2G2Messenger",
     "SharedSubsampleMessenger",
     "TapMessenger",
     "TopKMessenger",

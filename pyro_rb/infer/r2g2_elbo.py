@@ -1,0 +1,289 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional, Set, Tuple
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero
+from pyro.infer import Trace_ELBO
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+
+from pyro_rb.infer.gaussian_kl import compute_log_prob
+from pyro_rb.infer.report import Report, SiteReport
+from pyro_rb.infer.util import (
+    check_shapes,
+    get_generators,
+    get_traces,
+    set_generators,
+)
+from pyro_rb.ops.projection import SOLVERS
+from pyro_rb.poutine import ProjectionOptions, R2G2Messenger
+from pyro_rb.poutine.gaussian_site import GaussianSite, Plain
+
+PRE_ACTIVATIONS = ("shared", "local")
+
+
+def _note_uses(
+    model_trace: Trace, guide_trace: Trace, handler: R2G2Messenger
+) -> None:
+    """Notes what can be seen of a run after it is over."""
+    terms: Dict[Tuple[str, str], Any] = {}
+    for name, site in model_trace.nodes.items():
+        if site["type"] == "sample":
+            terms["model", name] = (site["value"], [site["log_prob_sum"]])
+    has_score_function = False
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            parts = site["score_parts"]
+            terms["guide", name] = (site["value"], [parts.score_function, parts.entropy_term])
+            if not is_identically_zero(parts.score_function):
+                has_score_function = True
+    handler.note_hidden_uses(terms)
+    if has_score_function:
+        handler.note_score_functions()
+
+
+def _describe(site: GaussianSite, has_analytic_kl: bool) -> SiteReport:
+    treatment = "plain"
+    if site.projected is not None:
+        treatment = " and ".join(sorted(set(site.treatments.values())))
+        if isinstance(site.projected, torch.Tensor):
+            share = site.projected.double().mean().item()
+            if share < 1.0:
+                treatment += f" ({100 * share:.0f} %)"
+    reasons = list(site.treatments) + site.reasons
+    if not reasons:
+        reasons = ["not used"]
+    if not has_analytic_kl:
+        reasons.append("log prior not analytic")
+    return SiteReport(site.name, treatment, "; ".join(reasons))
+
+
+class R2G2_ELBO(Trace_ELBO):
+    r"""
+    A :class:`~pyro.infer.Trace_ELBO` with Rao-Blackwellised reparameterisation gradients
+    [1], for Gaussian guide sites that the model uses by linear functions: weights of
+    Bayesian neural networks, coefficients of a regression, inducing values.
+
+    For a draw :math:`v = \mu + V \epsilon`, that enters by pre-activations
+    :math:`z = W v + c`, gradients are taken with
+
+    .. math::
+
+        \epsilon^* = \mathbb{E}[\epsilon \mid z] = A^+ A \epsilon, \qquad A = W V
+
+    in the place of :math:`\epsilon` (Definition 4.1 of [1]). The forward pass stays as it
+    is, with one draw of :math:`v` for all rows of a minibatch. The mean of the gradient
+    is that of ``Trace_ELBO``; its variance given one layer is never larger. The gradient
+    to the other factor of :math:`W v` sees :math:`v^* = \mu + V \epsilon^*` as well. With
+    one row this is local reparameterisation [2] (Theorem 4.3 of [1]).
+
+    Entropies of these sites, and expected log priors where prior and guide are Gaussian,
+    are analytic, also with autoguides.
+
+    **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, without change.
+    Projected is each latent site of the guide that is exactly a ``Normal``,
+    ``MultivariateNormal`` or ``LowRankMultivariateNormal`` (under any ``to_event``),
+    at ``F.linear``, ``F.conv1d`` to ``F.conv3d``, ``@`` and the ``matmul`` family,
+    ``torch.einsum`` with a string, ``tensordot``, ``inner`` and ``dot``, in guide and
+    model. Reshaped, transposed, indexed and split values are followed. Each element of a
+    value may be used once. Where it is used twice, by a non-linear function, under
+    ``no_grad``, inside of ``torch.func``, a checkpoint or compiled code, its
+    gradient is the plain one; and so it is where there are as many rows as
+    inputs, as nothing can be gained there. :meth:`report` tells for each site.
+
+    If such a use is found after the projection, guide and model are run once
+    more, with the same random numbers. It happens in the first steps, and is remembered
+    by site name and shape. Code with side effects is then run twice.
+
+    **What cannot be seen.** Uses without a gradient in code that bypasses PyTorch's
+    function dispatch, such as ``w.detach()`` inside of a ``torch.jit.script`` function. A
+    generator of the user's own, a data iterator or BatchNorm statistics inside of guide or
+    model, which the second run does not rewind. A prior that depends, without a
+    gradient, on an earlier part of the same *correlated* guide site. ``pre_activations=
+    "local"`` on models that couple rows, see below.
+
+    **When it is worse.** A step takes longer: a solve for each layer, and one more
+    evaluation of each linear function. Several particles for the same time
+    may have less variance, unless there are many more inputs than rows. Nothing is
+    gained where rows reach about 0.7 times the inputs, for decoders of full column rank,
+    for tied or siamese weights, recurrent networks and attention, and for correlated
+    guides over several layers. Mostly gradients of scales gain; late in training, when
+    scales are small, they matter less, hence ``num_steps``. Gradients are first order
+    only: Hessians of the surrogate loss are wrong.
+
+    :param str pre_activations: ``"shared"`` (default): one draw of the weights for all
+        rows; always valid. ``"local"``: pre-activations of ``F.linear`` with inputs of
+        shape ``[rows, inputs]`` and a diagonal guide are drawn for each row, as in [2];
+        all else as in ``"shared"``. Less variance and less time, but WRONG, silently,
+        if the loss couples rows: BatchNorm, contrastive losses, positions of a sequence
+        folded into rows, ensembles of functions.
+    :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``, which project wherever something
+        can be gained; ``"auto"`` (default) chooses by size, and takes the plain gradient where
+        variance times time would not fall: with less than 2 inputs for each row, in large
+        layers (inputs times outputs times rows over a million) less than 6. All are exact
+        up to rounding. Conjugate gradients that do not converge fall back on Cholesky, and
+        that on QR.
+    :param int num_steps: After that many calls of ``loss_and_grads`` or
+        ``differentiable_loss``, however many particles, the plain gradient is taken, with
+        analytic KL terms. Defaults to None, never.
+    :param kwargs: The arguments of :class:`~pyro.infer.Trace_ELBO`:
+        ``num_particles``, ``vectorize_particles``, ``max_plate_nesting``,
+        ``retain_graph`` and so on.
+    :raises ValueError: if one of the first three arguments is none of these.
+    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> pyro.clear_param_store()
+        >>> def model(x, y):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+        >>> elbo = R2G2_ELBO()
+        >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> loss = svi.step(torch.ones(4, 20), torch.zeros(4))
+        >>> print(elbo.report())
+        site             treatment           reason
+        ---------------  ------------------  -----------------------------------
+        w_unconstrained  projected           matmul: 4 rows, fan-in 20, cholesky
+        w                as w_unconstrained  shows its value
+
+    **References**
+
+    [1] Kevin Lam, Thang Bui, George Deligiannidis, Yee Whye Teh (2025),
+    "Rao-Blackwellised Reparameterisation Gradients". https://arxiv.org/abs/2506.07687
+
+    [2] Diederik P. Kingma, Tim Salimans, Max Welling (2015), "Variational Dropout and
+    the Local Reparameterization Trick". https://arxiv.org/abs/1506.02557
+    """
+
+    def __init__(
+        self,
+        pre_activations: str = "shared",
+        solver: str = "auto",
+        num_steps: Optional[int] = None,
+        **kwargs: Any,
+    ) -> None:
+        _check("pre_activations", pre_activations, PRE_ACTIVATIONS)
+        _check("solver", solver, SOLVERS)
+        is_count = isinstance(num_steps, int) and not isinstance(num_steps, bool)
+        if num_steps is not None and not (is_count and num_steps >= 1):
+            raise ValueError(
+                f"Invalid num_steps: {num_steps!r}. Expected None, or an integer that is "
+                "at least 1."
+            )
+        self.pre_activations = pre_activations
+        self.solver = solver
+        self.num_steps = num_steps
+        self._steps_done = 0
+        self._makes_gradients = False
+        # By name and shape of a site. An entry that is out of date costs variance only.
+        self._plain: Dict[Tuple, Plain] = {}
+        self._report: Optional[Report] = None
+        super().__init__(**kwargs)
+
+    def report(self) -> Report:
+        """
+        :return: a row for each latent site of the guide, from the last particle of the
+            last gradient: its name, the treatment, and the reason for it. Prints as a
+            table.
+        :raises RuntimeError: before the first gradient.
+        """
+        if self._report is None:
+            raise RuntimeError(
+                "report() tells what was done at the last step, and there was none. "
+                "Expected a step, or a loss, before it: call SVI.step() first."
+            )
+        return self._report
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._step():
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._step():
+            return super().loss_and_grads(model, guide, *args, **kwargs)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        self._makes_gradients = True
+        try:
+            yield
+        finally:
+            self._makes_gradients = False
+        self._steps_done += 1
+
+    def _get_trace(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Tuple[Trace, Trace]:
+        if isinstance(poutine.unwrap(guide), Messenger):
+            traces = super()._get_trace(model, guide, args, kwargs)
+            reason = "its guide runs the model inside of itself"
+            rows = (SiteReport(n, "plain", reason) for n in traces[1].stochastic_nodes)
+            self._report = Report(rows)
+            return traces
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                f"{type(self).__name__} was called inside of torch.jit.trace, which does "
+                "not see the linear functions that it conditions on. Expected a call "
+                "outside; to compile a loss, use JitTrace_ELBO."
+            )
+        generators, nesting = get_generators(), self.max_plate_nesting
+        while True:
+            handler = self._make_handler()
+            found = None
+            try:
+                model_trace, guide_trace = get_traces(
+                    handler.model(model), handler.guide(guide), args, kwargs, nesting
+                )
+                left = compute_log_prob(model_trace, guide_trace, handler)
+                check_shapes(model_trace, guide_trace, nesting)
+                _note_uses(model_trace, guide_trace, handler)
+                found = model_trace, guide_trace
+            except Exception:
+                # A derivative of what was projected may be the cause.
+                if not handler.violated:
+                    raise
+            if found is not None and not handler.violated:
+                self._note(guide_trace, handler, left)
+                return found
+            # Nothing of this run is kept. The next has the same noise, so that what the
+            # run depends on, its branches and the use that made it void, stays the same.
+            self._plain.update(handler.violated)
+            set_generators(generators)
+
+    def _make_handler(self) -> R2G2Messenger:
+        reason = ""
+        if not self._makes_gradients:
+            reason = "no gradient"
+        elif self.num_steps is not None and self._steps_done >= self.num_steps:
+            reason = f"schedule (num_steps={self.num_steps})"
+        options = ProjectionOptions(self.pre_activations, self.solver)
+        return R2G2Messenger(options, self._plain, reason)
+
+    def _note(self, guide_trace: Trace, handler: R2G2Messenger, left: Set[str]) -> None:
+        if not self._makes_gradients:
+            return
+        self._report = Report()
+        for name in guide_trace.stochastic_nodes:
+            view = handler.find(guide_trace.nodes[name]["value"])
+            if name in handler.sites:
+                row = _describe(handler.sites[name], name not in left)
+            elif view is not None:
+                row = SiteReport(name, f"as {view.site.name}", "shows its value")
+            else:
+                row = SiteReport(name, "plain", handler.reasons.get(name, ""))
+            self._report.append(row)
+
+
+def _check(name: str, value: Any, accepted: Tuple[str, ...]) -> None:
+    if not (isinstance(value, str) and value in accepted):
+        names = ", ".join(map(repr, accepted))
+        raise ValueError(f"Invalid {name}: {value!r}. Expected one of {names}.")

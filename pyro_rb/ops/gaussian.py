@@ -1,0 +1,116 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Gaussian draws that keep their noise."""
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch.distributions.utils import _standard_normal
+
+_FAMILIES = (
+    torch.distributions.Normal,
+    torch.distributions.MultivariateNormal,
+    torch.distributions.LowRankMultivariateNormal,
+)
+#: A subclass that changes one of these is another distribution.
+_METHODS = ("rsample", "log_prob", "entropy")
+
+
+def strip_independent(fn: Any) -> Any:
+    """The distribution inside of any number of :class:`~torch.distributions.Independent`."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def find_family(fn: Any) -> Optional[type]:
+    """
+    Which of Normal, MultivariateNormal and LowRankMultivariateNormal a distribution is,
+    after stripping ``Independent``; None if it is neither, or not reparameterised.
+
+    >>> find_family(torch.distributions.Normal(torch.zeros(2), 1.0)).__name__
+    'Normal'
+    >>> find_family(torch.distributions.Cauchy(torch.zeros(2), 1.0))
+    """
+    base = strip_independent(fn)
+    if not (getattr(fn, "has_rsample", False) and getattr(base, "has_rsample", False)):
+        return None
+    for family in _FAMILIES:
+        if isinstance(base, family) and all(
+            getattr(type(base), method) is getattr(family, method)
+            for method in _METHODS
+        ):
+            return family
+    return None
+
+
+class GaussianDraw:
+    r"""
+    A draw :math:`v = \mu + V \epsilon` that keeps :math:`\epsilon`, from the generator
+    stream that ``rsample`` would use.
+
+    :param fn: a distribution for which :func:`find_family` finds a family.
+
+    >>> fn = torch.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 2.0]))
+    >>> draw = GaussianDraw(fn)
+    >>> torch.equal(draw.value, draw.loc + draw.spread(draw.noise))
+    True
+    >>> draw.variance
+    tensor([1., 4.])
+    """
+
+    def __init__(self, fn: Any) -> None:
+        base = strip_independent(fn)
+        shape = base._extended_shape()
+        like = {"dtype": base.loc.dtype, "device": base.loc.device}
+        self.shape = shape
+        self.loc = base.loc  # of the same shape
+        self._factor: Optional[torch.Tensor] = None
+        family = find_family(fn)
+        #: Whether each element of the value has a noise of its own.
+        self.is_diagonal = family is torch.distributions.Normal
+        if self.is_diagonal:
+            self.scale = base.scale  # of the same shape
+            self.noise = _standard_normal(shape, **like)
+        elif family is torch.distributions.MultivariateNormal:
+            self._factor = base._unbroadcasted_scale_tril  # [*batch, n, n]
+            self.noise = _standard_normal(shape, **like)
+        else:
+            self._factor = base._unbroadcasted_cov_factor  # [*batch, n, rank]
+            self.scale = base._unbroadcasted_cov_diag.sqrt()
+            rank = self._factor.shape[-1:]
+            parts = [_standard_normal(shape[:-1] + rank, **like), _standard_normal(shape, **like)]
+            self.noise = torch.cat(parts, -1)  # [*batch, rank + n]
+        self._base = base
+        self.value = self.loc + self.spread(self.noise)
+
+    def spread(self, noise: torch.Tensor) -> torch.Tensor:
+        """``V noise``, for noise of the shape of :attr:`noise`."""
+        if self._factor is None:
+            return noise * self.scale
+        rank = self._factor.shape[-1]
+        found = (self._factor @ noise[..., :rank].unsqueeze(-1)).squeeze(-1)
+        if noise.shape[-1] > rank:
+            found = found + self.scale * noise[..., rank:]
+        return found
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Of each element, in the shape of the value."""
+        return self._base.variance
+
+    def entropy(self, batch_dim: int) -> torch.Tensor:
+        """
+        The entropy, summed over the event.
+
+        :param int batch_dim: the number of batch dims, at the left.
+        """
+        entropy = self.scale.log() if self.is_diagonal else self._base.entropy()
+        event = entropy.shape[batch_dim:]
+        if event:
+            entropy = entropy.sum(tuple(range(batch_dim, entropy.dim())))
+        if self.is_diagonal:
+            entropy = entropy + event.numel() * 0.5 * math.log(2 * math.pi * math.e)
+        return entropy

@@ -1,0 +1,206 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+
+from pyro_rb.ops.gaussian import GaussianDraw
+
+#: Some elements of a value: none, all, or those of a boolean tensor of its shape.
+Elements = Union[None, bool, torch.Tensor]
+
+
+def join(a: Elements, b: Elements) -> Elements:
+    """
+    >>> join(None, torch.tensor([True, False]))
+    tensor([ True, False])
+    """
+    if a is True or b is True:
+        return True
+    if a is None or b is None:
+        return b if a is None else a
+    return torch.as_tensor(a) | torch.as_tensor(b)
+
+
+def overlap(a: Elements, b: Elements) -> Elements:
+    """
+    >>> overlap(True, None) is None
+    True
+    """
+    if a is None or b is None:
+        return None
+    if a is True or b is True:
+        return b if a is True else a
+    both = torch.as_tensor(a) & torch.as_tensor(b)
+    return both if both.any() else None
+
+
+def without(a: Elements, b: Elements) -> Elements:
+    """
+    >>> without(True, torch.tensor([True, False]))
+    tensor([False,  True])
+    """
+    if b is None or a is None:
+        return a
+    if b is True:
+        return None
+    rest = ~torch.as_tensor(b) if a is True else torch.as_tensor(a) & ~torch.as_tensor(b)
+    return rest if rest.any() else None
+
+
+class Plain(NamedTuple):
+    """Elements that are never to be projected, and why."""
+
+    elements: Elements
+    reason: str
+
+
+class Step(NamedTuple):
+    """One call of a function that makes a view, with its first argument left out."""
+
+    func: Callable
+    args: Tuple[Any, ...]
+    kwargs: Dict[str, Any]
+    item: Optional[int]  # which one, of several results
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.func(x, *self.args, **self.kwargs)
+        return found if self.item is None else found[self.item]
+
+
+class GaussianSite:
+    """
+    A Gaussian site of the guide, during one run of guide and model.
+
+    Elements go together at sites that are not diagonal. :attr:`plain` lists those that
+    may not be projected. Of the others each may be used once: :attr:`used` are those
+    that were, and :attr:`projected` those whose noise was projected at that use.
+
+    :param str name: of the site.
+    :param GaussianDraw draw: its value, and the noise behind it.
+    :param Plain plain: elements that are never to be projected.
+    """
+
+    def __init__(
+        self, name: str, draw: GaussianDraw, plain: Plain = Plain(None, "")
+    ) -> None:
+        self.name = name
+        self.draw = draw
+        self.plain, self.plain_reason = plain
+        if isinstance(self.plain, torch.Tensor):
+            self.plain = self.plain.to(draw.noise.device)
+        self.used: Elements = None
+        self.projected: Elements = None
+        #: Elements that were used again after they were projected, and how.
+        self.violated: Elements = None
+        self.treatments: Dict[str, str] = {}
+        self.reasons: List[str] = []
+        self._index: Optional[torch.Tensor] = None
+
+    @property
+    def index(self) -> torch.Tensor:
+        """The number of each element, in the shape of the value."""
+        if self._index is None:
+            shape = self.draw.shape
+            device = self.draw.noise.device
+            self._index = torch.arange(shape.numel(), device=device).reshape(shape)
+        return self._index
+
+    def use(self, elements: Elements, reason: str) -> None:
+        """Notes a use of elements that does not project."""
+        again = overlap(elements, self.projected)
+        if again is not None:
+            self.violate(again, reason)
+        elif reason not in self.reasons:
+            self.reasons.append(reason)
+        self.used = join(self.used, elements)
+
+    def violate(self, elements: Elements, reason: str) -> None:
+        """Notes that the run is void, since elements were projected that may not be."""
+        self.violated = join(self.violated, elements)
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def project(self, elements: Elements, treatment: str, reason: str) -> None:
+        """Notes a use that projects those of the elements that may be."""
+        free = without(elements, join(self.used, self.plain))
+        self.projected = join(self.projected, free)
+        self.used = join(self.used, elements)
+        self.treatments[reason] = treatment
+
+
+class View:
+    """
+    A tensor that is the value of a site, or shows some of its elements.
+
+    :param GaussianSite site: the site.
+    :param torch.Tensor tensor: what the user's code has.
+    :param View parent: the view that it is a view of.
+    :param Step step: how it was made of it.
+    :param bool is_whole: whether each element of the parent occurs in it once.
+    """
+
+    def __init__(
+        self,
+        site: GaussianSite,
+        tensor: torch.Tensor,
+        parent: Optional["View"] = None,
+        step: Optional[Step] = None,
+        is_whole: bool = True,
+    ) -> None:
+        self.site = site
+        self.tensor = tensor
+        self._parent = parent
+        self._step = step
+        self._version = tensor._version
+        self._is_whole: bool = is_whole and (parent is None or parent._is_whole)
+        self._found: Optional[Tuple[Elements, bool]] = None
+
+    def replay(self, x: torch.Tensor) -> torch.Tensor:
+        """Makes the same view of another tensor with the shape of the site's value."""
+        if self._parent is None or self._step is None:
+            return x
+        return self._step(self._parent.replay(x))
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether it was changed in place since it was made."""
+        is_own = self.tensor._version != self._version
+        return is_own or (self._parent is not None and self._parent.is_edited)
+
+    @property
+    def elements(self) -> Elements:
+        """Of the site."""
+        return self._find()[0]
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether it shows an element more than once."""
+        return self._find()[1]
+
+    def _find(self) -> Tuple[Elements, bool]:
+        if self._found is None:
+            self._found = (True, False)
+            if not self._is_whole:
+                index = self.replay(self.site.index).reshape(-1)
+                mask = torch.zeros(self.site.draw.shape, dtype=torch.bool, device=index.device)
+                mask.view(-1)[index] = True
+                has_repeats = bool(mask.sum() < index.numel())
+                is_joint = not self.site.draw.is_diagonal
+                self._found = (True if is_joint else mask, has_repeats)
+        return self._found
+
+    @property
+    def free(self) -> Elements:
+        """What may be projected, in the shape of the view."""
+        site = self.site
+        taken = join(site.used, site.plain)
+        if taken is None:
+            return True
+        if overlap(self.elements, taken) is None:
+            return True
+        if taken is True or not site.draw.is_diagonal:
+            return None
+        free = ~self.replay(torch.as_tensor(taken))
+        return free if free.any() else None
