@@ -232,7 +232,7 @@ def test_looped_model():
             guide,
             exact,
             elbo=Trace_ELBO(),
-            num=100,
+            num=30,
             detect=None,
             local_plate="items",
             num_samples=8,
