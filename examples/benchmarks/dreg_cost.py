@@ -105,7 +105,7 @@ def schools_with_mean():
         pyro.sample("effect", effect, obs=torch.tensor(EIGHT_SCHOOLS_EFFECTS))
 
 
-def cases():
+def cases(batch_sizes=(64, 16)):
     """Yields names with a model, a guide, and the number of particles."""
     effects = torch.tensor(EIGHT_SCHOOLS_EFFECTS)
     schools = partial(eight_schools, effects, torch.tensor(EIGHT_SCHOOLS_ERRORS))
@@ -114,11 +114,11 @@ def cases():
     yield "eight schools, AutoMultivariateNormal", schools, AutoMultivariateNormal(schools), 8
     guide = AutoHierarchicalNormalMessenger(schools_with_mean)
     yield "eight schools, AutoHierarchicalNormalMessenger", schools_with_mean, guide, 8
-    for num_particles, batch_size in ((8, 64), (64, 16)):
+    for num_particles, batch_size in zip((8, 64), batch_sizes):
         vae = Vae(batch_size)
         yield f"VAE 784-400-20, batch {batch_size}", vae.model, vae.guide, num_particles
-    two = TwoLevels(64)
-    yield "VAE of two levels, batch 64", two.model, two.guide, 8
+    two = TwoLevels(batch_sizes[0])
+    yield f"VAE of two levels, batch {batch_sizes[0]}", two.model, two.guide, 8
 
 
 def losses(num_particles, max_plate_nesting):
@@ -147,7 +147,7 @@ def seconds(elbo, differentiable, model, guide, num_steps):
     return clock() - start
 
 
-def measure(model, guide, num_particles, num_blocks, start_up):
+def measure(model, guide, num_particles, num_blocks, block_size, start_up):
     """Ratios to RenyiELBO by loss: the quartiles over blocks."""
     elbos = list(losses(num_particles, max_plate_nesting=1))
     for _, elbo, differentiable in elbos:
@@ -155,10 +155,10 @@ def measure(model, guide, num_particles, num_blocks, start_up):
     times = {name: [] for name, _, _ in elbos}
     for _ in range(num_blocks):
         block = dict.fromkeys(times, 0.0)
-        for turn in range(BLOCK):
+        for turn in range(block_size):
             first = turn % len(elbos)
             for name, elbo, differentiable in elbos[first:] + elbos[:first]:
-                block[name] += seconds(elbo, differentiable, model, guide, 1) / BLOCK
+                block[name] += seconds(elbo, differentiable, model, guide, 1) / block_size
         for name, mean in block.items():
             times[name].append(mean)
     base = np.array(times[BASE])
@@ -173,13 +173,17 @@ def main(args):
     torch.set_num_threads(1)
     torch.set_default_device(args.device)
     results = {}
-    for name, model, guide, num_particles in tqdm(list(cases()), disable=args.smoke_test):
+    blocks, block_size, start_up = args.num_blocks, BLOCK, START_UP
+    todo = list(cases())
+    if args.smoke_test:
+        blocks, block_size, start_up = 1, 2, 1
+        todo = list(cases((4, 2)))
+    for name, model, guide, num_particles in tqdm(todo, disable=args.smoke_test):
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
         RenyiELBO().loss(model, guide)  # sets the guide up
-        blocks, start_up = (1, 1) if args.smoke_test else (args.num_blocks, START_UP)
         name = f"{name}, K = {num_particles}"
-        results[name] = measure(model, guide, num_particles, blocks, start_up)
+        results[name] = measure(model, guide, num_particles, blocks, block_size, start_up)
         print(name, results[name])
     if args.json:
         with open(args.json, "w") as file:
