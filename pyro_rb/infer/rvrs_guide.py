@@ -24,13 +24,12 @@ from pyro_rb.infer.rvrs_sampler import (
     MAX_ROUND,
     Accepted,
     RejectionSamplingError,
-    compute_surrogate,
     sample,
     solve_by_pilot,
 )
 from pyro_rb.infer.rvrs_structure import find_structure
+from pyro_rb.infer.rvrs_surrogate import compute_surrogate
 from pyro_rb.ops.rejection import (
-    acceptance,
     adapt_threshold,
     estimate_bound,
     log_normalizer,
@@ -45,6 +44,119 @@ _FORGET = 0.1
 
 
 class RVRSGuide(PyroModule):
+    r"""
+    A guide that is closer to the posterior than the guide that it is made of, by
+    rejection sampling [1, 2]. It is trained by :class:`~pyro.infer.SVI` with
+    :class:`~pyro.infer.Trace_ELBO`, by the exact pathwise gradient.
+
+    Draws :math:`z` of the given guide :math:`q_\phi` are proposals. With
+    :math:`\ell = \log p_\theta(x, z) - \log q_\phi(z)`, one is accepted with probability
+
+    .. math::
+
+        a(z) = \epsilon + (1 - \epsilon) \, \sigma(\ell + T),
+
+    so that accepted draws have the density :math:`r(z) = q(z) a(z) / Z` with
+    :math:`Z = E_q[a]`. The smaller the threshold :math:`T`, the closer they are to the
+    posterior, and the more proposals it takes, :math:`1 / Z` for each. The objective is the
+    ELBO of :math:`r` (section 3 of [2]),
+
+    .. math::
+
+        E_r[f] + \log Z, \qquad f = \ell - \log a.
+
+    The gradient is at fixed :math:`T`, and unbiased for ``num_samples`` accepted draws a
+    call. It needs one evaluation of the model's gradient, none of :math:`Z`. Each loss is
+    an unbiased, noisy estimate of the objective; watch :meth:`elbo`.
+
+    **Requirements.** A model whose log density is a function of its latents, and model
+    and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.
+    A guide of reparameterised draws, with a support that does not depend on a parameter,
+    and invertible transforms if any: :class:`~pyro.infer.autoguide.AutoNormal`,
+    :class:`~pyro.infer.autoguide.AutoDiagonalNormal`,
+    :class:`~pyro.infer.autoguide.AutoMultivariateNormal`,
+    :class:`~pyro.infer.autoguide.AutoLowRankMultivariateNormal`,
+    :class:`~pyro.infer.autoguide.AutoIAFNormal` (whose inverse is slow), an
+    :class:`~pyro.infer.autoguide.AutoGuideList` of these, or a function. The first call
+    checks all this, at the cost of about ten runs of model and guide. The loss must be
+    ``Trace_ELBO``. Of particles, vectorised ones are accepted draws of one call.
+    ``model`` must be the very model that is given to ``SVI``; a
+    :func:`~pyro.poutine.scale` must be around both of the guide and the model of ``SVI``.
+
+    **Local latents.** The more latents are accepted or rejected together, the less is
+    gained. Name the plate of the local ones as ``local_plate``: they are then accepted
+    item by item, each with a threshold of its own, and the plate may be subsampled.
+    Latents outside of it come from the same guide, unrejected. With ``local_size`` the
+    thresholds are kept and adapted. Without, each call finds those of its items from 32
+    proposals that it discards, which works for data without an index and for unseen data.
+
+    **When it is worse.** A step costs about ``num_samples / Z`` evaluations of the model:
+    if a mean-field guide is good enough, take that. Fit the guide by plain SVI first, and
+    wrap it then; its parameters keep their names. Where :math:`\ell` falls faster than a
+    square in the tails of the guide, draws from there, accepted with the probability
+    :math:`\epsilon`, make gradients heavy-tailed: take a smaller ``epsilon`` or a narrower
+    guide. Where the model's density ends at a hard edge inside of the guide's support,
+    the gradient is biased; there is a warning when such proposals occur. Gradients are
+    first order only. RenyiELBO and importance sampling need a density of each draw, and
+    give nonsense with this guide.
+
+    :param callable model: the model.
+    :param callable guide: the proposal. Defaults to ``AutoDiagonalNormal(model)``.
+    :param int num_samples: accepted draws in a call, ``>= 2``. Defaults to 2.
+    :param float T: the threshold to start from. None, the default, solves for
+        ``Z_target`` on proposals that are discarded.
+    :param float epsilon: least acceptance, between 0 and 1. Defaults to 0.01. Larger
+        values lower the ELBO.
+    :param float Z_target: the wanted mean acceptance, between ``epsilon`` and 1.
+        Defaults to 0.33.
+    :param str adaptation: ``"Z_target"``, the default: the threshold follows the
+        acceptance, in training mode and with gradients enabled. ``"fixed"``: it stays.
+    :param float T_lr: learning rate of the threshold. Defaults to 0.1.
+    :param int max_steps: proposals in a call at most, for each ``num_samples`` draws, and
+        each item of the local plate. Defaults to 10,000.
+    :param str local_plate: name of the plate of the local latents. Defaults to None.
+    :param int local_size: full size of that plate. Defaults to None.
+    :ivar torch.Tensor T: the threshold, 0-dim or ``[local_size]``, NaN before it is
+        known; without ``local_size`` the mean of the last ones. In ``state_dict``.
+    :ivar torch.Tensor Z: running mean of the acceptance in training. In ``state_dict``.
+    :ivar guide: the proposal.
+    :raises ValueError: naming the argument that is out of range. At a call, naming the
+        site, for a latent that the guide lacks, and for a plate that is not there or not
+        of ``local_size``.
+    :raises NotImplementedError: at a call, naming the site or the plate: guide sites that
+        are discrete, point estimates, or otherwise without a path gradient; a subsampling
+        plate that is not ``local_plate``; a model or guide that gives something else for
+        two proposals at a time; ``local_plate`` within vectorised particles; JIT losses.
+    :raises RejectionSamplingError: at a call, if ``max_steps`` proposals were too few.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(data):
+        ...     rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", len(data)):
+        ...         pyro.sample("obs", dist.Exponential(rate), obs=data)
+        >>> data = torch.tensor([0.3, 0.8, 2.1])
+        >>> guide = RVRSGuide(model, AutoNormal(model, init_scale=0.5))
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> loss = svi.step(data)
+        >>> guide.sample_posterior(5, data)["rate"].shape
+        torch.Size([5])
+
+    **References**
+
+    [1] Aditya Grover, Ramki Gummadi, Miguel Lazaro-Gredilla, Dale Schuurmans, Stefano
+    Ermon (2018), "Variational Rejection Sampling". https://arxiv.org/abs/1804.01712
+
+    [2] Martin Jankowiak, Du Phan (2024), "Reparameterized Variational Rejection
+    Sampling". https://arxiv.org/abs/2309.14612
+    """
+
+    T: torch.Tensor
+    Z: torch.Tensor
+
     def __init__(
         self,
         model: Callable,
@@ -80,6 +192,8 @@ class RVRSGuide(PyroModule):
         self.max_steps = max_steps
         self.local_plate = local_plate
         self.local_size = local_size
+        # For all items of a plate; else each call of a plate without a size finds its own.
+        self._has_one_threshold = T is not None
         shape = () if local_size is None else (local_size,)
         nan = torch.full(shape, math.nan)
         self.register_buffer("T", nan.clone() if T is None else torch.full(shape, float(T)))
@@ -106,6 +220,19 @@ class RVRSGuide(PyroModule):
     # -- Sampling -------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
+        """
+        Makes the sites of the latents, and a factor, inside of a loss.
+
+        :return: the emitted draw of each latent site, by name.
+        """
+        try:
+            return self._forward(args, kwargs)
+        except StructureChanged:
+            # Nothing was emitted yet.
+            self._structure = None
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Tuple, kwargs: Dict) -> Dict[str, torch.Tensor]:
         particles = self._find_particles()
         num_emitted = 1 if particles is None else particles.size
         num_samples = max(self.num_samples, num_emitted)
@@ -181,7 +308,7 @@ class RVRSGuide(PyroModule):
     def _find_threshold(self, proposer: Proposer) -> torch.Tensor:
         """``[*batch]``, for the items of this call."""
         if self.local_plate is not None and self.local_size is None:
-            if self.adaptation == "fixed" and not self.T.isnan():
+            if self._has_one_threshold:
                 return self.T
             return solve_by_pilot(proposer, self.Z_target, self.epsilon)
         index = self._find_items(proposer)
@@ -216,15 +343,19 @@ class RVRSGuide(PyroModule):
         self.T = new
 
     def _adapt(self, proposer: Proposer, accepted: Accepted) -> None:
-        log_weight = accepted.all_log_weights
         T = accepted.T
-        mean = acceptance(log_weight, T, self.epsilon).mean().to(self.Z)
+        mean = accepted.acceptance.mean().to(self.Z)
         self.Z = mean if self.Z.isnan() else self.Z + _FORGET * (mean - self.Z)
-        if self.adaptation == "fixed":
-            return
-        if self.local_plate is None or self.local_size is not None:
+        if self.local_plate is not None and self.local_size is None:
+            self.T = T.mean().to(self.T)  # for information
+        elif self.adaptation == "Z_target":
             new = adapt_threshold(
-                log_weight, T, self.Z_target, self.epsilon, self.T_lr
+                accepted.all_log_weights,
+                T,
+                self.Z_target,
+                self.epsilon,
+                self.T_lr,
+                accepted.acceptance,
             )
             self._set_threshold(self._find_items(proposer), new)
 
@@ -255,7 +386,7 @@ class RVRSGuide(PyroModule):
             factor = (factor / particles.size).expand(
                 (particles.size,) + (1,) * (-particles.dim - 1)
             )
-        plate = nullcontext()
+        plate: Any = nullcontext()
         if proposer.plate is not None:
             name, size = proposer.plate.name, proposer.plate.size
             frames = {n: tuple(f for f in fs if f.name != name) for n, fs in frames.items()}
@@ -278,7 +409,10 @@ class RVRSGuide(PyroModule):
                 fn = Delta(value, event_dim=event_dim, validate_args=False)
                 values[name] = pyro.sample(name, fn)
             pyro.factor("_rvrs_factor", factor, has_rsample=True)
-        return {**{n: v for n, (v, _) in proposer.globals.items()}, **values}
+        for name, (value, _) in proposer.globals.items():
+            if name in run.sites:
+                values[name] = value
+        return values
 
     # -- What users ask of the guide ------------------------------------------
 
@@ -305,7 +439,11 @@ class RVRSGuide(PyroModule):
                 size = 1 if self._is_mixed(proposer) else num_samples
                 accepted = self._sample(proposer, size)
                 sites = accepted.rounds[0].joint.run.sites
-                draw = {n: v.unsqueeze(0) for n, (v, _) in proposer.globals.items()}
+                draw = {
+                    name: value.unsqueeze(0)
+                    for name, (value, _) in proposer.globals.items()
+                    if name in sites
+                }
                 for name, value in accepted.values.items():
                     draw[name] = strip(sites[name], value)
                 draws.append(draw)
@@ -344,7 +482,7 @@ class RVRSGuide(PyroModule):
 
         :param int num_samples: number of proposals, ``>= 2``. With a local plate, for
             each item; if there are global latents or subsamples, they are shared out
-            among about the square root as many draws of these, and ``>= 4``.
+            among draws of these, about 256 for each, and there must be 8 or more.
         :param args: arguments of the model; ``kwargs`` likewise.
         :return: the ELBO and its standard error.
         :raises ValueError: if ``num_samples`` is too small.
@@ -355,11 +493,11 @@ class RVRSGuide(PyroModule):
             proposer = self._make_proposer(args, kwargs)
             if not self._is_mixed(proposer):
                 return self._estimate(proposer, num_samples)
-            check_count("num_samples", num_samples, 4)
-            num_passes = max(2, round(num_samples**0.5))
+            check_count("num_samples", num_samples, 8)
+            num_passes = max(4, num_samples // MAX_ROUND)
             values = []
             for _ in range(num_passes):
-                value, _ = self._estimate(proposer, max(2, num_samples // num_passes))
+                value, _ = self._estimate(proposer, num_samples // num_passes)
                 values.append(value)
                 proposer = self._make_proposer(args, kwargs)
         x = torch.tensor(values, dtype=torch.float64)

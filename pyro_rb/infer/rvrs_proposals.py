@@ -5,7 +5,7 @@
 Proposals of a guide, weighed by a model, many at a time.
 """
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -31,6 +31,10 @@ class Structure(NamedTuple):
     #: Items of that plate in a call, and whether they are a subsample.
     num_items: int = 1
     is_subsampled: bool = False
+    #: Whether the model is to be run for one proposal at a time.
+    is_looped: bool = False
+    #: Latents of the model, of which plates and event dims are used.
+    sites: Mapping[str, Site] = {}
     #: Whether log densities have so few elements that a gradient of all proposals is
     #: cheaper than a second evaluation of those that were accepted.
     is_small: bool = True
@@ -71,8 +75,8 @@ class Proposals(NamedTuple):
 
     #: ``[M, *batch]``, detached, -inf where not finite.
     log_weight: torch.Tensor
-    #: Number of log weights that are not finite, 0-dim.
-    num_invalid: torch.Tensor
+    #: Number of log weights that are not finite.
+    num_invalid: int
     #: ``[M, *batch]``, with a graph if gradients are enabled.
     log_q: torch.Tensor
     #: Of the latents of the model, each ``[M, *plates, *event]``.
@@ -111,7 +115,7 @@ class Proposer:
         self.globals: Dict[str, Tuple[torch.Tensor, int]] = {}
         #: The local plate, as it was in the last run.
         self.plate: Optional[CondIndepStackFrame] = None
-        self._known = known
+        self.known = known
 
     def draw_globals(self) -> None:
         """Runs the guide, of which all but the local latents is visible from outside."""
@@ -162,7 +166,7 @@ class Proposer:
         :param with_grad: whether the log joint is to have a graph. The guide has one
             if gradients are enabled.
         """
-        tap = TapMessenger(self._known) if torch.is_grad_enabled() else None
+        tap = TapMessenger(self.known) if torch.is_grad_enabled() else None
         run = self.run(self.guide, size, {}, tap)
         if tap is not None:
             check_reasons(tap, run)
@@ -186,11 +190,34 @@ class Proposer:
                 )
                 for name, value in values.items()
             }
-        run = self.run(self.model, size, values)
+        if self.structure.is_looped:
+            log_p, run = self._loop(size, values)
+        else:
+            run = self.run(self.model, size, values)
+            log_p = self.log_prob_sum(run)
         for name in run.latents:
             if name not in values and name not in self.globals:
                 raise missing_site(name)
-        return LogJoint(self.log_prob_sum(run), rescale, run)
+        return LogJoint(log_p, rescale, run)
+
+    def _loop(self, size: int, values: Values) -> Tuple[torch.Tensor, ProposalMessenger]:
+        sites = self.structure.sites
+        rows = {n: strip(sites[n], value) for n, value in values.items() if n in sites}
+        terms = []
+        for i in range(size):
+            run = self.run_alone(self.model, {name: row[i] for name, row in rows.items()})
+            terms.append(self.log_prob_sum(run))
+        return torch.cat(terms), run
+
+    def run_alone(self, fn: Callable, values: Values) -> ProposalMessenger:
+        """Runs the code as it is, without a dim of proposals."""
+        values = {**values, **{name: value for name, (value, _) in self.globals.items()}}
+        with ProposalMessenger(
+            values=values, subsamples=self.subsamples, plate=self.structure.plate
+        ) as run:
+            fn(*self.args, **self.kwargs)
+        self._check_frames(run)
+        return run
 
     def latents(self, run: ProposalMessenger) -> List[str]:
         """Names of the latents of the model that are accepted or rejected."""
@@ -207,9 +234,7 @@ class Proposer:
         dim, plate = self.structure.dim, self.structure.plate
         with ProposalMessenger(dim, size, values, self.subsamples, tap, plate) as run:
             fn(*self.args, **self.kwargs)
-        for name, site in run.sites.items():
-            for frame in site.frames:
-                self._check_frame(name, frame)
+        self._check_frames(run)
         return run
 
     def _expanded_globals(self, size: int) -> Values:
@@ -221,8 +246,18 @@ class Proposer:
             expanded[name] = value.expand(shape)
         return expanded
 
+    def _check_frames(self, run: ProposalMessenger) -> None:
+        for name, site in run.sites.items():
+            for frame in site.frames:
+                self._check_frame(name, frame)
+
     def _check_frame(self, name: str, frame: CondIndepStackFrame) -> None:
         if frame.dim is not None and frame.dim <= self.structure.dim:
+            if self.globals:
+                raise NotImplementedError(
+                    f"Plate '{frame.name}' at site '{name}' is further left than any at the "
+                    "first call. Expected a fixed nesting of plates: make a new RVRSGuide."
+                )
             raise StructureChanged
         if frame.name == self.structure.plate:
             self.plate = frame

@@ -2,21 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Rejection sampling of the proposals of a guide, and the gradient of the ELBO from those
-that were accepted.
+Rejection sampling of the proposals of a guide.
 """
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple
 
 import torch
 
-from pyro_rb.infer.rvrs_proposals import LogJoint, Proposals, Proposer, Values
+from pyro_rb.infer.rvrs_proposals import Proposals, Proposer, Values
 from pyro_rb.ops.rejection import (
-    Weights,
     acceptance,
     first_accepted,
-    gradient_weights,
     solve_threshold,
 )
 
@@ -26,9 +23,6 @@ MAX_ROUND = 256
 #: Proposals from which a threshold is solved: of a global guide, and of each local item.
 NUM_PILOTS = 64
 NUM_LOCAL_PILOTS = 32
-
-#: Smallest weight of a log density through which a gradient by latents can be passed.
-_LEAST_WEIGHT = 1e-6
 
 
 class RejectionSamplingError(RuntimeError):
@@ -41,21 +35,19 @@ class Accepted(NamedTuple):
     #: ``[S, *batch]``
     log_weight: torch.Tensor
     #: Positions among all proposals, ``[S, *batch]``.
-    index: torch.Tensor
+    position: torch.Tensor
     #: Proposals up to and including the last one that was accepted, ``[*batch]``.
     num_proposed: torch.Tensor
     #: Of the latents of the model, each ``[S, *plates, *event]``.
     values: Values
-    #: All proposals.
+    #: All proposals, with their log weights and acceptance probabilities ``[M, *batch]``.
     rounds: List[Proposals]
+    all_log_weights: torch.Tensor
+    acceptance: torch.Tensor
     #: How many log weights were not finite.
     num_invalid: int
     #: The threshold, ``[*batch]`` or a scalar.
     T: torch.Tensor
-
-    @property
-    def all_log_weights(self) -> torch.Tensor:
-        return torch.cat([r.log_weight for r in self.rounds])
 
 
 def solve_by_pilot(
@@ -107,6 +99,7 @@ def sample(
     size = math.ceil((num_samples + spare) / max(guess, epsilon))
     rounds: List[Proposals] = []
     accepted: List[torch.Tensor] = []
+    probs: List[torch.Tensor] = []
     num_accepted: Any = 0
     T: Any = None
     least = num_proposed = num_invalid = 0
@@ -121,22 +114,33 @@ def sample(
         a = acceptance(log_weight, T, epsilon)
         is_accepted = torch.rand_like(a) < a
         rounds.append(proposals)
+        probs.append(a)
         accepted.append(is_accepted)
         num_accepted = num_accepted + is_accepted.sum(0)
-        least, invalid = torch.stack([num_accepted.min(), proposals.num_invalid]).tolist()
-        num_invalid += invalid
+        least = int(num_accepted.min() if num_accepted.dim() else num_accepted)
+        num_invalid += proposals.num_invalid
         num_proposed += size
         size = 2 * size
-    index, num_needed = first_accepted(_cat(accepted), num_samples)
-    log_weight = _cat([r.log_weight for r in rounds]).gather(0, index)
+    index, num_needed = first_accepted(cat(accepted), num_samples)
+    all_weights = cat([r.log_weight for r in rounds])
     values = {
-        name: _take(_cat([r.values[name] for r in rounds]), index, proposer)
+        name: _take(cat([r.values[name] for r in rounds]), index, proposer)
         for name in rounds[0].values
     }
-    return Accepted(log_weight, index, num_needed, values, rounds, num_invalid, T)
+    return Accepted(
+        all_weights.gather(0, index),
+        index,
+        num_needed,
+        values,
+        rounds,
+        all_weights,
+        cat(probs),
+        num_invalid,
+        T,
+    )
 
 
-def _cat(xs: List[torch.Tensor]) -> torch.Tensor:
+def cat(xs: List[torch.Tensor]) -> torch.Tensor:
     return xs[0] if len(xs) == 1 else torch.cat(xs)
 
 
@@ -177,97 +181,3 @@ def _exhausted(
         "weights. Fit the proposal by plain SVI first, leave T=None to have it found, or "
         "raise epsilon, T or max_steps."
     )
-
-
-class Surrogate(NamedTuple):
-    """Of an accepted batch, each ``[*batch]``."""
-
-    #: Unbiased estimate of the ELBO less the log normalizer.
-    mean_f: torch.Tensor
-    #: Its gradient is that of the ELBO, less that of the model's log density at the
-    #: draws that are emitted. None if gradients are disabled.
-    gradient: Optional[torch.Tensor]
-    #: Log density of the model at the emitted draws, summed.
-    log_p: torch.Tensor
-
-
-def compute_surrogate(
-    proposer: Proposer, accepted: Accepted, epsilon: float, num_emitted: int
-) -> Surrogate:
-    """
-    :param num_emitted: P, the number of draws at which the ELBO evaluates the model.
-    """
-    log_weight = accepted.log_weight
-    weights = gradient_weights(log_weight, accepted.T, epsilon)
-    mean_f = weights.f.mean(0)
-    joints = [r.joint for r in accepted.rounds]
-    # Where the density is zero its derivatives need not be finite, whatever their weight.
-    has_graph = joints[0].log_p.requires_grad and not accepted.num_invalid
-    again: Optional[LogJoint] = None
-    if torch.is_grad_enabled() and not has_graph:
-        again = proposer.evaluate(len(log_weight), accepted.values)
-    if again is None:
-        log_p = _cat([j.log_p.detach() for j in joints]).gather(0, accepted.index)
-    else:
-        log_p = again.log_p.detach()
-    emitted = log_p[:num_emitted].sum(0)
-    if not torch.is_grad_enabled():
-        return Surrogate(mean_f, None, emitted)
-    path, model = _scaled(weights, num_emitted)
-    rows = accepted.index
-    sizes = [len(r.log_weight) for r in accepted.rounds]
-    shape = (sum(sizes),) + rows.shape[1:]
-    all_path = _scatter(shape, rows, path).split(sizes)
-    if again is not None:
-        gradient = _weigh_model(again, path, model)
-    else:
-        all_model = _scatter(shape, rows, model).split(sizes)
-        gradient = sum(map(_weigh_model, joints, all_path, all_model))
-    for proposals, weight in zip(accepted.rounds, all_path):
-        gradient = gradient - _weigh_guide(proposer, proposals, weight)
-    return Surrogate(mean_f, gradient, emitted)
-
-
-def _scaled(weights: Weights, num_emitted: int) -> List[torch.Tensor]:
-    num_samples = len(weights.f)
-    share = num_emitted / num_samples
-    model = share * weights.model
-    # The ELBO adds the model's log density at the emitted draws with a gradient of its own.
-    model[:num_emitted] -= 1
-    least = torch.copysign(torch.full_like(model, _LEAST_WEIGHT), model)
-    return [share * weights.path, least.where(model.abs() < _LEAST_WEIGHT, model)]
-
-
-def _scatter(shape: torch.Size, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return x.new_zeros(shape).scatter(0, index, x)
-
-
-def _weigh_model(
-    joint: LogJoint, path: torch.Tensor, model: torch.Tensor
-) -> torch.Tensor:
-    """Gradients by model parameters have one weight, those by latents another."""
-    joint.rescale.factor = torch.where(model == 0, model, path / model)
-    return (model * joint.log_p.masked_fill(model == 0, 0.0)).sum(0)
-
-
-def _weigh_guide(
-    proposer: Proposer, proposals: Proposals, weight: torch.Tensor
-) -> torch.Tensor:
-    """The part of the gradient of log q that goes through the draws."""
-    tap = proposals.tap
-    assert tap is not None
-    tap.raise_if_edited()
-    if not (tap.values and proposals.log_q.requires_grad):
-        return weight.new_zeros(weight.shape[1:])
-    values = list(tap.values.values())
-    log_q = proposals.log_q.masked_fill(weight == 0, 0.0)
-    with tap.closed():
-        grads = torch.autograd.grad(
-            (weight * log_q).sum(), values, retain_graph=True, allow_unused=True
-        )
-    terms = [
-        proposer.sum_to_batch(grad * value)
-        for grad, value in zip(grads, values)
-        if grad is not None
-    ]
-    return sum(terms, weight.new_zeros(weight.shape[1:]))

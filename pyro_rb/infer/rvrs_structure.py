@@ -7,7 +7,18 @@ would be silently wrong.
 """
 
 import warnings
-from typing import Any, Callable, Dict, Optional, Tuple
+from contextlib import contextmanager
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from pyro.distributions import Delta
@@ -92,10 +103,12 @@ def find_structure(
         site.log_prob.numel() for site in sites if site.log_prob is not None
     )
     structure = Structure(
-        dim=min(dims, default=0) - 1, is_small=num_elements <= SMALL, **options
+        dim=min(dims, default=0) - 1, is_small=num_elements <= SMALL, sites=model_run.latents, **options
     )
-    _try_out(Proposer(model, guide, args, kwargs, structure, known))
-    return structure
+    is_looped = _try_out(
+        Proposer(model, guide, args, kwargs, structure, known), model_run.latents
+    )
+    return structure._replace(is_looped=is_looped)
 
 
 def _warn_of_surplus(
@@ -132,51 +145,87 @@ def _find_plate(name: str, run: ProposalMessenger) -> CondIndepStackFrame:
     return frames[name]
 
 
-def _try_out(proposer: Proposer) -> None:
-    """Two proposals at a time must be what each of them is by itself."""
+def _try_out(proposer: Proposer, model_sites: Mapping[str, Site]) -> bool:
+    """
+    Two proposals at a time must be what each of them is by itself.
+
+    :return: whether the model can only be run for one at a time.
+    """
     with torch.enable_grad():
         if proposer.structure.has_globals:
             with ProposalMessenger():  # out of sight
                 proposer.draw_globals()
-        tap = TapMessenger(proposer._known)
-        try:
+        tap = TapMessenger(proposer.known)
+        with _hint("guide", proposer):
             guide_run = proposer.run(proposer.guide, 2, {}, tap)
-            values = {
-                name: site.value.detach() for name, site in guide_run.latents.items()
-            }
-            model_run = proposer.run(proposer.model, 2, values)
-        except (IndexError, RuntimeError, TypeError, ValueError) as e:
-            if type(e) not in (IndexError, RuntimeError, TypeError, ValueError):
-                raise
-            raise type(e)(
-                f"{e}\nThe model and guide run once, but not for 2 proposals at a time, "
-                f"along dim {proposer.structure.dim} of each site. Expected code that "
-                "allows for batch dims on the left, as for vectorize_particles=True: "
-                "index from the right, and put batch dims in plates."
-            ) from e
     check_reasons(tap, guide_run)
-    _check_deltas(proposer, guide_run, model_run, tap)
-    drawn = {
-        name: site
-        for name, site in guide_run.latents.items()
-        if not isinstance(list(base_dists(site.fn))[-1], Delta)
-    }
-    for what, fn, run, sites in (
-        ("guide", proposer.guide, guide_run, drawn),
-        ("model", proposer.model, model_run, model_run.latents),
-    ):
-        together = proposer.log_prob_sum(run).detach()
-        for i in range(2):
-            alone = [_run_alone(proposer, fn, sites, i) for _ in range(2)]
-            has_noise = not torch.equal(*alone)
-            if what == "guide" and has_noise:
-                break  # dropout: its mask belongs to the draw
-            if has_noise or not _is_close(alone[0][0], together[i]):
-                raise NotImplementedError(_differs(what, alone, together[i], has_noise))
+    names = proposer.latents(guide_run)
+    _check_deltas(guide_run, [n for n in names if n in model_sites], tap)
+    drawn = [
+        name
+        for name in names
+        if not isinstance(list(base_dists(guide_run.sites[name].fn))[-1], Delta)
+    ]
+    with torch.no_grad():
+        rows = _rows(guide_run.sites, guide_run, drawn)
+        alone = [[_run_alone(proposer, proposer.guide, row) for row in rows] for _ in "ab"]
+        together = proposer.log_prob_sum(guide_run)
+        # Otherwise there is dropout, of which the mask belongs to the draw.
+        if torch.equal(*map(torch.cat, alone)) and not _is_close(torch.cat(alone[0]), together):
+            raise NotImplementedError(_differs("guide", torch.cat(alone[0]), together))
+        rows = _rows(model_sites, guide_run, [n for n in names if n in model_sites])
+        alone = [[_run_alone(proposer, proposer.model, row) for row in rows] for _ in "ab"]
+        first, second = map(torch.cat, alone)
+        if not _is_close(first, second):
+            raise NotImplementedError(
+                "The log density of the model differs between two runs at the same values, "
+                f"by {(first - second).abs().max().item():.3g}. Expected a function of the "
+                "latents: switch dropout off by .eval(), and sample what is random."
+            )
+        values = {name: guide_run.sites[name].value for name in names}
+        try:
+            together = proposer.log_prob_sum(proposer.run(proposer.model, 2, values))
+            why = "" if _is_close(first, together) else _differs("model", first, together)
+        except (IndexError, RuntimeError, TypeError, ValueError) as e:
+            why = str(e).split("Trace Shapes:")[0].strip()
+    if why:
+        warnings.warn(
+            "The model is evaluated for one proposal at a time, which is slow, as it cannot "
+            f"be for several along dim {proposer.structure.dim}: {why}\nExpected a model "
+            "that allows for batch dims on the left, as for vectorize_particles=True."
+        )
+    return bool(why)
+
+
+@contextmanager
+def _hint(what: str, proposer: Proposer) -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as e:
+        if type(e) not in (IndexError, RuntimeError, TypeError, ValueError):
+            raise
+        raise type(e)(
+            f"{e}\nThe {what} runs once, but not for 2 proposals at a time, along dim "
+            f"{proposer.structure.dim} of each site. Expected code that allows for batch "
+            "dims on the left, as for vectorize_particles=True: index from the right, and "
+            "put batch dims in plates."
+        ) from e
+
+
+def _rows(
+    sites: Mapping[str, Site], run: ProposalMessenger, names: Sequence[str]
+) -> List[Values]:
+    """The values of each of two proposals, in the shapes of a run without proposals."""
+    values = {name: strip(sites[name], run.sites[name].value.detach()) for name in names}
+    return [{name: value[i] for name, value in values.items()} for i in range(2)]
+
+
+def _run_alone(proposer: Proposer, fn: Callable, values: Values) -> torch.Tensor:
+    return proposer.log_prob_sum(proposer.run_alone(fn, values))
 
 
 def _check_deltas(
-    proposer: Proposer, guide_run: ProposalMessenger, model_run: ProposalMessenger, tap: Any
+    guide_run: ProposalMessenger, names: Sequence[str], tap: TapMessenger
 ) -> None:
     """
     What is not drawn must be computed from draws alone, and change with them: the path
@@ -199,7 +248,7 @@ def _check_deltas(
                     "parameters of their own: AutoDelta cannot be used, nor a learned "
                     "transform outside of a TransformedDistribution."
                 )
-    for name in proposer.latents(model_run):
+    for name in names:
         value = guide_run.sites[name].value
         if torch.equal(value[0], value[1]):
             raise NotImplementedError(
@@ -217,38 +266,15 @@ def _scaled(name: str, scale: Any) -> NotImplementedError:
     )
 
 
-def _run_alone(
-    proposer: Proposer, fn: Callable, sites: Dict[str, Site], i: int
-) -> torch.Tensor:
-    """Log density of the ``i``-th of two proposals, run without the other."""
-    structure = proposer.structure
-    values: Values = {name: value for name, (value, _) in proposer.globals.items()}
-    for name, site in sites.items():
-        if site.log_prob is not None:
-            values[name] = strip(site, site.value.detach())[i]
-    with torch.no_grad(), ProposalMessenger(
-        values=values, subsamples=proposer.subsamples, plate=structure.plate
-    ) as run:
-        fn(*proposer.args, **proposer.kwargs)
-    return run.log_prob_sum(structure.plate_dim)
-
-
 def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
     rtol = 1e-6 if a.dtype == torch.float64 else 1e-3
     scale = max(1.0, b.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
     return torch.allclose(a, b.to(a), rtol=0.0, atol=rtol * scale, equal_nan=True)
 
 
-def _differs(what: str, alone: Any, together: torch.Tensor, has_noise: bool) -> str:
-    if has_noise:
-        return (
-            f"The log density of the {what} differs between two runs at the same values, by "
-            f"{(alone[0] - alone[1]).abs().max().item():.3g}. Expected a function of the "
-            "latents: switch dropout off by .eval(), and mark random sites as latents."
-        )
+def _differs(what: str, alone: torch.Tensor, together: torch.Tensor) -> str:
     return (
-        f"The log density of the {what} for two proposals at a time is {together}, and for "
-        f"one of them alone {alone[0][0]}. Expected the same. The proposals are a batch dim on "
-        "the left of all plates, as with vectorize_particles=True: sum over dims by "
+        f"the log density of the {what} for two proposals at a time is {together.tolist()}, "
+        f"and for one at a time {alone.tolist()}. Expected the same: sum over dims by "
         "negative index, do not use batch normalisation, and give each batch dim a plate."
     )

@@ -14,7 +14,8 @@ Proposals are along dim 0 of all tensors; further dims hold independent problems
 the items of a plate.
 """
 
-from typing import NamedTuple, Tuple
+import math
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 
@@ -26,18 +27,20 @@ _MARGIN = 40.0
 _SATURATED = 0.002
 
 
-def clean_log_weights(log_weight: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def clean_log_weights(log_weight: torch.Tensor) -> Tuple[torch.Tensor, int]:
     """
     Makes -inf of log weights that are not finite.
 
     :param log_weight: of any shape.
-    :return: log weights without NaN and +inf, and how many were not finite, 0-dim.
+    :return: log weights without NaN and +inf, and how many were not finite.
 
     >>> clean_log_weights(torch.tensor([0.5, float("nan"), float("inf")]))
-    (tensor([0.5000,   -inf,   -inf]), tensor(2))
+    (tensor([0.5000,   -inf,   -inf]), 2)
     """
-    is_finite = log_weight.isfinite()
-    return log_weight.masked_fill(~is_finite, -torch.inf), (~is_finite).sum()
+    if math.isfinite(log_weight.sum().item()):  # much the most frequent, and one sum
+        return log_weight, 0
+    is_invalid = ~log_weight.isfinite()
+    return log_weight.masked_fill(is_invalid, -torch.inf), int(is_invalid.sum())
 
 
 def acceptance(
@@ -70,8 +73,11 @@ def first_accepted(
     >>> first_accepted(torch.tensor([False, True, False, True, True]), 2)
     (tensor([1, 3]), tensor(4))
     """
-    order = (~is_accepted).to(torch.uint8).sort(dim=0, stable=True).indices
-    index = order[:num_samples]
+    if is_accepted.dim() == 1:
+        index = is_accepted.nonzero().squeeze(-1)[:num_samples]
+    else:
+        order = (~is_accepted).to(torch.uint8).sort(dim=0, stable=True).indices
+        index = order[:num_samples]
     return index, index[-1] + 1
 
 
@@ -184,7 +190,7 @@ def solve_threshold(
     lw = log_weight.double()
     is_finite = lw.isfinite()
     share = is_finite.double().mean(0)
-    goal = (share * 0.9).clamp(max=target).maximum(share * epsilon)
+    goal = torch.where(share > target, torch.full_like(share, target), 0.9 * share)
     low = -lw.masked_fill(~is_finite, -torch.inf).amax(0) - _MARGIN
     high = -lw.masked_fill(~is_finite, torch.inf).amin(0) + _MARGIN
     for _ in range(_BISECTIONS):
@@ -197,7 +203,12 @@ def solve_threshold(
 
 
 def adapt_threshold(
-    log_weight: torch.Tensor, T: torch.Tensor, target: float, epsilon: float, lr: float
+    log_weight: torch.Tensor,
+    T: torch.Tensor,
+    target: float,
+    epsilon: float,
+    lr: float,
+    accept_probs: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """
     A step of the threshold towards the target: Newton's, with a limit on its length and
@@ -210,14 +221,16 @@ def adapt_threshold(
     :param target: wanted mean acceptance.
     :param epsilon: least acceptance.
     :param lr: learning rate.
+    :param accept_probs: acceptance probabilities, if they are known.
     :return: the new threshold, ``[*batch]``.
 
     >>> adapt_threshold(torch.zeros(8), torch.tensor(0.0), 0.3, 0.01, 0.1)
     tensor(-0.0828)
     """
-    s = torch.sigmoid(log_weight + T)
-    slope = (1 - epsilon) * (s * (1 - s)).mean(0)
-    mean_a = acceptance(log_weight, T, epsilon).mean(0)
+    a = acceptance(log_weight, T, epsilon) if accept_probs is None else accept_probs
+    mean_a = a.mean(0)
+    # That of the sigmoid in terms of the acceptance: (a - epsilon) (1 - a) / (1 - epsilon).
+    slope = ((a - epsilon).clamp(min=0) * (1 - a)).mean(0) / (1 - epsilon)
     step = ((target - mean_a) / slope.clamp(min=0.02)).clamp(-2, 2)
     new = T + lr * step
     is_saturated = slope < _SATURATED

@@ -126,11 +126,19 @@ class TapMessenger(Messenger):
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Closes the gate for the duration of a ``with`` block."""
-        self._gate.is_open = False
+        self.close()
         try:
             yield
         finally:
-            self._gate.is_open = True
+            self.open()
+
+    def close(self) -> None:
+        """Closes the gate, until :meth:`open`."""
+        self._gate.is_open = False
+
+    def open(self) -> None:
+        """Opens the gate."""
+        self._gate.is_open = True
 
     def bypass(self, fn: Callable) -> Callable:
         """
