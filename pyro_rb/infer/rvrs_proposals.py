@@ -166,10 +166,7 @@ class Proposer:
         :param with_grad: whether the log joint is to have a graph. The guide has one
             if gradients are enabled.
         """
-        tap = TapMessenger(self.known) if torch.is_grad_enabled() else None
-        run = self.run(self.guide, size, {}, tap)
-        if tap is not None:
-            check_reasons(tap, run)
+        run, tap = self.draw(size)
         log_q = self.log_prob_sum(run)
         values = {name: run.sites[name].value for name in self.latents(run)}
         with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
@@ -177,6 +174,14 @@ class Proposer:
         latents = {name: values[name] for name in self.latents(joint.run)}
         log_weight, num_invalid = clean_log_weights((joint.log_p - log_q).detach())
         return Proposals(log_weight, num_invalid, log_q, latents, tap, joint)
+
+    def draw(self, size: int) -> Tuple[ProposalMessenger, Optional[TapMessenger]]:
+        """Runs the guide."""
+        tap = TapMessenger(self.known) if torch.is_grad_enabled() else None
+        run = self.run(self.guide, size, {}, tap)
+        if tap is not None:
+            check_reasons(tap, run)
+        return run, tap
 
     def evaluate(self, size: int, values: Values) -> LogJoint:
         """The model at values of its latents, each ``[M, *plates, *event]``."""
@@ -252,13 +257,6 @@ class Proposer:
                 self._check_frame(name, frame)
 
     def _check_frame(self, name: str, frame: CondIndepStackFrame) -> None:
-        if frame.dim is not None and frame.dim <= self.structure.dim:
-            if self.globals:
-                raise NotImplementedError(
-                    f"Plate '{frame.name}' at site '{name}' is further left than any at the "
-                    "first call. Expected a fixed nesting of plates: make a new RVRSGuide."
-                )
-            raise StructureChanged
         if frame.name == self.structure.plate:
             self.plate = frame
         elif frame.full_size not in (None, frame.size):
@@ -279,10 +277,6 @@ def missing_site(name: str) -> ValueError:
         "samples every latent site of the model: add the site to the guide, or fix its "
         "value by poutine.condition."
     )
-
-
-class StructureChanged(Exception):
-    """Plates are nested deeper than at the first call."""
 
 
 _HARMLESS = (

@@ -64,13 +64,7 @@ def find_structure(
             f"Found a GuideMessenger, {type(unwrap(guide)).__name__}. Expected a guide that "
             "runs by itself, such as AutoNormal, or a function."
         )
-    subsamples: Values = {}
-    with torch.no_grad():
-        with ProposalMessenger(subsamples=subsamples) as guide_run:
-            guide(*args, **kwargs)
-        values = {name: site.value for name, site in guide_run.latents.items()}
-        with ProposalMessenger(values=values, subsamples=subsamples) as model_run:
-            model(*args, **kwargs)
+    guide_run, model_run = _run_both(model, guide, args, kwargs)
     for name in model_run.latents:
         if name not in guide_run.sites:
             raise missing_site(name)
@@ -80,7 +74,6 @@ def find_structure(
     _warn_of_surplus(guide_run, model_run)
 
     sites = [*guide_run.sites.values(), *model_run.sites.values()]
-    dims = [frame.dim for site in sites for frame in site.frames if frame.dim is not None]
     options: Dict[str, Any] = {}
     if local_plate is not None:
         frame = _find_plate(local_plate, model_run)
@@ -103,12 +96,39 @@ def find_structure(
         site.log_prob.numel() for site in sites if site.log_prob is not None
     )
     structure = Structure(
-        dim=min(dims, default=0) - 1, is_small=num_elements <= SMALL, sites=model_run.latents, **options
+        dim=_left_of_plates(sites),
+        is_small=num_elements <= SMALL,
+        sites=model_run.latents,
+        **options,
     )
     is_looped = _try_out(
         Proposer(model, guide, args, kwargs, structure, known), model_run.latents
     )
     return structure._replace(is_looped=is_looped)
+
+
+def find_dim(model: Callable, guide: Callable, args: Tuple, kwargs: Dict) -> int:
+    """The dim of proposals."""
+    runs = _run_both(model, guide, args, kwargs)
+    return _left_of_plates([site for run in runs for site in run.sites.values()])
+
+
+def _run_both(
+    model: Callable, guide: Callable, args: Tuple, kwargs: Dict
+) -> Tuple[ProposalMessenger, ProposalMessenger]:
+    subsamples: Values = {}
+    with torch.no_grad():
+        with ProposalMessenger(subsamples=subsamples) as guide_run:
+            guide(*args, **kwargs)
+        values = {name: site.value for name, site in guide_run.latents.items()}
+        with ProposalMessenger(values=values, subsamples=subsamples) as model_run:
+            model(*args, **kwargs)
+    return guide_run, model_run
+
+
+def _left_of_plates(sites: Sequence[Site]) -> int:
+    dims = [frame.dim for site in sites for frame in site.frames if frame.dim is not None]
+    return min(dims, default=0) - 1
 
 
 def _warn_of_surplus(
@@ -182,6 +202,8 @@ def _try_out(proposer: Proposer, model_sites: Mapping[str, Site]) -> bool:
                 f"by {(first - second).abs().max().item():.3g}. Expected a function of the "
                 "latents: switch dropout off by .eval(), and sample what is random."
             )
+        if proposer.structure.plate is not None:
+            _check_outside(proposer, rows)
         values = {name: guide_run.sites[name].value for name in names}
         try:
             together = proposer.log_prob_sum(proposer.run(proposer.model, 2, values))
@@ -231,6 +253,14 @@ def _check_deltas(
     What is not drawn must be computed from draws alone, and change with them: the path
     gradient has no part for a direct dependence on parameters.
     """
+    for name in names:
+        value = guide_run.sites[name].value
+        if torch.equal(value[0], value[1]):
+            raise NotImplementedError(
+                f"Guide site '{name}' has the same value in two draws. Expected a random "
+                "draw: a point estimate, as by AutoDelta, leaves nothing to accept or "
+                "reject. In local mode, local sites must be drawn inside of the plate."
+            )
     stop = {value.grad_fn for value in tap.values.values()}
     for name, site in guide_run.sites.items():
         if site.log_prob is None:
@@ -248,14 +278,6 @@ def _check_deltas(
                     "parameters of their own: AutoDelta cannot be used, nor a learned "
                     "transform outside of a TransformedDistribution."
                 )
-    for name in names:
-        value = guide_run.sites[name].value
-        if torch.equal(value[0], value[1]):
-            raise NotImplementedError(
-                f"Guide site '{name}' has the same value in two draws. Expected a random "
-                "draw: a point estimate, as by AutoDelta, leaves nothing to accept or "
-                "reject. In local mode, local sites must be drawn inside of the plate."
-            )
 
 
 def _scaled(name: str, scale: Any) -> NotImplementedError:
@@ -264,6 +286,28 @@ def _scaled(name: str, scale: Any) -> NotImplementedError:
         "inside: put the same scale around the RVRSGuide and the model given to SVI, and "
         "make the RVRSGuide of the unscaled model and guide."
     )
+
+
+def _check_outside(proposer: Proposer, rows: Sequence[Values]) -> None:
+    """No site outside of the local plate may depend on what is inside."""
+    plate = proposer.structure.plate
+    globals_ = {name: value for name, (value, _) in proposer.globals.items()}
+    runs = []
+    for row in rows:
+        values = {**row, **globals_}
+        with ProposalMessenger(values=values, subsamples=proposer.subsamples) as run:
+            proposer.model(*proposer.args, **proposer.kwargs)
+        runs.append(run.sites)
+    for name, site in runs[0].items():
+        other = runs[1][name].log_prob
+        if all(frame.name != plate for frame in site.frames):
+            assert site.log_prob is not None and other is not None
+            if not _is_close(site.log_prob, other):
+                raise NotImplementedError(
+                    f"Site '{name}' is outside of plate '{plate}', and depends on latents "
+                    "inside, which are to be accepted item by item. Expected sites outside "
+                    "that depend on none inside: leave local_plate=None."
+                )
 
 
 def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -55,8 +55,8 @@ def acceptance(
     >>> acceptance(torch.tensor([0.0, -torch.inf]), torch.tensor(0.0), 0.5)
     tensor([0.7500, 0.0000])
     """
-    a = epsilon + (1 - epsilon) * torch.sigmoid(log_weight + T)
-    return a.masked_fill(log_weight == -torch.inf, 0.0)
+    s = torch.sigmoid(log_weight + T)
+    return (s * (1 - epsilon) + epsilon).masked_fill_(log_weight == -torch.inf, 0.0)
 
 
 def first_accepted(
@@ -92,6 +92,10 @@ def log_normalizer(num_samples: int, num_proposed: torch.Tensor) -> torch.Tensor
     >>> log_normalizer(2, torch.tensor([2, 4]))
     tensor([ 0.0000, -0.8333], dtype=torch.float64)
     """
+    if num_proposed.dim() == 0:
+        # psi(n + 1) = psi(n) + 1 / n
+        terms = range(num_samples, int(num_proposed))
+        return torch.tensor(-math.fsum(1 / n for n in terms), dtype=torch.float64)
     num = num_proposed.double()
     return torch.digamma(torch.full_like(num, num_samples)) - torch.digamma(num)
 
@@ -133,7 +137,7 @@ def gradient_weights(
     rho = (odds + s * s) / (odds + s)
     # The same as 1 - rho, without the loss of digits where s is near 1.
     one_less_rho = s * rest / (odds + s)
-    f = log_weight - acceptance(log_weight, T, epsilon).log()
+    f = log_weight - (epsilon + (1 - epsilon) * s).log()
     scale = num_samples / max(num_samples - 1, 1)
     deviation = scale * (f - f.mean(0))
     path = rho * rho + 2 * deviation * s * one_less_rho
@@ -212,9 +216,10 @@ def adapt_threshold(
 ) -> torch.Tensor:
     """
     A step of the threshold towards the target: Newton's, with a limit on its length and
-    on how flat the acceptance may be. Its fixed point is unbiased. Where all proposals
-    are almost surely accepted or rejected there is no slope to follow, and the step goes
-    half of the way to what :func:`solve_threshold` says of these proposals.
+    on how flat the acceptance may be. Its fixed point is unbiased. Where the acceptance
+    is far off, or each proposal is almost surely accepted or rejected so that there is no
+    slope to follow, the step goes half of the way to what :func:`solve_threshold` says
+    of these proposals.
 
     :param log_weight: of proposals that were decided upon with T, ``[M, *batch]``.
     :param T: threshold, ``[*batch]``.
@@ -231,10 +236,15 @@ def adapt_threshold(
     mean_a = a.mean(0)
     # That of the sigmoid in terms of the acceptance: (a - epsilon) (1 - a) / (1 - epsilon).
     slope = ((a - epsilon).clamp(min=0) * (1 - a)).mean(0) / (1 - epsilon)
+    if T.dim() == 0:
+        mean, flat = torch.stack([mean_a, slope]).tolist()
+        if flat >= _SATURATED and target / 4 <= mean <= (1 + target) / 2:
+            # In floats, which takes a tenth of the time.
+            return T + lr * max(-2.0, min(2.0, (target - mean) / max(flat, 0.02)))
     step = ((target - mean_a) / slope.clamp(min=0.02)).clamp(-2, 2)
     new = T + lr * step
-    is_saturated = slope < _SATURATED
-    if is_saturated.any():
+    is_off = (slope < _SATURATED) | (mean_a > (1 + target) / 2) | (mean_a < target / 4)
+    if is_off.any():
         solved = solve_threshold(log_weight, target, epsilon)
-        new = torch.where(is_saturated, (T + solved) / 2, new)
+        new = torch.where(is_off, (T + solved) / 2, new)
     return new.where(new.isfinite(), T)

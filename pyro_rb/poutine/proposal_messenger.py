@@ -50,6 +50,7 @@ class ProposalMessenger(Messenger):
     :param str plate: if given, log densities are taken of the sites inside of this
         plate only, without the scale that comes from its subsampling.
     :param bool expose: Whether to let sites outside of ``plate`` pass.
+    :raises ValueError: at a site in a plate at ``dim`` or left of it.
 
     Example::
 
@@ -109,6 +110,13 @@ class ProposalMessenger(Messenger):
         if not msg["is_observed"] and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
         if self._stack:
+            for frame in msg["cond_indep_stack"][1:]:
+                if frame.dim is not None and frame.dim <= self.dim:
+                    raise ValueError(
+                        f"Found plate '{frame.name}' at dim {frame.dim} around site "
+                        f"'{msg['name']}'. Expected it right of the proposals, which are "
+                        f"along dim {self.dim}."
+                    )
             BroadcastMessenger._pyro_sample(msg)
         if self.tap is not None:
             self.tap._pyro_sample(msg)

@@ -87,6 +87,36 @@ def test_weights_give_the_gradient(T, epsilon):
     )
 
 
+def no_covariance(lw, T, epsilon):
+    f, path, model = WEIGHTS(lw, T, epsilon)
+    return f, path, torch.ones_like(model)
+
+
+def log_sigmoid(lw, T, epsilon):
+    return reweighed(lw, T, epsilon, lw - torch.nn.functional.logsigmoid(lw + T), 1.0)
+
+
+def plain_covariance(lw, T, epsilon):
+    return reweighed(lw, T, epsilon, WEIGHTS(lw, T, epsilon).f, (len(lw) - 1) / len(lw))
+
+
+def reweighed(lw, T, epsilon, f, factor):
+    s, odds = (lw + T).sigmoid(), epsilon / (1 - epsilon)
+    rho = (odds + s * s) / (odds + s)
+    d = factor * len(lw) / (len(lw) - 1) * (f - f.mean(0))
+    return f, rho**2 + 2 * d * s * s * (1 - s) / (odds + s), 1 + d * (1 - rho)
+
+
+@pytest.mark.parametrize("defect", [no_covariance, log_sigmoid, plain_covariance])
+def test_defects_of_the_weights_are_seen(defect, monkeypatch):
+    monkeypatch.setitem(globals(), "gradient_weights", defect)
+    with pytest.raises(AssertionError, match="not close"):
+        test_weights_give_the_gradient(1.0, 0.1)
+
+
+WEIGHTS = gradient_weights
+
+
 @pytest.mark.parametrize("epsilon", EPSILONS)
 def test_weights_against_autograd(epsilon):
     """rho is df/dlw, and the path weight the derivative of h over a."""

@@ -1,0 +1,200 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Time of a step with RVRSGuide, as a multiple of one with the guide that it is made of.
+
+Both are steps of SVI with ``Trace_ELBO`` and Adam, on the same model, taken in turn. The
+proposal was fitted before. Given are the median over blocks of the ratio, and the
+quartiles; the proposals for an accepted draw; and where the time goes. On a CPU the time
+is that of one thread of the processor, which other programs do not stretch::
+
+    python examples/benchmarks/rvrs_cost.py --json cost.json
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from unittest import mock
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal
+from tqdm import tqdm
+
+from pyro_rb import RVRSGuide
+from pyro_rb.diagnostics.models import (
+    EIGHT_SCHOOLS_EFFECTS,
+    EIGHT_SCHOOLS_ERRORS,
+    eight_schools,
+)
+from pyro_rb.infer import rvrs_guide, rvrs_proposals
+
+BLOCK = 10
+
+#: Parts of a step: where they are, and what they do.
+PARTS = {
+    "propose: guide and model": (rvrs_guide.RVRSGuide, "_sample"),
+    "of this, the guide": (rvrs_proposals.Proposer, "draw"),
+    "of this, the model": (rvrs_proposals.Proposer, "evaluate"),
+    "weights and path of log q": (rvrs_guide, "compute_surrogate"),
+    "emit": (rvrs_guide.RVRSGuide, "_emit"),
+    "adapt the threshold": (rvrs_guide.RVRSGuide, "_adapt"),
+    "traces of Trace_ELBO, with all of the above": (Trace_ELBO, "_get_trace"),
+    "backward": (torch.Tensor, "backward"),
+}
+
+
+def one():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=torch.tensor(3.0))
+
+
+class Logistic:
+    def __init__(self, num_rows=100, num_features=17, is_vectorised=True):
+        self.x = torch.randn(num_rows, num_features)
+        self.y = torch.bernoulli((1.5 * self.x[:, 0] - self.x[:, 1]).sigmoid())
+        self.is_vectorised = is_vectorised
+
+    def __call__(self):
+        zeros = torch.zeros(self.x.shape[1])
+        w = pyro.sample("w", dist.Normal(zeros, 1.0).to_event(1))
+        logits = w @ self.x.T
+        if self.is_vectorised and w.dim() > 1:
+            logits = logits.squeeze(-2)  # the dim of the plate
+        with pyro.plate("rows", len(self.x)):
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=self.y)
+
+
+def schools():
+    eight_schools(torch.tensor(EIGHT_SCHOOLS_EFFECTS), torch.tensor(EIGHT_SCHOOLS_ERRORS))
+
+
+def cases():
+    yield "one latent", one
+    yield "logistic regression, 17 features", Logistic()
+    yield "the same, one proposal at a time", Logistic(is_vectorised=False)
+    yield "eight schools", schools
+
+
+def clock():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def seconds(svi, num_steps):
+    start = clock()
+    for _ in range(num_steps):
+        svi.step()
+    return (clock() - start) / num_steps
+
+
+def make(model, proposal, **options):
+    guide = RVRSGuide(model, proposal, **options)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), Trace_ELBO())
+    return guide, svi
+
+
+def quartiles(x):
+    return [round(float(q), 3) for q in np.quantile(x, [0.5, 0.25, 0.75])]
+
+
+def measure(model, args, fit_steps):
+    proposal = AutoDiagonalNormal(model, init_scale=0.3)
+    base = SVI(model, proposal, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    seconds(base, fit_steps)
+    base = SVI(model, proposal, pyro.optim.Adam({"lr": 1e-4}), Trace_ELBO())
+    pairs = {}
+    for num_samples in args.num_samples:
+        pairs[num_samples] = make(model, proposal, num_samples=num_samples)
+        seconds(pairs[num_samples][1], 20 if not args.smoke_test else 2)
+    times = {name: [] for name in ["base", *pairs]}
+    for _ in range(args.num_blocks):
+        times["base"].append(seconds(base, BLOCK))
+        for num_samples, (_, svi) in pairs.items():
+            times[num_samples].append(seconds(svi, BLOCK))
+    base_times = np.array(times["base"])
+    result = {"base, ms": round(1e3 * float(np.median(base_times)), 3)}
+    for num_samples, (guide, svi) in pairs.items():
+        result[f"S = {num_samples}"] = {
+            "ratio": quartiles(np.array(times[num_samples]) / base_times),
+            "acceptance": round(guide.Z.item(), 3),
+            "proposed / accepted": proposed(guide, svi, 5 if args.smoke_test else 50),
+        }
+    guide, svi = pairs[args.num_samples[0]]
+    result["share of the step"] = shares(svi, 3 if args.smoke_test else 100)
+    return result
+
+
+def proposed(guide, svi, num_steps):
+    """Proposals up to the last one that is needed, and made, for an accepted draw."""
+    needed = made = 0
+    sample = type(guide)._sample
+
+    def counted(self, *args):
+        nonlocal needed, made
+        accepted = sample(self, *args)
+        needed += int(accepted.num_proposed)
+        made += len(accepted.all_log_weights)
+        return accepted
+
+    with mock.patch.object(type(guide), "_sample", counted):
+        seconds(svi, num_steps)
+    total = num_steps * guide.num_samples
+    return [round(needed / total, 2), round(made / total, 2)]
+
+
+def shares(svi, num_steps):
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name, fn):
+        def wrapper(*args, **kwargs):
+            start = time.process_time()
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                spent[name] += time.process_time() - start
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for name, (owner, attribute) in PARTS.items():
+            fn = timed(name, getattr(owner, attribute))
+            stack.enter_context(mock.patch.object(owner, attribute, fn))
+        start = time.process_time()
+        seconds(svi, num_steps)
+        total = time.process_time() - start
+    return {name: round(x / total, 3) for name, x in spent.items()}
+
+
+def main(args):
+    torch.set_num_threads(1)
+    torch.set_default_device(args.device)
+    if args.smoke_test:
+        args.num_blocks, args.num_samples = 1, [2]
+    results = {"torch": torch.__version__, "pyro": pyro.__version__, "device": args.device}
+    for name, model in tqdm(list(cases()), disable=args.smoke_test):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(args.seed)
+        results[name] = measure(model, args, 10 if args.smoke_test else 1000)
+        print(name, json.dumps(results[name]))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--num-blocks", type=int, default=40)
+    parser.add_argument("--num-samples", type=int, nargs="+", default=[2, 8, 32, 128])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="write results to this file")
+    parser.add_argument("--smoke-test", action="store_true")
+    main(parser.parse_args())
