@@ -20,13 +20,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, Predictive
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
 from rvrs_common import elbo, fit, make_parser, report
 
 from pyro_rb.infer import RVRSGuide
 
 EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+START = {"mu": EFFECT.mean(), "tau": torch.tensor(5.0), "theta": EFFECT.mean().expand(8)}
 
 
 def centred():
@@ -100,7 +101,7 @@ def make_row(name, moments, bound=None, acceptance=None, seconds=None):
 def run_guide(args, target=None):
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    guide = AutoDiagonalNormal(centred)
+    guide = AutoDiagonalNormal(centred, init_loc_fn=init_to_value(values=START))
     half = args.num_steps // 2
     num_steps = args.num_steps if target is None else half
     seconds = fit(centred, guide, num_steps=num_steps, lr=args.lr, desc="mean field")
@@ -108,7 +109,7 @@ def run_guide(args, target=None):
     if target is not None:
         name = f"RVRS, Z = {target}"
         guide = RVRSGuide(centred, guide, Z_target=target)
-        seconds += fit(centred, guide, num_steps=half, lr=args.lr, desc=name)
+        seconds += fit(centred, guide, num_steps=half, lr=args.lr_rvrs, desc=name)
         z = guide.Z.item()
     moments = summarise(draw(guide, args.num_draws))
     return make_row(name, moments, elbo(centred, guide, args.num_samples), z, seconds)
@@ -141,9 +142,10 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--num-steps", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr-rvrs", type=float, default=0.05)
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
     parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
     parser.add_argument("--num-draws", type=int, default=20_000, help="of which the moments are taken")
-    parser.add_argument("--num-nuts", type=int, default=1500, help="draws of NUTS, after a third as many to warm up")
+    parser.add_argument("--num-nuts", type=int, default=1000, help="draws of NUTS, after a third as many to warm up")
     main(parser.parse_args())

@@ -116,7 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=1000)
     parser.add_argument("--crosstalk", type=float, default=0.25)
     parser.add_argument("--error", type=float, default=1.0)
-    parser.add_argument("--num-steps", type=int, default=4000)
+    parser.add_argument("--num-steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--lr-warm", type=float, default=0.005, help="where RVRSGuide takes over")
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])

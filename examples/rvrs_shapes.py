@@ -106,7 +106,7 @@ class Grid:
             low, high = self.points[inside, i].aminmax()
             pad = 0.15 * (high - low)
             getattr(ax, f"set_{axis}lim")((low - pad).item(), (high + pad).item())
-        ax.contour(self.x, self.y, shape, heights, colors="black", linewidths=0.8)
+        ax.contour(self.x, self.y, shape, heights, colors="black", linewidths=0.8, linestyles="solid")
         ax.scatter(*samples.T, s=3, alpha=0.5, color="C0", linewidths=0)
 
 

@@ -89,7 +89,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-epochs", type=int, default=100)
+    parser.add_argument("--num-epochs", type=int, default=60)
     parser.add_argument("--plain", type=float, default=0.1, help="share of epochs before RVRSGuide takes over")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
