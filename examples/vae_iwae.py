@@ -13,14 +13,13 @@ trained on, in nats for each image::
 
 The digits are the 1797 images of 8 x 8 pixels that scikit-learn carries (extra
 ``examples``). With ``--data-dir`` they are those of MNIST, from the files
-``train-images-idx3-ubyte.gz`` and ``t10k-images-idx3-ubyte.gz`` in that folder.
+``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte`` in that folder, or the same
+with ``.gz``.
 """
 
 import argparse
 import csv
-import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -32,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pyro_rb.infer import DReG_ELBO
+from utils import read_idx
 
 LOSSES = {
     "RenyiELBO": lambda k: RenyiELBO(
@@ -47,7 +47,8 @@ LOSSES = {
 def load_digits(data_dir, seed):
     """Binary training and test images, ``[num_images, num_pixels]``."""
     if data_dir is not None:
-        train, test = (read_idx(Path(data_dir) / f"{n}-images-idx3-ubyte.gz") for n in ("train", "t10k"))
+        names = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+        train, test = (read_idx(data_dir, name).reshape(-1, 28 * 28) / 255.0 for name in names)
     else:
         try:
             from sklearn.datasets import load_digits as load
@@ -64,19 +65,6 @@ def load_digits(data_dir, seed):
         torch.bernoulli(torch.tensor(images, dtype=torch.float32), generator=generator)
         for images in (train, test)
     )
-
-
-def read_idx(path):
-    """Pixels between 0 and 1, of a file in the format of MNIST."""
-    if not path.is_file():
-        raise SystemExit(f"--data-dir: there is no file {path}. Expected MNIST's images there.")
-    with gzip.open(path) as file:
-        data = file.read()
-    magic, num_images, height, width = np.frombuffer(data, ">i4", 4)
-    if magic != 2051:
-        raise SystemExit(f"{path}: expected a file of images (magic number 2051), found {magic}.")
-    pixels = np.frombuffer(data, np.uint8, offset=16)
-    return pixels.reshape(num_images, height * width) / 255.0
 
 
 class Vae(nn.Module):

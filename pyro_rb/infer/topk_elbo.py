@@ -112,7 +112,9 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
 
     **Requirements.** A model and guide that ``TraceEnum_ELBO`` accepts with the discrete
     sites of the guide enumerated: parallel enumeration must be possible, and nothing
-    outside of a plate may depend on a site inside. No annotation is needed. Treated is
+    outside of a plate may depend on a site inside, such as a site of the model that is
+    enumerated outside of a plate that the guide's site is in (``{"topk": 0}`` there gives
+    what Pyro does). No annotation is needed. Treated is
     each latent guide site that is a Categorical, OneHotCategorical, Bernoulli, Binomial,
     any other distribution with ``enumerate_support``, or a Poisson, Geometric or
     NegativeBinomial. All other sites are treated as by ``TraceEnum_ELBO``; :meth:`report`

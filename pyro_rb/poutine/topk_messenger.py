@@ -191,12 +191,13 @@ class TopKMessenger(EnumMessenger):
     def _check_room(self, num_slots: int, counters: Dict[str, int]) -> None:
         if any(-site.dim >= MAX_DIMS for site in self.enumerated):
             raise _Plain("no tensor dim is left")
-        # Iterations of a sequential plate do not depend on one another.
-        joint = math.prod(
-            site.num_slots
-            for site in self.enumerated
-            if all(site.counters.get(p, c) == c for p, c in counters.items())
-        )
+        # Iterations of a sequential plate do not depend on one another, and sites that
+        # share a dim, as steps of a Markov chain do, are summed one after the other.
+        sizes: Dict[int, int] = {}
+        for site in self.enumerated:
+            if all(site.counters.get(p, c) == c for p, c in counters.items()):
+                sizes[site.dim] = max(site.num_slots, sizes.get(site.dim, 1))
+        joint = math.prod(sizes.values())
         if joint > 1 and joint * num_slots > MAX_JOINT:
             raise _Plain(f"with earlier sites there might be more than {MAX_JOINT} terms")
 

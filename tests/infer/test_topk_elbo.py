@@ -75,6 +75,27 @@ def test_all_values_are_trace_enum(name, options):
     assert_close(step(topk(**options), case), step(trace_enum(), enumerated(case)), 0.0)
 
 
+def test_all_values_of_a_long_markov_chain_are_trace_enum():
+    num_steps = 40
+    transition = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+
+    def model():
+        z = 0
+        for t in pyro.markov(range(num_steps)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+            pyro.sample(f"x_{t}", dist.Normal(1.0 * z, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        logits = pyro.param("logits", lambda: torch.randn(num_steps, 2))
+        for t in pyro.markov(range(num_steps)):
+            pyro.sample(f"z_{t}", dist.Categorical(logits=logits[t]))
+
+    case = Case(model, guide)
+    elbo = topk(k=2)
+    assert_close(step(elbo, case), step(trace_enum(), enumerated(case)), 0.0)
+    assert {row.treatment for row in elbo.report()} == {"exact"}
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_plain_draws_are_trace_enum(name):
     case = ALL[name]()

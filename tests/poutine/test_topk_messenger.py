@@ -320,6 +320,15 @@ def test_iterations_of_a_sequential_plate_do_not_multiply():
     assert handler.reasons["a_59"] == "no tensor dim is left"
 
 
+def test_sites_that_share_a_dim_do_not_multiply():
+    def guide():
+        for i in pyro.markov(range(60)):
+            pyro.sample(f"z_{i}", dist.Categorical(torch.ones(5)))
+
+    handler, _ = run(guide)
+    assert len(handler.enumerated) == 60
+
+
 def test_options_are_checked():
     assert TopKOptions.make() == TopKOptions(1, 1, None)
     assert TopKOptions.make(k=0).num_slots == 1
