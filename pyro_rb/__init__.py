@@ -3,7 +3,15 @@
 
 """Gradient estimators with less variance for stochastic variational inference in Pyro."""
 
-from pyro_rb.diagnostics import Comparison, compare
+from pyro_rb.diagnostics import (
+    Comparison,
+    GradientGuard,
+    NonFiniteError,
+    StopRule,
+    check_unbiased,
+    compare,
+    measure_noise,
+)
 from pyro_rb.infer import (
     DReG_ELBO,
     RaoBlackwellTopK_ELBO,
@@ -17,9 +25,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "DReG_ELBO",
+    "GradientGuard",
+    "NonFiniteError",
     "RaoBlackwellTopK_ELBO",
     "RejectionSamplingError",
     "RVRSGuide",
     "STLTrace_ELBO",
+    "StopRule",
+    "check_unbiased",
     "compare",
+    "measure_noise",
 ]

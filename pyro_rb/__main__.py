@@ -15,35 +15,15 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
 
-from pyro_rb import __version__
-from pyro_rb.diagnostics.compare import compare
+from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
 from pyro_rb.diagnostics.load import load_args, load_guide, load_model, to_device
-from pyro_rb.diagnostics.losses import DEFAULT_LOSSES, REFERENCE, make_losses
 from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.models import EXAMPLES
-from pyro_rb.diagnostics.plot import check_plot_path, plot_comparisons
-from pyro_rb.diagnostics.report import LEGEND, Comparison
-
-PROGRAM = "python -m pyro_rb"
-
-DESCRIPTION = """\
-Compares losses for stochastic variational inference on a model and guide: bias, gradient
-variance and time per step, against a reference. Without --model it runs on two small models
-with published data (eight schools, batting averages), before and after fitting."""
-
-EPILOG = """\
-examples:
-  python -m pyro_rb
-  python -m pyro_rb --model mymodule:model --guide mymodule:guide --args mymodule:make_args
-  python -m pyro_rb --model mymodule:model --guide pyro.infer.autoguide:AutoNormal \\
-      --args mymodule:make_args --train-steps 2000 --json result.json --plot result.svg
-  python -m pyro_rb --losses STLTrace_ELBO:0.5 Trace_ELBO:num_particles=4
-  python -m pyro_rb --losses DReG_ELBO:num_particles=8 \\
-      --reference RenyiELBO:alpha=0,num_particles=8,vectorize_particles=True
-
-Modules are looked for in the current directory first. --guide may also name an AutoGuide
-class, or a function whose only argument is called "model" and that returns the guide.
-make_args() returns the arguments of model and guide: a tuple, or (tuple, dict)."""
+from pyro_rb.diagnostics.options import PROGRAM, check_options, make_parser
+from pyro_rb.diagnostics.page import page
+from pyro_rb.diagnostics.plot import plot_comparisons
+from pyro_rb.diagnostics.report import Comparison
+from pyro_rb.diagnostics.table import LEGEND
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -51,10 +31,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Runs the command line.
 
     :param list argv: Arguments. Default: ``sys.argv[1:]``.
-    :returns: The exit status: 0, or 2 after an error, or 130 after Ctrl-C.
+    :returns: The exit status: 0, or 2 after an error, or 130 after Ctrl-C, in which case
+        what was measured until then is printed and written.
     :rtype: int
     """
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     try:
         with _current_directory_first():
             run(options)
@@ -75,99 +56,41 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Does what the parsed options say. Input is checked before anything slow begins."""
-    _check_options(options)
-    with _device(options.device):
-        comparisons = []
-        for job in _jobs(options):
-            comparison = compare(
-                losses=options.losses,
-                reference=options.reference,
-                num_samples=options.num_samples,
-                num_burn_in=options.burn_in,
-                seed=options.seed,
-                progress=not options.no_progress,
-                **job,
-            )
-            print(comparison.table(), end="\n\n", flush=True)
-            comparisons.append(comparison)
+    check_options(options)
+    comparisons: List[Comparison] = []
+    try:
+        with _device(options.device):
+            for job in _jobs(options):
+                comparisons.append(_compare(options, job))
+                _show(comparisons[-1])
+    except KeyboardInterrupt as interrupt:
+        partial = interrupt.partial if isinstance(interrupt, ComparisonInterrupted) else None
+        if partial is not None:
+            comparisons.append(partial)
+            _show(partial)
+        if comparisons:
+            _write(options, comparisons)
+        raise
     print(LEGEND)
     _write(options, comparisons)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _compare(options: argparse.Namespace, job: Dict[str, Any]) -> Comparison:
+    return compare(
+        losses=options.losses,
+        reference=options.reference,
+        num_samples=options.num_samples,
+        num_burn_in=options.burn_in,
+        seed=options.seed,
+        rel_error=options.rel_error,
+        max_seconds=options.max_seconds,
+        progress=not options.no_progress,
+        **job,
     )
-    add = parser.add_argument
-    add("--model", metavar="MODULE:NAME", help="the model")
-    add("--guide", metavar="MODULE:NAME", help="the guide (default: AutoNormal)")
-    add("--args", metavar="MODULE:NAME", help="function that makes the arguments (default: none)")
-    add(
-        "--losses",
-        metavar="LOSS",
-        nargs="+",
-        help="ELBO classes of Pyro or pyro_rb by name, with arguments after a colon "
-        f"(default: {' '.join(DEFAULT_LOSSES)})",
-    )
-    add(
-        "--reference",
-        metavar="LOSS",
-        default=REFERENCE,
-        help=f"the loss that the others are compared to ({REFERENCE})",
-    )
-    add(
-        "--train-steps",
-        metavar="N",
-        nargs="+",
-        type=int,
-        help="measure before, halfway and after N training steps with the reference; several "
-        "numbers say when to measure (default: 0 with --model, else 0 1000)",
-    )
-    add("--learning-rate", metavar="RATE", type=float, help="of Adam in training (default: 0.01)")
-    add("--num-samples", metavar="N", type=int, default=300, help="gradients of each loss (300)")
-    add("--burn-in", metavar="N", type=int, default=100, help="gradients drawn before (100)")
-    add("--seed", metavar="N", type=int, default=0, help="random seed (0)")
-    add("--device", default="cpu", help="torch device, such as cuda (cpu)")
-    add("--json", metavar="FILE", help="also write all results as JSON")
-    add("--plot", metavar="FILE", help="also draw variance against time (needs matplotlib)")
-    add("--no-progress", action="store_true", help="show no progress bar")
-    add("--traceback", action="store_true", help="on an error show the full traceback")
-    add("--version", action="version", version=f"pyro_rb {__version__}")
-    return parser
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    if options.model is None:
-        for name in ("guide", "args"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name} needs --model")
-    if not 0 <= options.seed < 2**32:
-        raise ValueError(f"--seed: expected 0 to 2**32 - 1, got {options.seed}")
-    if options.num_samples < 2:
-        raise ValueError(f"--num-samples: expected at least 2, got {options.num_samples}")
-    if options.burn_in < 0:
-        raise ValueError(f"--burn-in: expected 0 or more, got {options.burn_in}")
-    if options.train_steps is not None and min(options.train_steps) < 0:
-        raise ValueError(f"--train-steps: expected 0 or more, got {min(options.train_steps)}")
-    if options.learning_rate is not None and not options.learning_rate > 0:
-        raise ValueError(f"--learning-rate: expected more than 0, got {options.learning_rate}")
-    if options.losses is not None:
-        make_losses(options.losses)
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path is not None:
-            folder = os.path.dirname(path) or "."
-            if not os.path.isdir(folder):
-                raise ValueError(f"--{name}: there is no directory {folder!r}")
-            if os.path.isdir(path):
-                raise ValueError(f"--{name}: {path!r} is a directory")
-            if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-                raise ValueError(f"--{name}: cannot write to {path!r}")
-    if options.plot is not None:
-        check_plot_path(options.plot)
+def _show(comparison: Comparison) -> None:
+    print(comparison.table(), end="\n\n", flush=True)
 
 
 def _jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
@@ -239,8 +162,11 @@ def _write(options: argparse.Namespace, comparisons: List[Comparison]) -> None:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, allow_nan=False)
                 file.write("\n")
+        if options.html is not None:
+            with open(options.html, "w", encoding="utf-8") as file:
+                file.write(page(comparisons))
         if options.plot is not None:
-            plot_comparisons(comparisons, options.plot)
+            plot_comparisons(comparisons, options.plot, options.plot_kind)
     except OSError as error:
         raise ValueError(f"cannot write: {error}") from error
 

@@ -4,24 +4,13 @@
 """Which loss gives the best gradients for the time it takes? :func:`compare` measures it."""
 
 import copy
+import time
 import warnings
 from contextlib import contextmanager
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Union,
-)
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Union
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.util import set_rng_seed
@@ -29,23 +18,23 @@ from tqdm import tqdm
 
 import pyro_rb
 from pyro_rb.diagnostics import stats
-from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
-from pyro_rb.diagnostics.losses import (
-    DEFAULT_LOSSES,
-    REFERENCE,
-    Losses,
-    make_loss,
-    make_losses,
-)
-from pyro_rb.diagnostics.measure import Gauge, WarningLog, measure, one_line
+from pyro_rb.diagnostics.choose import Choice, Chooser, has_elbo
+from pyro_rb.diagnostics.gradients import GradientSampler
+from pyro_rb.diagnostics.losses import Losses, make_loss, make_losses
+from pyro_rb.diagnostics.measure import Plan, WarningLog
 from pyro_rb.diagnostics.parameters import (
     check_parameters,
     check_sites,
     parameters_of,
     run_traces,
 )
-from pyro_rb.diagnostics.report import Comparison, StateResult
+from pyro_rb.diagnostics.report import Comparison
+from pyro_rb.diagnostics.sites import settle_plates
 from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.study import Study
+
+#: How long to go on for a relative error at most, where nothing else is said.
+DEFAULT_SECONDS = 600.0
 
 
 def compare(
@@ -62,16 +51,24 @@ def compare(
     failure_rate: float = 1e-3,
     title: Optional[str] = None,
     progress: bool = True,
-    reference: str = REFERENCE,
+    reference: Optional[str] = None,
+    rel_error: Optional[float] = None,
+    max_seconds: Optional[float] = None,
 ) -> Comparison:
     """
     Compares losses on a model and guide: is the gradient unbiased, how large is its
-    variance, what does it cost?
+    variance, what does it cost? And which loss is to be recommended?
 
     All losses are measured in turn at the same parameters and with the same random numbers
     draw by draw, against a reference, which is always measured:
     :class:`~pyro.infer.trace_elbo.Trace_ELBO` unless you say otherwise. ``variance x time``
-    is what counts: the time that a loss needs to estimate the gradient as well as another.
+    is the time that a loss needs to estimate the gradient as well as another;
+    ``result.recommendation`` weighs the states, by the rule in
+    :mod:`~pyro_rb.diagnostics.recommend`.
+
+    Bias is tested against the exact gradient where all latent variables are discrete and
+    few enough to be enumerated, and else against the reference's, draw by draw;
+    ``result.settings["reference_gradient"]`` says which.
 
     The param store, the random number generators and the modules are left as they were
     found, see :func:`~pyro_rb.diagnostics.state.preserve_state`. A loss that cannot run on
@@ -81,11 +78,13 @@ def compare(
     :param callable guide: A Pyro guide whose sample sites match the model's.
     :param losses: Names such as ``"STLTrace_ELBO:adaptive"`` (see
         :func:`~pyro_rb.diagnostics.losses.make_loss`), ELBO instances, or a dict of either by
-        name. Instances are copied. Default: Trace_ELBO, TraceMeanField_ELBO, and
-        STLTrace_ELBO with ``control_variate_scale`` 1 and ``"adaptive"``.
+        name. Instances are copied. Default: those that apply, see
+        :func:`~pyro_rb.diagnostics.choose.choose_losses`; ``result.left_out`` says why the
+        others do not.
     :param args: Positional arguments of model and guide.
     :param dict kwargs: Keyword arguments of model and guide.
-    :param int num_samples: Number of gradients of each loss at each state, at least 2.
+    :param int num_samples: Number of gradients of each loss at each state, at least 2. With
+        ``rel_error``, the least number.
     :param int num_burn_in: Number of gradients that are drawn first and thrown away, from
         which adaptive losses learn.
     :param train_steps: With ``n`` steps the losses are measured before, halfway (after
@@ -99,13 +98,22 @@ def compare(
     :param bool progress: Whether to show a progress bar on stderr.
     :param str reference: Name of the loss that the others are compared to. Losses with
         another objective than it appear as biased; so compare importance-weighted bounds
-        to ``"RenyiELBO:alpha=0,num_particles=8"`` or the like.
-    :returns: A :class:`~pyro_rb.diagnostics.report.Comparison`: prints as a table, has
-        ``to_dict()`` and ``plot()``.
+        to ``"RenyiELBO:alpha=0,num_particles=8"`` or the like. Default:
+        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site,
+        else ``Trace_ELBO``.
+    :param float rel_error: Go on sampling at each state until the standard error of each
+        variance ratio is at most this share of it. Default: take ``num_samples``.
+    :param float max_seconds: Stop sampling after this time, with at least two gradients at
+        each state; training is not cut short. The states share the time. Results then
+        depend on the speed of the machine. Default: no limit, or 600 with ``rel_error``.
+    :returns: A :class:`~pyro_rb.diagnostics.report.Comparison`: prints as a table, shows as
+        one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
     :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
         argument is out of range, or the reference itself cannot run.
+    :raises ComparisonInterrupted: On Ctrl-C. It is a :class:`KeyboardInterrupt` that has
+        what was measured until then.
 
-    The test of bias has little power where the gradient is very noisy; the column *sees*
+    The test of bias has little power where the gradient is very noisy; the column *detects*
     tells how large a bias would have been noticed. Variances are those at frozen
     parameters; they tell nothing about the path of training.
 
@@ -124,20 +132,18 @@ def compare(
     """
     kwargs = dict(kwargs or {})
     steps = _steps(train_steps)
-    if num_samples < 2 or num_burn_in < 0:
-        raise ValueError(
-            "expected num_samples >= 2 and num_burn_in >= 0, "
-            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
-        )
+    plan = _plan(num_samples, num_burn_in, rel_error, max_seconds)
     if optim is None:
         optim = PyroOptim(torch.optim.Adam, {"lr": 0.01})
     if not isinstance(optim, PyroOptim):
         raise TypeError(
             f"optim: expected a pyro.optim.PyroOptim such as pyro.optim.Adam, got {optim!r}"
         )
-    chosen: Losses = DEFAULT_LOSSES if losses is None else losses
-    make_loss(reference)  # fails early
-    others = [name for name in make_losses(chosen) if name != reference]
+    stats.z_threshold(failure_rate)  # fails early
+    if losses is not None:
+        make_losses(losses)
+    if reference is not None:
+        make_loss(reference)
     with preserve_state(model, guide), _recorded_warnings() as warned:
         set_rng_seed(seed)
         traces = run_traces(model, guide, args, kwargs)
@@ -146,50 +152,55 @@ def compare(
         check_parameters(parameters)
 
         def sampler(loss: Any) -> GradientSampler:
+            settle_plates(loss, traces)
             return GradientSampler(loss, model, guide, args, kwargs, parameters, any_site)
 
-        size = sum(tensor.numel() for tensor in parameters.values())
-        num_tests = size * max(1, len(others)) * len(steps)
-        threshold = stats.z_threshold(failure_rate, num_tests, num_samples)
-        trainer, optim, done = sampler(make_loss(reference)), copy.deepcopy(optim), 0
-        states: List[StateResult] = []
+        chooser = Chooser(model, guide, traces, sampler)
+        choice = Choice(reference or chooser.reference(), [], {})
+        if losses is None:
+            choice = chooser.choose(reference)
         rounds = (num_samples + num_burn_in) * len(steps) + steps[-1]
         # delay: an error at the start should not follow half a progress bar.
         with tqdm(
             desc=title, total=rounds, disable=not progress, leave=False, delay=1, mininterval=0.5
         ) as bar:
-            for step in steps:
-                set_rng_seed((seed + done) % 2**32)
-                for done in range(done + 1, step + 1):
-                    _train(trainer, optim, done, reference)
-                    bar.update()
-                # New copies at each state: what a loss has learned belongs to one state.
-                made = make_losses(chosen)
-                gauges = [Gauge(reference, sampler(make_loss(reference)))]
-                gauges += [Gauge(name, sampler(made[name])) for name in others]
-                # Other random numbers at each state, so that each tests bias anew.
-                at = (seed + step) % 2**32
-                burn_in, draws = draw_seeds(at, num_samples, num_burn_in)
-                measure(gauges, burn_in, draws, bar, warned)
-                if gauges[0].failure is not None:
-                    when = f" after {step} training steps (too large a learning rate?)"
-                    raise ValueError(
-                        f"{reference}, to which all losses are compared, cannot run on this "
-                        f"model and guide{when if step else ''}: {one_line(gauges[0].failure)}"
-                    ) from gauges[0].failure
-                results = [gauge.result(gauges[0], threshold) for gauge in gauges]
-                states.append(StateResult(step, results))
+            study = Study(
+                reference=choice.reference,
+                losses=choice.losses if losses is None else losses,
+                sampler=sampler,
+                scored=bool(chooser.sites.scored),
+                exact=has_elbo(choice.reference) and chooser.is_exact(),
+                steps=steps,
+                optim=copy.deepcopy(optim),
+                plan=plan,
+                seed=seed,
+                failure_rate=failure_rate,
+                bar=bar,
+                warned=warned,
+            )
+            study.run()
 
-    return Comparison(
+    if not study.states:
+        raise ComparisonInterrupted(None)
+    compared = study.states[0].losses[0].bias_z is not None
+    result = Comparison(
         title=title or f"{_describe(model)} with guide {_describe(guide)}",
-        states=states,
+        states=study.states,
         parameters={name: list(tensor.shape) for name, tensor in parameters.items()},
         settings={
+            "reference": choice.reference,
+            "reference_gradient": (
+                "the exact gradient, by enumeration"
+                if compared
+                else f"{choice.reference}, draw by draw"
+            ),
             "num_samples": num_samples,
             "num_burn_in": num_burn_in,
+            "rel_error": rel_error,
+            "max_seconds": max_seconds,
             "seed": seed,
             "failure_rate": failure_rate,
-            "bias_threshold": threshold,
+            "bias_threshold": study.threshold,
             "optim": f"{_describe(optim.pt_optim_constructor)}({optim.pt_optim_args})",
             "device": str(next(iter(parameters.values())).device),
             "num_threads": torch.get_num_threads(),
@@ -197,37 +208,57 @@ def compare(
             "pyro": pyro.__version__,
             "torch": str(torch.__version__),
         },
-        notes=_explanations(states, made, traces[0]) + list(warned.seen),
+        notes=study.notes
+        + _explanations(study, chooser.sites.jacobians)
+        + list(warned.seen),
+        left_out=choice.left_out,
+        training=study.windows(),
+        interrupted=study.interrupted,
     )
+    if study.interrupted:
+        raise ComparisonInterrupted(result)
+    return result
 
 
-def _train(trainer: GradientSampler, optim: PyroOptim, step: int, reference: str) -> None:
-    try:
-        trainer.train(optim)
-    except Exception as error:
-        raise ValueError(
-            f"training with {reference} failed at step {step}: {one_line(error)}"
-        ) from error
+class ComparisonInterrupted(KeyboardInterrupt):
+    """
+    The user has pressed Ctrl-C in :func:`compare`.
+
+    :param Comparison partial: What was measured until then, in ``partial``; None if that is
+        nothing.
+    """
+
+    def __init__(self, partial: Optional[Comparison]) -> None:
+        super().__init__("the comparison was interrupted")
+        self.partial = partial
 
 
-def _explanations(
-    states: List[StateResult], losses: Dict[str, Any], guide_trace: poutine.Trace
-) -> List[str]:
+def _explanations(study: Study, jacobians: List[str]) -> List[str]:
     """Reasons for results that would surprise."""
-    biased = {row.name for state in states for row in state.losses if row.biased}
-    dropped = [
-        repr(name)
-        for name, site in guide_trace.nodes.items()
-        if site["type"] == "sample"
-        and isinstance(site["fn"], dist.Delta)
-        and torch.any(site["fn"].log_density != 0)
-    ]
+    biased = {row.name for state in study.states for row in state.losses if row.biased}
     return [
         f"{name} is biased on this guide: Pyro's KL divergence of a Delta leaves out its "
-        f"log_density, here the Jacobian of {', '.join(dropped)}."
-        for name, loss in losses.items()
-        if name in biased and dropped and isinstance(loss, TraceMeanField_ELBO)
+        f"log_density, here the Jacobian of {', '.join(map(repr, jacobians))}."
+        for name, loss in make_losses(study.losses).items()
+        if name in biased and jacobians and isinstance(loss, TraceMeanField_ELBO)
     ]
+
+
+def _plan(
+    num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
+) -> Plan:
+    if num_samples < 2 or num_burn_in < 0:
+        raise ValueError(
+            "expected num_samples >= 2 and num_burn_in >= 0, "
+            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
+        )
+    for name, value in (("rel_error", rel_error), ("max_seconds", max_seconds)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    if max_seconds is None and rel_error is not None:
+        max_seconds = DEFAULT_SECONDS
+    deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+    return Plan(num_samples, num_burn_in, rel_error, deadline)
 
 
 @contextmanager

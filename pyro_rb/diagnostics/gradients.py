@@ -200,13 +200,18 @@ class GradientSampler:
         self.clear()
         return result
 
-    def train(self, optim: Callable) -> None:
-        """One gradient step. ``optim`` is a :class:`~pyro.optim.optim.PyroOptim`."""
-        self.step()
+    def train(self, optim: Callable) -> float:
+        """
+        One gradient step. Returns the loss before it.
+
+        :param ~pyro.optim.optim.PyroOptim optim: The optimizer.
+        """
+        loss = self.step()
         for tensor, gradient in zip(self.tensors, self._gradients):
             tensor.grad = gradient
         optim(self.tensors)
         self.clear()
+        return loss
 
 
 def draw_seeds(seed: int, num_samples: int, num_burn_in: int = 0) -> Tuple[List[int], List[int]]:

@@ -10,19 +10,26 @@ import inspect
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
 
 import pyro.infer
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyro_rb.infer
 
 Losses = Union[str, ELBO, Sequence[Union[str, ELBO]], Mapping[str, Union[str, ELBO]]]
 
 REFERENCE = "Trace_ELBO"
-DEFAULT_LOSSES = (
-    "Trace_ELBO",
-    "TraceMeanField_ELBO",
-    "STLTrace_ELBO",
-    "STLTrace_ELBO:adaptive",
-)
+#: TraceEnum_ELBO with all discrete sites of the guide enumerated in parallel.
+ENUMERATED = "TraceEnum_ELBO+config_enumerate"
+
+
+class ConfigEnumerate_ELBO(TraceEnum_ELBO):
+    """
+    :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` with
+    :func:`~pyro.infer.enum.config_enumerate` around the guide: each site of it that can be
+    enumerated is, unless it says otherwise.
+    """
+
+    def _get_traces(self, model: Any, guide: Any, args: Tuple, kwargs: Dict) -> Any:
+        return super()._get_traces(model, config_enumerate(guide), args, kwargs)
 
 
 def available_losses() -> Dict[str, Type[ELBO]]:
@@ -42,7 +49,7 @@ def make_loss(name: str) -> ELBO:
     :param str name: The name of an ELBO class of Pyro or pyro_rb, optionally followed by a
         colon and constructor arguments separated by commas, of which those with ``=`` are
         keyword arguments: ``"Trace_ELBO:num_particles=10"``. Arguments are Python literals,
-        else strings.
+        else strings. ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
     :raises ValueError: If there is no such class, or it does not take these arguments.
 
     **Example**
@@ -51,7 +58,7 @@ def make_loss(name: str) -> ELBO:
     10
     """
     class_name, _, rest = name.partition(":")
-    classes = available_losses()
+    classes: Dict[str, Type[ELBO]] = {**available_losses(), ENUMERATED: ConfigEnumerate_ELBO}
     if class_name not in classes:
         near = difflib.get_close_matches(class_name, classes, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

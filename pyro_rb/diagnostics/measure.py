@@ -3,168 +3,153 @@
 
 """Measures several losses side by side at one state of the parameters."""
 
+import math
+import signal
+import threading
 import time
-from typing import Any, Dict, List, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-import numpy as np
-import torch
-from pyro.util import set_rng_seed
-from torch import Tensor
 from tqdm import tqdm
 
-from pyro_rb.diagnostics import stats
-from pyro_rb.diagnostics.gradients import GradientSampler
-from pyro_rb.diagnostics.report import LossResult
+from pyro_rb.diagnostics.gauge import Draw, Gauge
+from pyro_rb.diagnostics.gradients import draw_seeds
 
 # Draws are gathered in about this many blocks; the spread of the blocks' variances gives
 # the standard error of the variance.
 NUM_BLOCKS = 20
+# Where an error is asked for, it is looked at whenever there are so many times more draws.
+GROWTH = 1.5
 
 
-class Gauge:
-    """Measures one loss at one state."""
+class Plan(NamedTuple):
+    """
+    How long to sample at one state.
 
-    def __init__(self, name: str, sampler: GradientSampler) -> None:
-        self.name = name
-        self.sampler = sampler
-        self.failure: Optional[Exception] = None
-        self.moments = stats.RunningMoments()
-        self.difference = stats.RunningMoments()  # to the reference, draw by draw
-        self.losses = stats.RunningMoments()
-        self.seconds: List[float] = []
-        self.deviations: List[float] = []  # of each gradient from the mean, squared
-        self.block = stats.RunningMoments()
-        self.block_variances: List[Tensor] = []  # each [number of parameters]
-        self.sizes = [tensor.numel() for tensor in sampler.tensors]
-        self.cuda = any(tensor.is_cuda for tensor in sampler.tensors)
+    :param int num_samples: Number of gradients of each loss; with ``rel_error``, the least.
+    :param int num_burn_in: Number of gradients that are thrown away before.
+    :param float rel_error: Relative standard error that each variance ratio is to reach.
+    :param float deadline: When to stop at the latest, by :func:`time.perf_counter`.
+    """
 
-    def draw(self, seed: int) -> Tensor:
-        """One gradient as a vector ``[P]``; remembers its time and loss."""
-        set_rng_seed(seed)
-        self._wait()
-        start = time.perf_counter()
-        loss = self.sampler.step()
-        self._wait()
-        self.seconds.append(time.perf_counter() - start)
-        self.losses.update(torch.tensor(loss, dtype=torch.double, device="cpu"))
-        gradients = self.sampler.collect()
-        vector = torch.cat([g.reshape(-1).to(gradients[0].device) for g in gradients])
-        if not vector.isfinite().all():
-            bad = [n for n, g in zip(self.sampler.names, gradients) if not g.isfinite().all()]
-            raise ValueError(f"the gradient of {bad[0]!r} is not finite")
-        return vector
-
-    def update(self, vector: Tensor, reference: Tensor) -> None:
-        self.deviations.append(self.block.update(vector).item())
-        self.difference.update(vector - reference)
-
-    def end_block(self) -> None:
-        variance = self.block.variance.split(self.sizes)
-        self.block_variances.append(torch.stack([v.sum() for v in variance]))
-        self.moments.merge(self.block)
-        self.block = stats.RunningMoments()
-
-    def reset(self) -> None:
-        """Forgets what was measured, not what the loss has learned."""
-        self.losses, self.seconds = stats.RunningMoments(), []
-
-    def result(self, reference: "Gauge", threshold: float) -> LossResult:
-        if self.failure is not None:
-            return LossResult(self.name, error=one_line(self.failure))
-        result = LossResult(self.name, reference=self is reference)
-        by_parameter = torch.stack(self.block_variances)  # [B, number of parameters]
-        total = by_parameter.sum(1)
-        result.variance = self.moments.variance.sum().item()
-        result.variance_ratio, result.variance_ratio_error = stats.ratio_of_means(
-            total, torch.stack(reference.block_variances).sum(1)
-        )
-        if result.variance > 0:
-            shares = by_parameter.sum(0) / total.sum()
-            result.variance_shares = dict(zip(self.sampler.names, shares.tolist()))
-        deviations = torch.tensor(self.deviations, dtype=torch.double, device="cpu")
-        if len(deviations) >= 100:
-            result.tail_share = stats.tail_share(deviations)
-        seconds = torch.tensor(self.seconds, dtype=torch.double, device="cpu")
-        base = torch.tensor(reference.seconds, dtype=torch.double, device="cpu")
-        result.seconds = stats.median_and_error(seconds)[0]
-        result.time_ratio, result.time_ratio_error = stats.median_and_error(seconds / base)
-        result.cost_ratio = result.variance_ratio * result.time_ratio
-        result.loss = self.losses.mean.item()
-        result.loss_error = self.losses.standard_error.item()
-        if not result.reference:
-            self._add_bias(result, reference, threshold)
-        return result
-
-    def _add_bias(self, result: LossResult, reference: "Gauge", threshold: float) -> None:
-        largest = max(self.moments.rms.max().item(), reference.moments.rms.max().item())
-        dtype = max((t.dtype for t in self.sampler.tensors), key=lambda d: torch.finfo(d).eps)
-        test = stats.MeanTest(
-            self.difference.mean,
-            self.difference.standard_error,
-            self.difference.count,
-            stats.rounding_error(largest, dtype),
-        )
-        result.bias_z, result.bias_threshold = test.max_abs_z, threshold
-        worst = int(test.z.abs().argmax())
-        result.bias_at = self._coordinate(worst)
-        result.biased = result.bias_z > threshold
-        size = reference.moments.rms.square().sum().sqrt().item()
-        if size > 0:
-            result.bias_size = abs(test.difference[worst].item()) / size
-            result.detectable_bias = test.detectable_bias(threshold).max().item() / size
-
-    def _coordinate(self, index: int) -> str:
-        for name, tensor in zip(self.sampler.names, self.sampler.tensors):
-            if index < tensor.numel():
-                if tensor.dim() == 0:
-                    return name
-                position = np.unravel_index(index, tensor.shape)
-                return f"{name}[{', '.join(str(int(p)) for p in position)}]"
-            index -= tensor.numel()
-        raise IndexError(index)
-
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+    num_samples: int
+    num_burn_in: int
+    rel_error: Optional[float] = None
+    deadline: Optional[float] = None
 
 
 def measure(
-    gauges: List[Gauge], burn_in: List[int], draws: List[int], bar: tqdm, warned: "WarningLog"
-) -> None:
+    gauges: List[Gauge], plan: Plan, seed: int, bar: tqdm, warned: "WarningLog"
+) -> str:
     """
     Draws from all gauges in turn. One that fails is left out from there on; if it is the
     first, the reference, that is the end.
+
+    :returns: Why it has ended, as in :class:`~pyro_rb.diagnostics.report.StateResult`.
     """
-    reference = gauges[0]
-    block_size = max(2, len(draws) // NUM_BLOCKS)
-    for i, seed in enumerate(burn_in + draws):
-        if i == len(burn_in):
-            for gauge in gauges:
-                gauge.reset()
-        vectors: Dict[str, Tensor] = {}
-        live = [gauge for gauge in gauges if gauge.failure is None]
-        turn = i % len(live)  # no loss always runs on another's warm cache
-        for gauge in live[turn:] + live[:turn]:
-            try:
-                vectors[gauge.name] = gauge.draw(seed)
-            except Exception as error:
-                gauge.sampler.clear()
-                gauge.failure = error
-                if gauge is reference:
-                    return
-            warned.collect(gauge.name)
-        bar.update()
-        if i < len(burn_in):
-            continue
-        drawn = i - len(burn_in) + 1
-        for gauge in live:
-            if gauge.failure is None:
-                gauge.update(vectors[gauge.name], vectors[reference.name])
-                # A last block of one draw would have no variance.
-                if drawn == len(draws) or (
-                    drawn % block_size == 0 and len(draws) - drawn >= block_size
-                ):
-                    gauge.end_block()
+    burn_in, draws = draw_seeds(seed, plan.num_samples, plan.num_burn_in)
+    block_size = max(2, plan.num_samples // NUM_BLOCKS)
+    start, turn, done = time.perf_counter(), 0, 0
+    try:
+        for number in burn_in:
+            if plan.deadline is not None and 2 * time.perf_counter() > start + plan.deadline:
+                break  # at most half of the time
+            _draw_all(gauges, number, turn, warned)
+            if gauges[0].failure is not None:
+                return "num_samples"
+            turn += 1
+            bar.update()
+        while True:
+            for left, number in zip(range(len(draws) - 1, -1, -1), draws):
+                late = plan.deadline is not None and time.perf_counter() > plan.deadline
+                if late and done >= 2:
+                    return "max_seconds"
+                drawn = _draw_all(gauges, number, turn, warned)
+                if gauges[0].failure is not None:
+                    return "num_samples"
+                turn, done = turn + 1, done + 1
+                with _no_interrupt():
+                    _update(gauges, drawn)
+                    # The last block is longer rather than short.
+                    if gauges[0].block.count >= block_size <= left:
+                        _end_blocks(gauges)
+                bar.update()
+            with _no_interrupt():
+                _end_blocks(gauges)
+            if plan.rel_error is None:
+                return "num_samples"
+            if largest_error(gauges) <= plan.rel_error:
+                return "rel_error"
+            more = math.ceil((GROWTH - 1) * done)
+            draws = draw_seeds(draws[-1], more)[1]
+            bar.total = (bar.total or 0) + more
+            bar.refresh()
+    except KeyboardInterrupt:
+        for gauge in gauges:
+            gauge.sampler.clear()
+        return "interrupted"
+    finally:
+        with _no_interrupt():
+            _end_blocks(gauges)
+
+
+def largest_error(gauges: List[Gauge]) -> float:
+    """
+    The largest relative standard error of the variance ratios to the first gauge's. A
+    variance that is next to nothing beside the reference's need not be known well.
+    """
+    errors = [0.0]
+    for gauge in gauges[1:]:
+        if gauge.failure is None:
+            ratio, error = gauge.ratio_to(gauges[0])
+            errors.append(0.0 if ratio == 0 or ratio + error < 1e-3 else error / ratio)
+    return math.inf if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _draw_all(
+    gauges: List[Gauge], seed: int, turn: int, warned: "WarningLog"
+) -> Dict[str, Draw]:
+    live = [gauge for gauge in gauges if gauge.failure is None]
+    first = turn % len(live)  # no loss always runs on another's warm cache
+    drawn: Dict[str, Draw] = {}
+    for gauge in live[first:] + live[:first]:
+        try:
+            drawn[gauge.name] = gauge.draw(seed)
+        except Exception as error:
+            gauge.fail(error, one_line(error))
+            if gauge is gauges[0]:
+                break
+        warned.collect(gauge.name)
+    return drawn
+
+
+def _update(gauges: List[Gauge], drawn: Dict[str, Draw]) -> None:
+    for gauge in gauges:
+        if gauge.failure is None:
+            gauge.update(drawn[gauge.name], drawn[gauges[0].name])
+
+
+def _end_blocks(gauges: List[Gauge]) -> None:
+    for gauge in gauges:
+        if gauge.failure is None:
+            gauge.end_block()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Puts Ctrl-C off until the end of the block, which must not be left half done."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    pending: List[Any] = []
+    signal.signal(signal.SIGINT, lambda *received: pending.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if pending:
+            usual(*pending[0])
 
 
 class WarningLog:

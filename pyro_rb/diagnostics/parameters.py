@@ -50,7 +50,7 @@ def parameters_of(
     for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] == "param" and name not in found:
-                tensor = _unconstrained(site["value"])
+                tensor = unconstrained(site["value"])
                 if tensor.requires_grad and id(tensor) not in seen:
                     found[name] = tensor
                     seen.add(id(tensor))
@@ -116,7 +116,8 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def _unconstrained(value: Any) -> Tensor:
+def unconstrained(value: Any) -> Tensor:
+    """The leaf behind the value of a ``pyro.param`` site."""
     # A module-local parameter without constraint has lost the attribute, and is itself.
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 

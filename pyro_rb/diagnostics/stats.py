@@ -12,7 +12,7 @@ Throughout, ``samples`` is a tensor of shape ``[N, *shape]`` with one draw a row
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -67,21 +67,35 @@ class MeanTest:
     :param ~torch.Tensor standard_error: Its standard error, same shape.
     :param int num_samples: Number of draws behind the standard error.
     :param float rounding: Differences up to this size count as exact agreement.
+    :param ~torch.Tensor skewness: The skewness of ``difference``, same shape: that of one
+        draw, over the root of their number. Default: zero.
     """
 
     difference: Tensor
     standard_error: Tensor
     num_samples: int
     rounding: float = 0.0
+    skewness: Optional[Tensor] = None
 
     @property
     def z(self) -> Tensor:
         """
         The z-scores. A difference that is no more than rounding scores 0; a larger one
         in a coordinate without variance scores infinity.
+
+        Heavy tails alone make the score too small and not too large; skewness makes it too
+        large on one side. So of the plain score and the one that is corrected for skewness
+        (Hall 1992, "On the removal of skewness by transformation"), the smaller counts.
         """
         z = self.difference / self.standard_error
-        return torch.where(self.difference.abs() <= self.rounding, torch.zeros_like(z), z)
+        z = torch.where(self.difference.abs() <= self.rounding, torch.zeros_like(z), z)
+        if self.skewness is None:
+            return z
+        w = self.skewness
+        corrected = z + w * z**2 / 3 + w**2 * z**3 / 27 + w / 6
+        # Where the correction changes the sign, the score says nothing.
+        size = torch.minimum(z.abs(), (corrected * z.sign()).clamp(min=0))
+        return torch.where(z.isfinite(), size * z.sign(), z)
 
     @property
     def max_abs_z(self) -> float:
@@ -93,17 +107,30 @@ class MeanTest:
         num_tests = self.difference.numel() if num_tests is None else num_tests
         return z_threshold(failure_rate, num_tests, self.num_samples)
 
-    def detectable_bias(self, threshold: float, power: float = 0.95) -> Tensor:
+    def detectable_bias(
+        self, threshold: float, power: float = 0.95, either_sign: bool = True
+    ) -> Tensor:
         """
         Per coordinate, the size of a bias that would have crossed the threshold with
         probability ``power``. Smaller ones may have gone unseen.
 
         :param float threshold: What the absolute z-score is compared with.
         :param float power: Probability of detection.
+        :param bool either_sign: Whether that holds for biases of either sign. If not, it holds
+            for the sign that skewness does not make harder to see.
         :returns: A tensor of the coordinates' shape, in units of the gradient.
         :rtype: ~torch.Tensor
         """
-        return (threshold + NormalDist().inv_cdf(power)) * self.standard_error + self.rounding
+        needed: Any = threshold
+        if self.skewness is not None and either_sign:
+            # What the plain score must be for the corrected one to cross the threshold, on
+            # the side where that is harder.
+            w = self.skewness.abs()
+            root = 1 - w * (threshold - w / 6)
+            skewed = (1 - root.sign() * root.abs() ** (1 / 3)) * 3 / w
+            needed = torch.where(w > 1e-6, skewed, threshold * torch.ones_like(w))
+            needed = needed.clamp(min=threshold)
+        return (needed + NormalDist().inv_cdf(power)) * self.standard_error + self.rounding
 
 
 def one_sample_test(samples: Tensor, expected: Tensor) -> MeanTest:
@@ -124,9 +151,9 @@ def one_sample_test(samples: Tensor, expected: Tensor) -> MeanTest:
             f"but one draw of samples has shape {tuple(a.mean.shape)}"
         )
     size = max(_largest(a.rms), _largest(expected.abs()))
-    return MeanTest(
-        a.mean - expected, a.standard_error, a.count, rounding_error(size, samples.dtype)
-    )
+    rounding = rounding_error(size, samples.dtype)
+    skewness = _skewness(_third_cumulant(samples, a), a.standard_error)
+    return MeanTest(a.mean - expected, a.standard_error, a.count, rounding, skewness)
 
 
 def paired_test(a: Tensor, b: Tensor) -> MeanTest:
@@ -139,10 +166,13 @@ def paired_test(a: Tensor, b: Tensor) -> MeanTest:
     """
     if a.shape != b.shape:
         raise ValueError(f"paired samples have shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    difference = _moments(a.detach().double() - b.detach().double())
+    differences = a.detach().double() - b.detach().double()
+    difference = _moments(differences)
     size = max(_largest(_moments(a).rms), _largest(_moments(b).rms))
     rounding = rounding_error(size, a.dtype)
-    return MeanTest(difference.mean, difference.standard_error, difference.count, rounding)
+    error = difference.standard_error
+    skewness = _skewness(_third_cumulant(differences, difference), error)
+    return MeanTest(difference.mean, error, difference.count, rounding, skewness)
 
 
 def independent_test(a: Tensor, b: Tensor) -> MeanTest:
@@ -154,11 +184,14 @@ def independent_test(a: Tensor, b: Tensor) -> MeanTest:
         raise ValueError(f"draws have shapes {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
     first, second = _moments(a), _moments(b)
     size = max(_largest(first.rms), _largest(second.rms))
+    error = (first.standard_error**2 + second.standard_error**2).sqrt()
+    cumulant = _third_cumulant(a, first) - _third_cumulant(b, second)
     return MeanTest(
         first.mean - second.mean,
-        (first.standard_error**2 + second.standard_error**2).sqrt(),
+        error,
         min(first.count, second.count),
         rounding_error(size, a.dtype),
+        _skewness(cumulant, error),
     )
 
 
@@ -296,6 +329,17 @@ def _moments(samples: Tensor) -> RunningMoments:
     result.mean = torch.where(constant, samples[0], result.mean)
     result._squares = (samples - result.mean).square().sum(0)
     return result
+
+
+def _third_cumulant(samples: Tensor, moments: RunningMoments) -> Tensor:
+    """That of the mean of the samples."""
+    centred = samples.detach().double() - moments.mean
+    return centred.pow(3).mean(0) / len(samples) ** 2
+
+
+def _skewness(third_cumulant: Tensor, standard_error: Tensor) -> Tensor:
+    skewness = third_cumulant / standard_error**3
+    return torch.where(skewness.isfinite(), skewness, torch.zeros_like(skewness))
 
 
 def _largest(value: Tensor) -> float:

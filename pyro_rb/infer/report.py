@@ -16,7 +16,7 @@ class SiteReport(NamedTuple):
 
 class Report(List[SiteReport]):
     """
-    A list of :class:`SiteReport` that prints as a table.
+    A list of :class:`SiteReport` that prints as a table, and shows as one in notebooks.
 
     >>> print(Report([SiteReport("z", "path gradient", "reparameterised draw")]))
     site    treatment      reason
@@ -26,3 +26,7 @@ class Report(List[SiteReport]):
 
     def __str__(self) -> str:
         return tabulate(self, headers=SiteReport._fields)
+
+    def _repr_html_(self) -> str:
+        """The table as notebooks show it."""
+        return tabulate(self, headers=SiteReport._fields, tablefmt="html")

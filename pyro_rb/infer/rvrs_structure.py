@@ -208,8 +208,9 @@ def _try_out(proposer: Proposer, model_sites: Mapping[str, Site]) -> bool:
         try:
             together = proposer.log_prob_sum(proposer.run(proposer.model, 2, values))
             why = "" if _is_close(first, together) else _differs("model", first, together)
-        except (IndexError, RuntimeError, TypeError, ValueError) as e:
-            why = str(e).split("Trace Shapes:")[0].strip()
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            why = str(e) or type(e).__name__
+            why = why.split("Trace Shapes:")[0].strip()
     if why:
         warnings.warn(
             "The model is evaluated for one proposal at a time, which is slow, as it cannot "

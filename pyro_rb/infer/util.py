@@ -20,6 +20,7 @@ from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
@@ -38,6 +39,24 @@ def is_replayed() -> bool:
     True
     """
     return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
+
+
+def forget_parameters() -> None:
+    """
+    Makes the ``SVI.step`` that is being made believe that there are no parameters, so that it
+    does not call its optimizer.
+
+    >>> import pyro, torch
+    >>> with pyro.poutine.trace(param_only=True) as capture:
+    ...     _ = pyro.param("loc", torch.zeros(()))
+    ...     forget_parameters()
+    >>> list(capture.trace.nodes)
+    []
+    """
+    for frame in _PYRO_STACK:
+        if isinstance(frame, TraceMessenger) and frame.param_only:
+            for name in frame.trace.param_nodes:
+                frame.trace.remove_node(name)
 
 
 def compute_costs(

@@ -3,6 +3,7 @@
 
 import json
 import math
+import signal
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,13 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 
 import pyro_rb.diagnostics.measure as measure
-from pyro_rb.diagnostics import compare, gradient_moments, sample_gradients
+from pyro_rb.diagnostics import (
+    ComparisonInterrupted,
+    compare,
+    gradient_moments,
+    sample_gradients,
+)
+from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.infer import STLTrace_ELBO
 from tests.models import conj
 
@@ -36,6 +43,7 @@ def rows(result, state=0):
 def test_default_losses():
     result = compare(model, AutoNormal(model), args=(X,), **QUICK)
     found = rows(result)
+    assert "RaoBlackwellTopK_ELBO:budget=4" in result.left_out
     assert list(found) == [
         "Trace_ELBO",
         "TraceMeanField_ELBO",
@@ -423,7 +431,8 @@ def test_order_is_rotated():
 
     losses = {"a": Logging("a"), "b": Logging("b")}
     compare(model, AutoNormal(model), losses, args=(X,), num_samples=3, num_burn_in=0, progress=False)
-    assert calls == ["a", "b", "a", "b", "b", "a"]
+    # The reference takes its turn too. Then come two steps of each for the memory.
+    assert calls == ["a", "b", "a", "b", "b", "a", "a", "a", "b", "b"]
 
 
 def test_one_line():
@@ -461,3 +470,169 @@ def test_reference_of_the_same_objective():
 def test_unknown_reference():
     with pytest.raises(ValueError, match="no loss 'Trace_ELB': did you mean"):
         compare(lambda: None, lambda: None, reference="Trace_ELB")
+
+
+def test_num_samples_is_kept():
+    result = compare(model, AutoNormal(model), "STLTrace_ELBO", args=(X,), **QUICK)
+    assert result.states[0].num_samples == 40 and result.states[0].stopped == "num_samples"
+
+
+def test_samples_until_the_error_is_small():
+    arguments = dict(args=(X,), num_samples=20, num_burn_in=5, progress=False)
+    result = compare(model, AutoNormal(model), "STLTrace_ELBO:0.1", rel_error=0.03, **arguments)
+    (state,) = result.states
+    assert state.stopped == "rel_error" and state.num_samples > 20
+    row = rows(result)["STLTrace_ELBO:0.1"]
+    assert row.variance_ratio_error <= 0.03 * row.variance_ratio
+    assert result.settings["rel_error"] == 0.03
+    assert "as exact as asked for after" in str(result)
+    # The same draws as with that number from the start: time does not decide.
+    again = compare(model, AutoNormal(model), "STLTrace_ELBO:0.1", rel_error=0.03, **arguments)
+    assert again.states[0].num_samples == state.num_samples
+    assert rows(again)["STLTrace_ELBO:0.1"].variance == row.variance
+    loose = compare(model, AutoNormal(model), "STLTrace_ELBO:0.1", rel_error=10.0, **arguments)
+    assert loose.states[0].num_samples == 20
+
+
+def test_an_exact_loss_needs_no_more_draws():
+    """A variance of zero has no relative error."""
+    case = conj(shift=0.0, width=1.0)
+    result = compare(
+        case.model, case.guide, "STLTrace_ELBO", args=case.args, rel_error=0.1, num_samples=20, progress=False
+    )
+    assert result.states[0].num_samples == 20
+    assert rows(result)["STLTrace_ELBO"].variance_ratio < 1e-6
+
+
+def test_samples_until_the_time_is_over():
+    result = compare(
+        model, AutoNormal(model), "STLTrace_ELBO", args=(X,), max_seconds=0.5, num_samples=10**6, train_steps=2,
+        progress=False,
+    )
+    assert [state.stopped for state in result.states] == ["max_seconds"] * 3
+    assert all(2 <= state.num_samples < 10**4 for state in result.states)
+    assert "time over after" in str(result)
+
+
+def test_time_that_is_over_before_it_begins():
+    result = compare(
+        model, AutoNormal(model), "STLTrace_ELBO", args=(X,), max_seconds=1e-9, rel_error=0.01, progress=False
+    )
+    assert result.states[0].num_samples == 2
+    assert result.recommendation.loss is None
+    str(result), result.to_html(), json.dumps(result.to_dict(), allow_nan=False)
+
+
+class Interrupted(Trace_ELBO):
+    """The user presses Ctrl-C at a call."""
+
+    calls, at = 0, 25
+
+    def loss_and_grads(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return super().loss_and_grads(*args, **kwargs)
+
+
+def test_interrupt_leaves_what_was_measured():
+    store = dict(pyro.get_param_store())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        compare(model, AutoNormal(model), {"slow": Interrupted()}, args=(X,), train_steps=4, **QUICK)
+    assert isinstance(caught.value, ComparisonInterrupted)
+    partial = caught.value.partial
+    assert partial.interrupted and dict(pyro.get_param_store()) == store
+    (state,) = partial.states
+    assert state.step == 0 and state.stopped == "interrupted"
+    assert state.num_samples == 25 - 1 - 5  # without the burn-in
+    found = rows(partial)
+    # All were measured on the same draws: as if so many had been asked for.
+    alone = compare(
+        model, AutoNormal(model), {"slow": "Trace_ELBO:num_particles=1"}, args=(X,), num_samples=40, num_burn_in=5,
+        progress=False,
+    )
+    assert found["slow"].variance_ratio == pytest.approx(rows(alone)["slow"].variance_ratio)
+    assert "interrupted after 19 gradients" in str(partial)
+    assert json.loads(json.dumps(partial.to_dict(), allow_nan=False))["interrupted"] is True
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_interrupt_before_anything_was_measured(at):
+    class Early(Interrupted):
+        pass
+
+    Early.at = at
+    with pytest.raises(ComparisonInterrupted) as caught:
+        compare(model, AutoNormal(model), {"slow": Early()}, args=(X,), **QUICK)
+    assert caught.value.partial is None
+
+
+def test_interrupt_in_training_keeps_earlier_states(monkeypatch):
+    calls = []
+
+    def train(self, optim):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return usual(self, optim)
+
+    usual = GradientSampler.train
+    monkeypatch.setattr(GradientSampler, "train", train)
+    with pytest.raises(ComparisonInterrupted) as caught:
+        compare(model, AutoNormal(model), "STLTrace_ELBO", args=(X,), train_steps=[0, 9], **QUICK)
+    partial = caught.value.partial
+    assert [state.stopped for state in partial.states] == ["num_samples"]
+    assert len(partial.training) == 2
+
+
+def test_signal_while_draws_are_added_up():
+    """Ctrl-C must not leave one loss with a draw more than another."""
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with measure._no_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_curve():
+    result = compare(
+        model, AutoNormal(model), "STLTrace_ELBO", args=(X,), train_steps=120, num_samples=2, num_burn_in=0,
+        progress=False,
+    )
+    windows = result.training
+    assert sum(window.num_steps for window in windows) == 120 and windows[-1].step == 120
+    assert len(windows) <= 50
+    assert windows[0].mean > windows[-1].mean
+    assert windows[0].deviation > 0
+    assert compare(model, AutoNormal(model), [], args=(X,), **QUICK).training == []
+
+
+def test_noise_of_the_loss_and_share_of_noise():
+    case = conj()
+    result = compare(case.model, case.guide, "STLTrace_ELBO", args=case.args, num_samples=400, progress=False)
+    (state,) = result.states
+    reference = state.losses[0]
+    assert reference.loss_deviation == pytest.approx(reference.loss_error * 20)
+    noise, share = reference.variance, 0.0
+    for name, gradient in case.exact_gradient().items():
+        part = reference.variance_shares[name] * noise
+        share += part / (part + gradient.square().sum().item()) / 2
+    assert state.noise_share == pytest.approx(share, abs=0.1)
+
+
+def test_recommendation_is_in_all_forms():
+    case = conj()
+    result = compare(case.model, case.guide, args=case.args, num_samples=100, num_burn_in=60, progress=False)
+    best = result.recommendation
+    assert best.loss in ("STLTrace_ELBO", "STLTrace_ELBO:adaptive")
+    assert best.sentence.split()[1] in str(result)
+    assert result.to_dict()["recommendation"]["loss"] == best.loss
+    assert best.sentence in result.to_html()
+    assert result.to_dict()["left_out"].keys() == result.left_out.keys() != set()
+
+
+@pytest.mark.parametrize("name", ["rel_error", "max_seconds"])
+def test_bounds_out_of_range(name):
+    with pytest.raises(ValueError, match=f"{name}: expected a number > 0, got 0"):
+        compare(model, AutoNormal(model), args=(X,), progress=False, **{name: 0})

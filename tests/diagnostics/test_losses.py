@@ -1,11 +1,16 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import pyro
+import pyro.distributions as dist
 import pytest
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
+from pyro_rb.diagnostics import sample_gradients
 from pyro_rb.diagnostics.losses import (
-    DEFAULT_LOSSES,
+    ENUMERATED,
+    REFERENCE,
     available_losses,
     make_loss,
     make_losses,
@@ -52,7 +57,6 @@ def test_names_of_instances():
         "Trace_ELBO:num_particles=5",
         "STLTrace_ELBO:adaptive,num_particles=2",
     ]
-    assert list(make_losses(DEFAULT_LOSSES)) == list(DEFAULT_LOSSES)
     assert list(make_losses([DReG_ELBO(8, control_variate_scale=0.5)])) == [
         "DReG_ELBO:control_variate_scale=0.5,num_particles=8"
     ]
@@ -85,3 +89,26 @@ def test_the_name_of_the_reference_is_taken():
         make_losses({"Trace_ELBO": TraceMeanField_ELBO()})
     with pytest.raises(ValueError, match="the name 'Trace_ELBO' is kept for the reference"):
         make_losses({"Trace_ELBO": Trace_ELBO(num_particles=10)})
+
+
+def test_enumeration_of_the_guide_by_name():
+    loss = make_loss(f"{ENUMERATED}:max_plate_nesting=1")
+    assert isinstance(loss, TraceEnum_ELBO) and loss.max_plate_nesting == 1
+
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
+        pyro.sample("x", dist.Normal(k.float(), 1.0), obs=torch.tensor(0.4))
+
+    def guide():
+        pyro.sample("k", dist.Categorical(logits=pyro.param("logits", torch.tensor([0.3, 0.0, 1.0]))))
+
+    gradients = {
+        name: sample_gradients(make_loss(name), model, guide, num_samples=4, seed=0)["logits"]
+        for name in (ENUMERATED, REFERENCE)
+    }
+    logits = torch.tensor([0.3, 0.0, 1.0], requires_grad=True)
+    q = logits.softmax(-1)
+    log_p = torch.tensor([0.2, 0.5, 0.3]).log() + dist.Normal(torch.arange(3.0), 1.0).log_prob(torch.tensor(0.4))
+    (exact,) = torch.autograd.grad((q * (q.log() - log_p)).sum(), logits)
+    torch.testing.assert_close(gradients[ENUMERATED], exact.expand(4, 3))
+    assert gradients[REFERENCE].std(0).max() > 0.1

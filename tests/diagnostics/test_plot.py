@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from pyro_rb.diagnostics.plot import SMALLEST, check_plot_path, plot_comparisons
-from pyro_rb.diagnostics.report import LossResult
+from pyro_rb.diagnostics.plot import KINDS, check_plot_path, plot_comparisons
+from pyro_rb.diagnostics.plot_efficiency import SMALLEST
+from pyro_rb.diagnostics.report import LossResult, TrainingWindow
 from tests.diagnostics.test_report import make_comparison, row
 
 
@@ -85,6 +86,42 @@ def test_no_pyplot_and_no_figure_left_open():
     make_comparison(row("A_ELBO")).plot()
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_kinds(tmp_path):
+    comparison = make_comparison(row("Good_ELBO"), row("Biased_ELBO", biased=True), steps=(0, 4, 9))
+    comparison.training = [TrainingWindow(3, 3, 3.5, 0.2), TrainingWindow(6, 3, 3.0, 0.1)]
+    found = {kind: panels(comparison.plot(str(tmp_path / f"{kind}.svg"), kind)) for kind in KINDS}
+    assert {kind: len(axes) for kind, axes in found.items()} == {
+        "efficiency": 3, "parameters": 3, "training": 2, "elbo": 1
+    }
+    assert [label.get_text() for label in found["parameters"][0].get_yticklabels()] == ["loc", "scale", "tail"]
+    variances = [line.get_xdata() for line in found["parameters"][0].lines if len(line.get_xdata()) == 3]
+    assert variances[0] == pytest.approx([1.4, 0.594, 0.006])
+    ratios = found["training"][0].lines
+    assert any(list(line.get_xdata()) == [0, 4, 9] and list(line.get_ydata()) == [0.5] * 3 for line in ratios)
+    products = found["training"][1].lines
+    assert any(list(line.get_ydata()) == pytest.approx([0.55] * 3) for line in products)
+    curve = found["elbo"][0].lines[0]
+    assert list(curve.get_xdata()) == [2.0, 5.0] and list(curve.get_ydata()) == [3.5, 3.0]
+    with pytest.raises(ValueError, match="kind: expected one of efficiency, parameters, training, elbo, got 'pie'"):
+        comparison.plot(kind="pie")
+
+
+def test_many_parameters():
+    comparison = make_comparison(row("Good_ELBO"))
+    shares = {f"p{i}": 2.0 ** -(i + 1) for i in range(20)}
+    comparison.parameters = {name: [] for name in shares}
+    for result in comparison.states[0].losses:
+        result.variance_shares = shares
+    (axes,) = panels(comparison.plot(kind="parameters"))
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [f"p{i}" for i in range(12)] + ["8 others"]
+
+
+def test_loss_without_training():
+    (axes,) = panels(make_comparison(row("Good_ELBO")).plot(kind="elbo"))
+    assert axes.get_ylim()[0] < 3.0 < axes.get_ylim()[1]
 
 
 def test_unknown_extension():

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pyro_rb.diagnostics import Comparison, LossResult, StateResult
-from pyro_rb.diagnostics.report import LEGEND
+from pyro_rb.diagnostics.table import LEGEND
 
 
 def row(name, **changes):
@@ -28,19 +28,25 @@ def row(name, **changes):
         cost_ratio=0.55,
         loss=3.0,
         loss_error=0.1,
+        loss_deviation=0.3,
+        steps_ratio=0.5,
+        steps_ratio_error=0.05,
+        memory=3000,
+        memory_ratio=1.5,
     )
     return LossResult(name, **{**values, **changes})
 
 
 def make_comparison(*rows, notes=(), steps=(0,)):
     reference = row("Trace_ELBO", reference=True, bias_z=None, biased=None, variance_ratio=1.0,
-                    time_ratio=1.0, cost_ratio=1.0)
+                    time_ratio=1.0, cost_ratio=1.0, steps_ratio=1.0, steps_ratio_error=0.0,
+                    memory=2000, memory_ratio=1.0)
     return Comparison(
         title="A title",
-        states=[StateResult(step, [reference, *rows]) for step in steps],
-        parameters={"net$$$loc": [3, 2], "net$$$scale": []},
+        states=[StateResult(step, [reference, *rows], num_samples=10) for step in steps],
+        parameters={"net$$$loc": [3, 2], "net$$$scale": [], "net$$$tail": []},
         settings={"num_samples": 10, "seed": 0, "device": "cpu", "optim": "Adam({'lr': 0.1})",
-                  "bias_threshold": 4.2},
+                  "bias_threshold": 4.2, "reference_gradient": "Trace_ELBO, draw by draw"},
         notes=list(notes),
     )
 
@@ -53,9 +59,11 @@ def test_table():
     text = str(make_comparison(row("Good_ELBO"), notes=["take care"]))
     lines = text.splitlines()
     assert lines[0] == "A title"
-    assert lines[1].startswith("7 parameter values, 10 gradients of each loss, seed 0, device cpu")
-    assert "biased means |z| > 4.2" in lines[1]
-    assert "At the parameters as they are: loss 3 +/- 0.1, 2 ms a step with Trace_ELBO" in lines
+    assert lines[1].startswith("8 parameter values, 10 gradients of each loss, seed 0, device cpu")
+    assert lines[2] == "biased means |z| > 4.2 against Trace_ELBO, draw by draw"
+    assert (
+        "At the parameters as they are: loss 3 +/- 0.1, 2 ms a step with Trace_ELBO, whose gradient is 100% noise"
+    ) in lines
     assert "Best variance x time: Good_ELBO, 0.55." in lines
     assert "Note: take care" in lines
     assert text.endswith(LEGEND)
@@ -66,7 +74,7 @@ def test_row():
     cells = line_of(make_comparison(row("Good_ELBO")), "Good_ELBO").split("  ")
     cells = [cell.strip() for cell in cells if cell.strip()]
     assert cells == [
-        "Good_ELBO", "1.2", "3.4%", "0.50 +/- 0.04", "1.10 +/- 0.01", "0.55", "loc 70%, scale 30%",
+        "Good_ELBO", "1.2", "3.4%", "0.50 +/- 0.04", "1.10 +/- 0.01", "0.55", "1.50", "loc 70%, scale 30%",
     ]
 
 
@@ -136,7 +144,7 @@ def test_no_variance():
 def test_to_dict_is_json():
     comparison = make_comparison(row("Good_ELBO", bias_z=math.inf, detectable_bias=math.nan))
     result = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
-    assert result["parameters"] == {"net$$$loc": [3, 2], "net$$$scale": []}
+    assert result["parameters"] == {"net$$$loc": [3, 2], "net$$$scale": [], "net$$$tail": []}
     good = result["states"][0]["losses"][1]
     assert good["name"] == "Good_ELBO" and good["variance_ratio"] == 0.5
     assert good["bias_z"] is None and good["detectable_bias"] is None

@@ -1,0 +1,172 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Training with an optimizer of PyTorch, in the manner of Lightning, in one or several processes.
+
+``loss(model, guide)`` is a :class:`torch.nn.Module`; from there on all is PyTorch. The class
+``Training`` has the methods that a LightningModule has, and ``fit`` does what its trainer
+does. With ``--num-processes 2`` each process has its part of the data and
+``DistributedDataParallel`` averages the gradients, here by gloo on this machine::
+
+    python examples/lightning_style.py --loss STLTrace_ELBO --num-processes 2
+
+The model is probabilistic principal component analysis with an amortised guide, on simulated
+data. The guide can be exact, so the loss ought to come down to minus the highest likelihood,
+which linear algebra gives (Tipping and Bishop 1999) and which is printed beside it.
+"""
+
+import argparse
+import math
+import socket
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.distributed
+from pyro.nn import PyroModule
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import trange
+
+from pyro_rb import GradientGuard
+from pyro_rb.diagnostics.losses import make_loss
+
+NUM_FEATURES, NUM_FACTORS = 10, 3
+
+
+class Model(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.loadings = nn.Parameter(0.1 * torch.randn(NUM_FACTORS, NUM_FEATURES))
+        self.log_noise = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        with pyro.plate("items", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(NUM_FACTORS), 1.0).to_event(1))
+            features = dist.Normal(z @ self.loadings, self.log_noise.exp())
+            pyro.sample("x", features.to_event(1), obs=x)
+
+
+class Guide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(NUM_FEATURES, NUM_FACTORS)
+        self.log_scale = nn.Parameter(torch.zeros(NUM_FACTORS))
+
+    def forward(self, x):
+        with pyro.plate("items", len(x)):
+            code = dist.Normal(self.encoder(x), self.log_scale.exp())
+            pyro.sample("z", code.to_event(1))
+
+
+class Training(nn.Module):
+    """With ``lightning`` installed, this would be a LightningModule as it stands."""
+
+    def __init__(self, loss, lr, num_steps):
+        super().__init__()
+        self.guard = GradientGuard(make_loss(loss))
+        self.elbo = self.guard(Model(), Guide())
+        self.lr, self.num_steps = lr, num_steps
+
+    def forward(self, batch):
+        return self.elbo(batch) / len(batch)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch)
+
+    def configure_optimizers(self):
+        optim = self.guard.watch(torch.optim.Adam(self.parameters(), lr=self.lr))
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.03 ** (1 / self.num_steps))
+        return [optim], [schedule]
+
+
+def fit(training, data, batch_size, device, show):
+    """What the trainer does. The module may be that of several processes."""
+    training, data = training.to(device), data.to(device)
+    parallel = torch.distributed.is_initialized()
+    step_of = DistributedDataParallel(training) if parallel else training
+    (optim,), (schedule,) = training.configure_optimizers()
+    steps = trange(training.num_steps, disable=not show)
+    for i in steps:
+        batch = data[torch.randint(len(data), (batch_size,), device=device)]
+        optim.zero_grad()
+        loss = step_of(batch)
+        loss.backward()
+        optim.step()
+        schedule.step()
+        if i % 100 == 0:
+            steps.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def simulate(num_items):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(num_items, NUM_FACTORS, generator=generator)
+    loadings = torch.randn(NUM_FACTORS, NUM_FEATURES, generator=generator)
+    return z @ loadings + 0.5 * torch.randn(num_items, NUM_FEATURES, generator=generator)
+
+
+def best_loss(data):
+    """Minus the highest log likelihood of an item, from the eigenvalues of the covariance."""
+    eigenvalues = torch.linalg.eigvalsh(data.T @ data / len(data)).flip(0)
+    noise = eigenvalues[NUM_FACTORS:].mean()
+    log_det = eigenvalues[:NUM_FACTORS].log().sum() + (NUM_FEATURES - NUM_FACTORS) * noise.log()
+    return 0.5 * (NUM_FEATURES * math.log(2 * math.pi) + log_det.item() + NUM_FEATURES)
+
+
+def train(rank, args, port=None):
+    """One process, of ``args.num_processes``."""
+    if port is not None:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=args.num_processes,
+        )
+    try:
+        # Parameters belong to the modules, and not to Pyro's param store.
+        with pyro.settings.context(module_local_params=True):
+            pyro.set_rng_seed(args.seed)  # the same start in all processes
+            training = Training(args.loss, args.lr, args.num_steps)
+            pyro.set_rng_seed(args.seed + rank)  # and other random numbers
+            data = simulate(args.num_items)
+            part = data.chunk(args.num_processes)[rank]
+            fit(training, part, args.batch_size, args.device, rank == 0 and not args.smoke_test)
+            if rank == 0:
+                with torch.no_grad():
+                    final = sum(training(data.to(args.device)).item() for _ in range(20)) / 20
+                how = f"{args.loss}, {args.num_processes} process{'es' * (args.num_processes > 1)}"
+                print(f"{how}: loss for an item {final:.3f}, the lowest is {best_loss(data):.3f}")
+    finally:
+        if port is not None:
+            torch.distributed.destroy_process_group()
+
+
+def main(args):
+    if args.num_processes == 1:
+        return train(0, args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(train, (args, port), args.num_processes, start_method="spawn")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument(
+        "--loss", default="STLTrace_ELBO", help="as Trace_ELBO:num_particles=4; one with a differentiable_loss"
+    )
+    parser.add_argument("--num-processes", type=int, default=1)
+    parser.add_argument("--num-items", type=int, default=2000)
+    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=100, help="of each process")
+    parser.add_argument("--lr", type=float, default=0.02, help="of Adam; 3%% of it at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--smoke-test", action="store_true", help="a few steps, in one process and in two")
+    args = parser.parse_args()
+    if args.smoke_test:
+        args.num_steps, args.num_items = 10, 200
+        main(args)
+        args.num_processes = 2
+    main(args)

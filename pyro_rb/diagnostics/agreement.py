@@ -1,0 +1,158 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Whether the mean gradients of two losses agree. There are two references and two tests.
+
+* The reference is the mean gradient of another loss, paired draw by draw; or the exact
+  gradient, by enumeration, which has no noise.
+* Where each draw moves all coordinates, as reparameterised draws do, each coordinate of the
+  gradient is tested. Draws of a discrete site move the coordinates of the value drawn, and
+  a value that was never drawn would look like a bias without noise. Then a few random
+  projections of each parameter's gradient are tested instead, which mix rare and common
+  values; and a projection whose spread is due to very few draws tells nothing.
+"""
+
+import math
+from typing import List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_rb.diagnostics import stats
+from pyro_rb.diagnostics.bias import coordinate_name
+
+PROJECTIONS = 4  # of each parameter
+LEAST_EVENTS = 30
+
+
+class Verdict(NamedTuple):
+    """
+    :param float z: The largest absolute z-score.
+    :param str at: Where it was found.
+    :param float difference: The absolute difference of the means there.
+    :param float detectable: A bias of this size would have been seen; infinite if none.
+    """
+
+    z: float
+    at: str
+    difference: float
+    detectable: float
+
+
+class Projector:
+    """
+    A few random projections of each parameter's gradient. Parameters with no more
+    coordinates than that are left as they are.
+
+    :param list names: Of the parameters.
+    :param list tensors: The parameters.
+    """
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.labels: List[str] = []
+        self.sizes = [tensor.numel() for tensor in tensors]
+        self._directions: List[Optional[Tensor]] = []
+        widths: List[float] = []
+        for name, tensor, size in zip(names, tensors, self.sizes):
+            count = min(size, PROJECTIONS)
+            directions = None
+            if size > PROJECTIONS:
+                directions = torch.randn(size, count, generator=generator, device="cpu")
+                directions = (directions / directions.norm(dim=0)).to(tensor.device, tensor.dtype)
+            self._directions.append(directions)
+            self.labels += [name] * count
+            widths += [math.sqrt(size) if size > PROJECTIONS else 1.0] * count
+        #: A bias has this many times its projection's size, typically.
+        self.widths = torch.tensor(widths, dtype=torch.double, device="cpu")
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """``[P]`` to ``[number of projections]``, on the CPU."""
+        parts = [
+            part if directions is None else part.to(directions.dtype) @ directions
+            for part, directions in zip(vector.split(self.sizes), self._directions)
+        ]
+        return torch.cat([part.double() for part in parts]).cpu()
+
+
+class Agreement:
+    """
+    Gathers the draws of one loss that its test needs.
+
+    :param list names: Of the parameters.
+    :param list tensors: The parameters.
+    :param Projector projector: To test projections; None to test coordinates.
+    """
+
+    def __init__(
+        self, names: Sequence[str], tensors: Sequence[Tensor], projector: Optional[Projector]
+    ) -> None:
+        self.names, self.tensors, self.projector = names, tensors, projector
+        self.difference = stats.RunningMoments()  # to the reference, draw by draw
+        self.projected: List[Tensor] = []
+
+    def update(self, vector: Tensor, reference: Tensor) -> None:
+        """Adds one draw ``[P]`` of this loss and one of the reference."""
+        if self.projector is None:
+            self.difference.update(vector - reference)
+        else:
+            self.projected.append(self.projector(vector))
+
+    def verdict(
+        self, reference: "Agreement", exact: Optional[Tensor], threshold: float, largest: float
+    ) -> Verdict:
+        """
+        :param Agreement reference: That of the reference loss.
+        :param ~torch.Tensor exact: The exact gradient ``[P]``, needs projections; or None.
+        :param float threshold: The z-score beyond which means are said to differ.
+        :param float largest: The largest root-mean-square coordinate, for the rounding.
+        """
+        dtype = max((t.dtype for t in self.tensors), key=lambda d: torch.finfo(d).eps)
+        rounding = stats.rounding_error(largest, dtype)
+        if self.projector is not None:
+            return self._of_projections(reference, exact, threshold, rounding)
+        difference = self.difference
+        test = stats.MeanTest(
+            difference.mean, difference.standard_error, difference.count, rounding
+        )
+        worst = int(test.z.abs().argmax())
+        size = abs(test.difference[worst].item())
+        detectable = test.detectable_bias(threshold).max().item()
+        return Verdict(test.max_abs_z, self._coordinate(worst), size, detectable)
+
+    def _of_projections(
+        self, reference: "Agreement", exact: Optional[Tensor], threshold: float, rounding: float
+    ) -> Verdict:
+        assert self.projector is not None
+        draws = torch.stack(self.projected)
+        if exact is None:
+            draws = draws - torch.stack(reference.projected[: len(draws)])
+            expected = torch.zeros_like(draws[0])
+        else:
+            expected = self.projector(exact)
+        labels, widths = self.projector.labels, self.projector.widths
+        mean = draws.mean(0)
+        # A constant column must have variance 0, not the rounding of its mean.
+        squares = ((draws - mean) * (draws != draws[0]).any(0)).square()
+        error = (squares.sum(0) / (len(draws) * (len(draws) - 1))).sqrt()
+        # The number of draws that make up the spread, as their kurtosis tells.
+        events = squares.sum(0).square() / squares.square().sum(0)
+        difference = (mean - expected).abs()
+        exactly = difference <= rounding * widths
+        # A normal variable has a third of the draws.
+        tells = exactly | (events >= min(LEAST_EVENTS, len(draws) / 6))
+        z = torch.where(exactly | ~tells, torch.zeros_like(error), difference / error)
+        worst = int(z.argmax())
+        test = stats.MeanTest(difference, error, len(draws))
+        detectable = (test.detectable_bias(threshold) + rounding) * widths
+        detectable = torch.where(tells, detectable, torch.full_like(error, math.inf))
+        size = difference[worst].item() * widths[worst].item()
+        return Verdict(z.max().item(), labels[worst], size, detectable.max().item())
+
+    def _coordinate(self, index: int) -> str:
+        for name, tensor in zip(self.names, self.tensors):
+            if index < tensor.numel():
+                return coordinate_name(name, tensor.shape, index)
+            index -= tensor.numel()
+        raise IndexError(index)

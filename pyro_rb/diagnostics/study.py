@@ -1,0 +1,208 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains, and measures losses on the way: :class:`Study`."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, List, Optional, Sequence
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.util import set_rng_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_rb.diagnostics import stats
+from pyro_rb.diagnostics.agreement import Projector
+from pyro_rb.diagnostics.gauge import Gauge
+from pyro_rb.diagnostics.gradients import GradientSampler
+from pyro_rb.diagnostics.losses import ENUMERATED, Losses, make_loss, make_losses
+from pyro_rb.diagnostics.measure import Plan, WarningLog, measure, one_line
+from pyro_rb.diagnostics.memory import peak_memory
+from pyro_rb.diagnostics.progress import noise_share, steps_ratio
+from pyro_rb.diagnostics.report import StateResult, TrainingWindow
+
+NUM_WINDOWS = 50
+
+
+@dataclass
+class Study:
+    """
+    What :func:`~pyro_rb.diagnostics.compare.compare` does within
+    :func:`~pyro_rb.diagnostics.state.preserve_state`.
+
+    :param str reference: Name of the reference.
+    :param losses: What it is compared to, and maybe the reference itself.
+    :param callable sampler: Makes a GradientSampler from a loss.
+    :param bool scored: Whether the guide has sites without a reparameterised draw.
+    :param bool exact: Whether to compare to the exact gradient.
+    :param list steps: After how many training steps to measure.
+    :param PyroOptim optim: For the training.
+    :param Plan plan: How long to sample at one state; its deadline is that of all.
+    """
+
+    reference: str
+    losses: Losses
+    sampler: Callable[[Any], GradientSampler]
+    scored: bool
+    exact: bool
+    steps: Sequence[int]
+    optim: PyroOptim
+    plan: Plan
+    seed: int
+    failure_rate: float
+    bar: tqdm
+    warned: WarningLog
+    states: List[StateResult] = field(default_factory=list)
+    training: List[float] = field(default_factory=list)
+    notes: List[str] = field(default_factory=list)
+    threshold: float = 0.0
+    interrupted: bool = False
+
+    def run(self) -> None:
+        """Fills ``states``, ``training`` and ``notes``."""
+        trainer = self.sampler(make_loss(self.reference))
+        done = 0
+        try:
+            for index, step in enumerate(self.steps):
+                set_rng_seed((self.seed + done) % 2**32)
+                for done in range(done + 1, step + 1):
+                    self._train(trainer, done)
+                self._measure(step, len(self.steps) - index)
+                if self.interrupted:
+                    return
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def windows(self) -> List[TrainingWindow]:
+        """The losses of training, summed up."""
+        size = max(1, -(-len(self.training) // NUM_WINDOWS))
+        found = []
+        for start in range(0, len(self.training), size):
+            part = torch.tensor(self.training[start : start + size], dtype=torch.double, device="cpu")
+            deviation = part.std().item() if len(part) > 1 else None
+            found.append(
+                TrainingWindow(start + len(part), len(part), part.mean().item(), deviation)
+            )
+        return found
+
+    def _train(self, trainer: GradientSampler, step: int) -> None:
+        try:
+            self.training.append(trainer.train(self.optim))
+        except Exception as error:
+            raise ValueError(
+                f"training with {self.reference} failed at step {step}: {one_line(error)}"
+            ) from error
+        self.bar.update()
+
+    def _measure(self, step: int, states_left: int) -> None:
+        # New copies at each state: what a loss has learned belongs to one state.
+        made = make_losses(self.losses)
+        made = {self.reference: make_loss(self.reference), **made}
+        made[self.reference] = make_loss(self.reference)
+        samplers = {name: self.sampler(loss) for name, loss in made.items()}
+        base = samplers[self.reference]
+        exact = exact_gradient(self.sampler) if self.exact else None
+        projector = Projector(base.names, base.tensors) if self.scored else None
+        gauges = [Gauge(name, one, projector) for name, one in samplers.items()]
+        # Other random numbers at each state, so that each tests bias anew.
+        at = (self.seed + step) % 2**32
+        plan = self.plan._replace(deadline=self._deadline(step, states_left))
+        stopped = measure(gauges, plan, at, self.bar, self.warned)
+        self.interrupted = stopped == "interrupted"
+        first = gauges[0]
+        if first.failure is not None:
+            when = f" after {step} training steps (too large a learning rate?)"
+            raise ValueError(
+                f"{self.reference}, to which all losses are compared, cannot run on this "
+                f"model and guide{when if step else ''}: {first.failure}"
+            ) from first.cause
+        count = first.moments.count
+        if count < 2:
+            return
+        if not self.interrupted:
+            for gauge in gauges:
+                if gauge.failure is None:
+                    gauge.memory = _memory(self.sampler, made_again(self.losses, gauge.name), at)
+                    self.warned.collect(gauge.name)
+        self._add_state(gauges, step, stopped, exact)
+
+    def _add_state(
+        self, gauges: List[Gauge], step: int, stopped: str, exact: Optional[Tensor]
+    ) -> None:
+        first, count = gauges[0], gauges[0].moments.count
+        projector = first.agreement.projector
+        size = len(first.moments.mean) if projector is None else len(projector.labels)
+        num_tests = size * max(1, len(gauges) - 1) * len(self.steps)
+        threshold = stats.z_threshold(self.failure_rate, num_tests, count)
+        self.threshold = max(self.threshold, threshold)
+        results = [gauge.result(first, threshold, exact) for gauge in gauges]
+        if results[0].biased:
+            self.notes.append(
+                f"{self.reference} disagrees with enumeration at step {step} (z = "
+                f"{results[0].bias_z:.1f}), so the losses were compared to it instead."
+            )
+            exact = None
+            results = [gauge.result(first, threshold) for gauge in gauges]
+        unbiased = [g for g, row in zip(gauges, results) if not row.biased and not row.error]
+        if exact is None:
+            quiet = min(unbiased, key=lambda gauge: gauge.moments.variance.sum().item())
+            signal = quiet.squared_mean().clamp(min=0.0)
+        else:
+            signal = first.by_parameter(exact.square())
+        for gauge, row in zip(gauges, results):
+            if not row.error:
+                row.steps_ratio, row.steps_ratio_error = steps_ratio(
+                    gauge.blocks(), first.blocks(), signal, first.sizes
+                )
+        share = noise_share(first.blocks(), signal, first.sizes)
+        self.states.append(StateResult(step, results, count, stopped, share))
+
+    def _deadline(self, step: int, states_left: int) -> Optional[float]:
+        """An equal share of the time that is left, but for the training that is to come."""
+        if self.plan.deadline is None:
+            return None
+        now = time.perf_counter()
+        seconds = self.states[-1].losses[0].seconds if self.states else None
+        training = (self.steps[-1] - step) * (seconds or 0.0)
+        return now + max(0.0, self.plan.deadline - now - training) / states_left
+
+
+def exact_gradient(sampler: Callable[[Any], GradientSampler]) -> Optional[Tensor]:
+    """
+    The gradient by enumeration of the guide, as a vector ``[P]``; None if it is not the
+    same at each evaluation, for example because data are subsampled.
+    """
+    found: List[Tensor] = []
+    for seed in range(3):
+        one = sampler(make_loss(ENUMERATED))
+        set_rng_seed(seed)
+        one.step()
+        gradients = one.collect()
+        found.append(torch.cat([g.reshape(-1).to(gradients[0].device) for g in gradients]))
+    largest = max(vector.abs().max().item() for vector in found)
+    rounding = stats.rounding_error(largest, found[0].dtype)
+    spread = (torch.stack(found) - found[0]).abs().max().item()
+    return found[0].double() if spread <= rounding else None
+
+
+def made_again(losses: Losses, name: str) -> Any:
+    """A fresh copy of one of the losses."""
+    made = make_losses(losses)
+    return made[name] if name in made else make_loss(name)
+
+
+def _memory(sampler: Callable[[Any], GradientSampler], loss: Any, seed: int) -> Optional[int]:
+    """Of the second step: the first may do things that are never done again."""
+    one = sampler(loss)
+    try:
+        set_rng_seed(seed)
+        one.step()
+        one.clear()
+        set_rng_seed(seed)
+        return peak_memory(one.step, one.tensors[0].device)
+    except Exception:  # an operation that cannot be followed is no reason to stop
+        return None
+    finally:
+        one.clear()

@@ -1,0 +1,227 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+from pyro_rb.diagnostics import choose as choose_module
+from pyro_rb.diagnostics import choose_losses, compare
+from pyro_rb.diagnostics.losses import ENUMERATED
+from tests.models import conj, discrete_first, mix
+
+TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
+QUICK = dict(num_samples=40, num_burn_in=0, progress=False)
+
+
+def positions(num_values, num_items=3):
+    """x_i ~ Normal(locs[z_i], .5) with a discrete z_i."""
+    locs = torch.linspace(-2.0, 2.0, num_values)
+
+    def model():
+        with pyro.plate("data", num_items):
+            z = pyro.sample("z", dist.Categorical(torch.ones(num_values) / num_values))
+            pyro.sample("x", dist.Normal(locs[z], 0.5), obs=torch.linspace(-1.0, 1.0, num_items))
+
+    def guide():
+        logits = pyro.param("logits", torch.zeros(num_items, num_values))
+        with pyro.plate("data", num_items):
+            pyro.sample("z", dist.Categorical(logits=logits))
+
+    return model, guide
+
+
+def test_reparameterized_guide():
+    case = conj()
+    choice = choose_losses(case.model, case.guide, case.args)
+    assert choice.reference == "Trace_ELBO"
+    assert choice.losses == ["TraceMeanField_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:adaptive"]
+    assert choice.left_out["TraceGraph_ELBO"] == "all sites of the guide are reparameterised"
+    assert choice.left_out[ENUMERATED] == choice.left_out[TOP_K] == "the guide has no discrete site"
+
+
+def test_jacobian_of_a_constrained_latent():
+    case = mix()
+    choice = choose_losses(case.model, AutoNormal(case.model), case.args)
+    assert "TraceMeanField_ELBO" not in choice.losses
+    assert choice.left_out["TraceMeanField_ELBO"] == (
+        "biased on this guide: Pyro's KL divergence of a Delta leaves out its log_density, "
+        "here the Jacobian of 'tau', 'w'"
+    )
+    # A hand-written guide has none, and the closed form is right.
+    assert "TraceMeanField_ELBO" in choose_losses(case.model, case.guide, case.args).losses
+
+
+def test_mean_field_restriction_that_cannot_be_verified():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(a, 1.0))
+
+    def guide():
+        b = pyro.sample("b", dist.Normal(pyro.param("b_loc", torch.tensor(0.0)), 1.0))
+        pyro.sample("a", dist.Normal(pyro.param("a_loc", torch.tensor(0.0)) + b, 1.0))
+
+    left_out = choose_losses(model, guide).left_out
+    assert left_out["TraceMeanField_ELBO"].startswith("Failed to verify mean field restriction")
+
+
+def test_no_score_to_remove():
+    case = conj()
+    choice = choose_losses(case.model, AutoDelta(case.model), case.args)
+    assert choice.left_out["STLTrace_ELBO"] == "the guide has no site whose score could be removed"
+    assert "STLTrace_ELBO:adaptive" not in choice.losses
+
+
+def test_discrete_sites():
+    choice = choose_losses(*positions(20))
+    assert choice.losses == ["TraceGraph_ELBO", ENUMERATED, TOP_K]
+    assert "STLTrace_ELBO" in choice.left_out
+    assert choice.left_out["TraceMeanField_ELBO"] == "'z' is not reparameterised"
+
+
+def test_few_values_are_all_summed():
+    choice = choose_losses(*positions(3))
+    assert choice.losses == ["TraceGraph_ELBO", ENUMERATED]
+    assert choice.left_out[TOP_K] == "there are too few values: all are summed"
+
+
+def test_discrete_and_continuous_sites():
+    case = discrete_first()
+    losses = choose_losses(case.model, case.guide).losses
+    assert losses == ["TraceGraph_ELBO", ENUMERATED, "STLTrace_ELBO", "STLTrace_ELBO:adaptive"]
+
+
+def test_annotated_guide_needs_no_wrapper():
+    model, guide = positions(20)
+    choice = choose_losses(model, config_enumerate(guide))
+    assert "TraceEnum_ELBO" in choice.losses and ENUMERATED not in choice.losses
+    assert TOP_K in choice.left_out  # there is nothing left to draw
+
+
+def test_too_many_joint_values(monkeypatch):
+    """Four sites of 12 values that one likelihood joins: 20736 evaluations."""
+
+    def model():
+        total = sum(pyro.sample(f"z{i}", dist.Categorical(torch.ones(12) / 12)) for i in range(4))
+        pyro.sample("x", dist.Normal(total.float(), 1.0), obs=torch.tensor(3.0))
+
+    def guide():
+        for i in range(4):
+            pyro.sample(f"z{i}", dist.Categorical(logits=pyro.param(f"l{i}", torch.zeros(12))))
+
+    assert ENUMERATED in choose_losses(model, guide).losses
+    monkeypatch.setattr(choose_module, "MAX_EVALUATIONS", 10000)
+    choice = choose_losses(model, guide)
+    assert choice.losses == ["TraceGraph_ELBO", TOP_K]
+    assert choice.left_out[ENUMERATED].startswith("too many joint values, or not")
+    assert "20736 evaluations" in choice.left_out[ENUMERATED]
+
+
+def test_unbounded_counts_are_not_enumerated():
+    def model():
+        k = pyro.sample("k", dist.Poisson(3.0))
+        pyro.sample("x", dist.Normal(k, 1.0), obs=torch.tensor(4.0))
+
+    def guide():
+        pyro.sample("k", dist.Poisson(pyro.param("rate", torch.tensor(2.0))))
+
+    choice = choose_losses(model, guide)
+    assert choice.losses == ["TraceGraph_ELBO", TOP_K]
+    assert choice.left_out[ENUMERATED] == "'k' cannot be enumerated"
+
+
+def test_model_that_enumerates():
+    """Only losses that sum out the model's site have the right objective."""
+
+    @config_enumerate
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(loc + z, 0.5), obs=torch.tensor([0.0, 1.0, 0.3]))
+
+    guide = AutoNormal(pyro.poutine.block(model, hide=["z"]))
+    choice = choose_losses(model, guide)
+    assert choice.reference == "TraceEnum_ELBO" and choice.losses == []
+    assert choice.left_out["STLTrace_ELBO"] == "it does not sum out the model's 'z'"
+    result = compare(model, guide, **QUICK)
+    assert [row.name for row in result.states[0].losses] == ["TraceEnum_ELBO"]
+    assert result.recommendation.loss == "TraceEnum_ELBO"
+    assert "no other loss that was measured applies" in result.recommendation.sentence
+
+
+def test_importance_weighted_reference():
+    case = conj(width=1.0)
+    choice = choose_losses(case.model, case.guide, case.args, reference="RenyiELBO:alpha=0,num_particles=5")
+    assert choice.losses == [
+        "DReG_ELBO:num_particles=5", "DReG_ELBO:num_particles=5,control_variate_scale=adaptive"
+    ]
+    assert choice.left_out["STLTrace_ELBO"] == "the ELBO, another objective"
+
+
+def test_reference_with_another_objective():
+    case = conj()
+    choice = choose_losses(case.model, case.guide, case.args, reference="RenyiELBO:alpha=0.5")
+    assert choice.losses == []
+    assert choice.left_out["STLTrace_ELBO"] == "another objective than RenyiELBO:alpha=0.5"
+
+
+def test_reference_is_not_listed_twice():
+    case = conj()
+    choice = choose_losses(case.model, case.guide, case.args, reference="STLTrace_ELBO")
+    assert "STLTrace_ELBO" not in choice.losses and "STLTrace_ELBO" not in choice.left_out
+    assert "STLTrace_ELBO:adaptive" in choice.losses
+
+
+def test_candidate_that_fails_is_left_out():
+    """TraceGraph_ELBO has no differentiable_loss, which plain modules need."""
+
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.zeros(3, 20))
+
+        def forward(self):
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Categorical(logits=self.logits))
+
+    choice = choose_losses(positions(20)[0], Guide())
+    assert choice.losses == [ENUMERATED, TOP_K]
+    assert "TraceGraph_ELBO has no differentiable_loss" in choice.left_out["TraceGraph_ELBO"]
+
+
+def test_world_is_left_as_found():
+    model, guide = positions(20)
+    state = torch.get_rng_state()
+    choose_losses(model, guide)
+    assert not pyro.get_param_store()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("error")
+def test_warnings_of_the_trials_are_not_shown():
+    model, guide = positions(20)
+    choose_losses(model, guide, reference="Trace_ELBO")
+    assert isinstance(choose_module.make_loss(ENUMERATED), TraceEnum_ELBO)
+
+
+def test_projected_sites(monkeypatch):
+    """Losses that pyro_rb has are taken by their report, whatever they are."""
+    from pyro_rb.infer import STLTrace_ELBO
+
+    class R2G2_ELBO(STLTrace_ELBO):
+        treatment = "projected (linear)"
+
+        def report(self):
+            rows = super().report()
+            return type(rows)(row._replace(treatment=self.treatment) for row in rows)
+
+    monkeypatch.setattr("pyro_rb.infer.R2G2_ELBO", R2G2_ELBO, raising=False)
+    case = conj()
+    assert "R2G2_ELBO" in choose_losses(case.model, case.guide, case.args).losses
+    R2G2_ELBO.treatment = "plain"
+    left_out = choose_losses(case.model, case.guide, case.args).left_out
+    assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterised draw"
