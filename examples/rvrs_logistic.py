@@ -1,0 +1,149 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Bayesian logistic regression by guides of Pyro, and by RVRSGuide around them.
+
+The data are 100 rows of the breast cancer data of scikit-learn (extra ``examples``), with
+all 30 features standardised; weights have a standard normal prior. All guides are trained
+for the same number of steps. RVRSGuide takes over a guide after half of them::
+
+    python examples/rvrs_logistic.py --out results
+
+Given are the ELBO (for IWAE the bound of 8 draws that it maximises), the running mean of
+the acceptance, and the CPU time of all steps. The log evidence is that of importance
+sampling from the full-rank normal.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import RenyiELBO
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+)
+from rvrs_common import elbo, fit, log_weights, make_parser, mean, report
+
+from pyro_rb.infer import RVRSGuide
+
+
+def load_data(num_rows, seed):
+    """Features ``[num_rows, 30]``, labels ``[num_rows]``."""
+    try:
+        from sklearn.datasets import load_breast_cancer
+    except ImportError as error:
+        raise SystemExit(
+            "The data are those of scikit-learn, which is not installed. Expected the "
+            'extra "examples": pip install "pyro_rb[examples]".'
+        ) from error
+    data = load_breast_cancer()
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data.target), generator=generator)[:num_rows]
+    features = torch.tensor(data.data, dtype=torch.float32)[rows]
+    features = (features - features.mean(0)) / features.std(0)
+    return features, torch.tensor(data.target, dtype=torch.float32)[rows]
+
+
+def make_model(features, labels):
+    def model():
+        zeros = features.new_zeros(features.shape[-1])
+        weights = pyro.sample("weights", dist.Normal(zeros, 1.0).to_event(1))
+        with pyro.plate("rows", len(labels)):
+            logits = (features * weights).sum(-1)
+            pyro.sample("label", dist.Bernoulli(logits=logits), obs=labels)
+
+    return model
+
+
+class Experiment:
+    def __init__(self, args, model):
+        self.args = args
+        self.model = model
+        self.rows = []
+
+    def start(self):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(self.args.seed)
+
+    def fit(self, name, guide, loss=None, part=1.0, lr=None):
+        lr = self.args.lr if lr is None else lr
+        num_steps = math.ceil(part * self.args.num_steps)
+        return fit(self.model, guide, loss, num_steps=num_steps, lr=lr, desc=name)
+
+    def add(self, name, bound, seconds, acceptance=None):
+        row = {"guide": name, "ELBO": f"{bound[0]:.3f}", "standard error": f"{bound[1]:.3f}"}
+        row["acceptance"] = "" if acceptance is None else f"{acceptance:.3f}"
+        row["CPU time, s"] = f"{seconds:.1f}"
+        self.rows.append(row)
+
+    def guide(self, name, make_guide, wanted=(), lr=None):
+        """The guide, and around it RVRSGuide for each ``(Z_target, epsilon)`` wanted."""
+        self.start()
+        guide = make_guide(self.model)
+        seconds = self.fit(name, guide, lr=lr)
+        self.add(name, elbo(self.model, guide, self.args.num_samples), seconds)
+        for target, epsilon in wanted:
+            self.start()
+            proposal = make_guide(self.model)
+            title = f"RVRS of {name}, Z = {target}, ε = {epsilon:g}"
+            seconds = self.fit(name, proposal, part=0.5, lr=lr)
+            rvrs = RVRSGuide(self.model, proposal, Z_target=target, epsilon=epsilon)
+            seconds += self.fit(title, rvrs, part=0.5, lr=self.args.lr_rvrs)
+            bound = rvrs.elbo(self.args.num_samples)
+            self.add(title, bound, seconds, rvrs.Z.item())
+        return guide
+
+    def iwae(self, num_particles=8):
+        self.start()
+        guide = AutoDiagonalNormal(self.model)
+        loss = RenyiELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
+        name = f"IWAE of mean field, K = {num_particles}"
+        seconds = self.fit(name, guide, loss)
+        weights = log_weights(self.model, guide, self.args.num_samples)
+        weights = weights[: len(weights) // num_particles * num_particles]
+        bound = weights.reshape(-1, num_particles).logsumexp(-1) - math.log(num_particles)
+        self.add(name, mean(bound), seconds)
+
+
+def make_flow(model):
+    return AutoIAFNormal(model, hidden_dim=[64], num_transforms=2)
+
+
+def main(args):
+    torch.set_num_threads(1)
+    if args.smoke_test:
+        args.num_steps, args.num_samples = 20, 200
+    model = make_model(*load_data(args.num_rows, args.seed))
+    experiment = Experiment(args, model)
+    wanted = [(target, args.epsilon) for target in args.Z_target]
+    small = [(args.Z_target[-1], args.small_epsilon)]
+    experiment.guide("mean field", AutoDiagonalNormal, wanted + small)
+    experiment.iwae()
+    guide = experiment.guide("full-rank normal", AutoMultivariateNormal, wanted[:1])
+    weights = log_weights(model, guide, 10 * args.num_samples)
+    experiment.guide("autoregressive flow", make_flow, lr=args.lr_flow)
+    report(
+        args,
+        "logistic",
+        experiment.rows,
+        log_evidence=round(weights.logsumexp(0).item() - math.log(len(weights)), 3),
+        effective_sample_size=round(1 / weights.softmax(0).square().sum().item()),
+    )
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("--num-rows", type=int, default=100)
+    parser.add_argument("--num-steps", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr-flow", type=float, default=0.005)
+    parser.add_argument("--lr-rvrs", type=float, default=0.005)
+    parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
+    parser.add_argument("--epsilon", type=float, default=0.01)
+    parser.add_argument("--small-epsilon", type=float, default=1e-4, help="for the last Z_target once more")
+    parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
+    main(parser.parse_args())
