@@ -46,7 +46,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
 
     The gradient is at fixed :math:`T`, and unbiased for ``num_samples`` accepted draws a
     call. It needs one evaluation of the model's gradient, none of :math:`Z`. Each loss is
-    an unbiased, noisy estimate of the objective; watch :meth:`elbo`.
+    an unbiased, noisy estimate of the objective; watch :meth:`~pyro_rb.infer.rvrs_posterior.PosteriorMixin.elbo`.
 
     **Requirements.** A model whose log density is a function of its latents, and model
     and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.

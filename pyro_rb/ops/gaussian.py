@@ -87,7 +87,7 @@ class GaussianDraw:
         self.value = self.loc + self.spread(self.noise)
 
     def spread(self, noise: torch.Tensor) -> torch.Tensor:
-        """``V noise``, for noise of the shape of :attr:`noise`."""
+        """``V noise``, for noise of the shape of ``noise``."""
         if self._factor is None:
             return noise * self.scale
         rank = self._factor.shape[-1]

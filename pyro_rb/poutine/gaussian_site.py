@@ -73,9 +73,9 @@ class GaussianSite:
     """
     A Gaussian site of the guide, during one run of guide and model.
 
-    Elements go together at sites that are not diagonal. :attr:`plain` lists those that
-    may not be projected. Of the others each may be used once: :attr:`used` are those
-    that were, and :attr:`projected` those whose noise was projected at that use.
+    Elements go together at sites that are not diagonal. ``plain`` lists those that
+    may not be projected. Of the others each may be used once: ``used`` are those
+    that were, and ``projected`` those whose noise was projected at that use.
 
     :param str name: of the site.
     :param GaussianDraw draw: its value, and the noise behind it.

@@ -44,7 +44,7 @@ class LinearUseMode(TorchFunctionMode):
     the noise at linear uses. All other uses are noted, and run as they are.
 
     An element is projected at its first use at most. A further use of it, of any kind,
-    makes the run void: see :attr:`GaussianSite.violated`.
+    makes the run void: see ``GaussianSite.violated``.
 
     :param ProjectionOptions options: how to project.
     :param str reason: why nothing is to be projected, if so.

@@ -16,7 +16,7 @@ DOES_NOT_PAY = "would not pay (solver='auto')"
 class ProjectionOptions(NamedTuple):
     """
     :param str pre_activations: ``"shared"`` or ``"local"``.
-    :param str solver: one of :data:`~pyro_rb.ops.projection.SOLVERS`.
+    :param str solver: one of ``pyro_rb.ops.projection.SOLVERS``.
     """
 
     pre_activations: str = "shared"
