@@ -3,10 +3,18 @@
 
 import os
 import sys
+from pathlib import Path
+
+import pypandoc
 
 sys.path.insert(0, os.path.abspath("../.."))
 
 import pyro_rb  # noqa: E402
+
+# nbsphinx looks for pandoc on the path; the package pypandoc_binary carries it.
+os.environ["PATH"] += os.pathsep + str(Path(pypandoc.get_pandoc_path()).parent)
+# Read by the notebooks' kernels: a printed progress bar is all that a page can show.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 project = "pyro_rb"
 author = "Contributors to the pyro_rb project"
@@ -14,11 +22,18 @@ copyright = author
 version = release = pyro_rb.__version__
 
 extensions = [
+    "nbsphinx",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
+
+# Notebooks are committed without their results and run whenever the pages are built.
+nbsphinx_execute = "always"
+nbsphinx_timeout = 300
+nbsphinx_prompt_width = "0"
+exclude_patterns = ["**.ipynb_checkpoints"]
 
 numfig = True
 
