@@ -4,7 +4,7 @@
 """Gradient estimators with less variance for stochastic variational inference in Pyro."""
 
 from pyro_rb.diagnostics import Comparison, compare
-from pyro_rb.infer import DReG_ELBO, R2G2_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
+from pyro_rb.infer import R2G2_ELBO, DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
 __version__ = "0.1.0"
 

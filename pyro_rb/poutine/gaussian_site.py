@@ -36,6 +36,19 @@ def overlap(a: Elements, b: Elements) -> Elements:
     return both if both.any() else None
 
 
+def without(a: Elements, b: Elements) -> Elements:
+    """
+    >>> without(True, torch.tensor([True, False]))
+    tensor([False,  True])
+    """
+    if b is None or a is None:
+        return a
+    if b is True:
+        return None
+    rest = ~torch.as_tensor(b)
+    return rest if a is True else torch.as_tensor(a) & rest
+
+
 class Plain(NamedTuple):
     """Elements that are never to be projected, and why."""
 
@@ -110,9 +123,10 @@ class GaussianSite:
             self.reasons.append(reason)
 
     def project(self, elements: Elements, treatment: str, reason: str) -> None:
-        """Notes a use that projects."""
+        """Notes a use that projects those of the elements that may be."""
+        free = without(elements, join(self.used, self.plain))
+        self.projected = join(self.projected, free)
         self.used = join(self.used, elements)
-        self.projected = join(self.projected, elements)
         self.treatments[reason] = treatment
 
 
@@ -140,7 +154,7 @@ class View:
         self._parent = parent
         self._step = step
         self._version = tensor._version
-        self._is_whole = is_whole and (parent is None or parent._is_whole)
+        self._is_whole: bool = is_whole and (parent is None or parent._is_whole)
         self._found: Optional[Tuple[Elements, bool]] = None
 
     def replay(self, x: torch.Tensor) -> torch.Tensor:

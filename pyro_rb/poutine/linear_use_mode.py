@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -75,7 +75,10 @@ class LinearUseMode(TorchFunctionMode):
         self, func: Callable, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = [v for v in map(self.find, _iter_tensors((args, kwargs))) if v is not None]
+        found: List[View] = []
+        self._collect(args, found)
+        if kwargs:
+            self._collect(kwargs.values(), found)
         if not found:
             if func in _DERIVATIVES:
                 self._note_derivative()
@@ -99,6 +102,17 @@ class LinearUseMode(TorchFunctionMode):
         for view in found:
             view.site.use(True if changes else view.elements, result)
         return func(*args, **kwargs)
+
+    def _collect(self, items: Iterable[Any], found: List[View]) -> None:
+        """What is known of the tensors in nested arguments."""
+        for item in items:
+            view = self._views.get(id(item))
+            if view is not None and view.tensor is item:
+                found.append(view)
+            elif isinstance(item, (tuple, list)):
+                self._collect(item, found)
+            elif isinstance(item, dict):
+                self._collect(item.values(), found)
 
     def _project(
         self, func: Callable, args: Tuple, kwargs: Any, found: List[View]
@@ -161,17 +175,6 @@ def _is_harmless(name: str, args: Tuple, kwargs: Any, found: List[View]) -> bool
         return len(args) == 2 and args[1] is found[0].tensor and name in _METADATA_OF_SECOND
     # Validation asks for NaN in this way.
     return name in ("eq", "__eq__") and len(args) == 2 and args[0] is args[1]
-
-
-def _iter_tensors(x: Any) -> Iterator[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from _iter_tensors(item)
-    elif isinstance(x, dict):
-        for item in x.values():
-            yield from _iter_tensors(item)
 
 
 def _freeze(x: Any) -> Any:

@@ -47,7 +47,7 @@ class _Factor(NamedTuple):
     def free_scale(self) -> torch.Tensor:
         """The scale of a diagonal one, zero where nothing is projected."""
         scale = self.view.replay(self.site.draw.scale)
-        return scale if self.free is True else scale * self.free
+        return scale if self.free is True else scale * torch.as_tensor(self.free)
 
     def spread(self, noise: torch.Tensor) -> torch.Tensor:
         """The share of the argument that free noise has."""

@@ -16,7 +16,16 @@ from pyro_rb.infer import R2G2_ELBO
 from tests.cases import Case
 from tests.common import assert_unbiased
 from tests.infer.elbo_contract import ENTRANCES, assert_same, evaluate
-from tests.infer.r2g2_models import KINDS, fixed, net, reasons, regression, spent, treatments, weights
+from tests.infer.r2g2_models import (
+    KINDS,
+    fixed,
+    net,
+    reasons,
+    regression,
+    spent,
+    treatments,
+    weights,
+)
 
 
 @pytest.fixture(autouse=True)

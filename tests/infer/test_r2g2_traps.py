@@ -3,22 +3,17 @@
 
 """Uses that may not be projected, and what is said about them."""
 
-import pickle
 import re
+import warnings
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from pyro import poutine
-from pyro.infer import Trace_ELBO
 from torch.utils.checkpoint import checkpoint
 
 from pyro_rb.infer import R2G2_ELBO
-from tests.cases import Case
 from tests.infer.elbo_contract import assert_same, evaluate
-from tests.infer.r2g2_models import fixed, net, reasons, regression, spent, treatments, weights
+from tests.infer.r2g2_models import reasons, spent, treatments, weights
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +31,13 @@ class Double(torch.autograd.Function):
         return 2 * grad
 
 
-@torch.jit.script
-def scripted(x, w):
+def _scripted(x, w):
     return torch.tanh(x @ w.t())
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    scripted = torch.jit.script(_scripted)
 
 
 def branch(x, w):
@@ -76,6 +75,7 @@ def edited_data(x, w):
     return F.linear(x, w)
 
 
+@torch.enable_grad()
 def input_gradient(x, w):
     x = x.clone().requires_grad_()
     f = F.linear(x, w)
@@ -83,8 +83,11 @@ def input_gradient(x, w):
     return f.sum(-1) + slope.square().sum(-1)
 
 
+@torch.enable_grad()
 def gradient_of_weights(x, w):
     f = F.linear(x, w)
+    if not w.requires_grad:
+        return f.sum()
     return f.sum() + torch.autograd.grad(f.tanh().sum(), w, create_graph=True)[0].sum()
 
 
@@ -124,12 +127,11 @@ USES = {
     "sum_of_two": (lambda x, w: F.linear(x, w) + F.linear(x.tanh(), w), "used twice"),
     "composed": (lambda x, w: F.linear(F.linear(x, w).tanh(), w), "used twice", (6, 6)),
     "siamese": (lambda x, w: (x @ w.T - x.roll(1, 0) @ w.T).square(), "used twice"),
-    "overlapping": (lambda x, w: x @ w[:3].mT + x @ w[1:].mT, "used twice"),
     "own_norm": (lambda x, w: F.linear(x, w) * w.norm(), r"non-linear use \(norm\)"),
     "norm_first": (lambda x, w: w.norm() * F.linear(x, w), r"non-linear use \(norm\)"),
     "detached": (lambda x, w: F.linear(x, w) * w.detach().norm(), r"non-linear use \(detach\)"),
     "data": (lambda x, w: F.linear(x, w) * w.data.norm(), r"non-linear use \(data\)"),
-    "item": (lambda x, w: F.linear(x, w) * w[0, 0].item(), r"non-linear use \(item\)"),
+    "item": (lambda x, w: F.linear(x, w) * sum(v.item() for v in w.view(-1)), r"non-linear use \(item\)"),
     "tolist": (lambda x, w: F.linear(x, w) * w.tolist()[0][0], r"non-linear use \(tolist\)"),
     "numpy": (lambda x, w: F.linear(x, w) * float(w.detach().numpy()[0, 0]), "detach"),
     "no_grad": (no_grad_use, "used without gradient"),
@@ -167,8 +169,10 @@ USES = {
 }
 
 
+# PyTorch's own warnings, some of them at the first use only.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("name", USES)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is (deprecated|not supported):DeprecationWarning")
 def test_use_is_plain_from_the_first_step_on(name):
     use, reason, *shape = USES[name]
     case = weights(use, *shape)
@@ -180,4 +184,3 @@ def test_use_is_plain_from_the_first_step_on(name):
         assert re.search(reason, reasons(elbo)["w"])
         # What is known now takes one run, with the same result.
         assert_same(evaluate(elbo, case, seed=seed), expected)
-'''
