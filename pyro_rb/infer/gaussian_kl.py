@@ -1,14 +1,15 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Analytic entropies and expected log priors of Gaussian guide sites, in finished traces."""
+"""Analytic entropies and expected log priors of Gaussian guide sites, in traces."""
 
 import math
-from typing import Any, Optional, Set
+from typing import Any, List, Optional, Set
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine import Trace
 from torch.distributions import kl_divergence
 
@@ -17,22 +18,31 @@ from pyro_rb.poutine import R2G2Messenger
 from pyro_rb.poutine.gaussian_site import View
 
 
-def replace_kl(
+def compute_log_prob(
     model_trace: Trace, guide_trace: Trace, handler: R2G2Messenger
 ) -> Set[str]:
     """
-    Puts the mean of the log density in the place of its value, in the terms that are
-    differentiated, of the guide sites that a handler drew, and of the model's sites whose
-    prior allows it. ``log_prob`` stays, as factors of score functions are made of it.
+    Computes the log densities and score parts of traces that have none so far. Of the
+    guide sites that a handler drew, and of the model's sites whose prior allows it, means
+    take the place of values in the terms that are differentiated. ``log_prob`` has the
+    values where score functions are multiplied with it.
 
-    :return: names of the guide sites of which a log prior is left as it is.
+    :return: names of the guide sites of which a log prior has no formula.
     """
-    for name, drawn in handler.sites.items():
+    drawn: List[Any] = []
+    for name, ours in handler.sites.items():
         site: Any = guide_trace.nodes[name]
-        entropy = drawn.draw.entropy(len(site["fn"].batch_shape))
-        term = scale_and_mask(-entropy, site["scale"], site["mask"])
-        site["log_prob_sum"] = term.sum()
-        site["score_parts"] = site["score_parts"]._replace(entropy_term=term)
+        drawn.append(site)
+        entropy = ours.draw.entropy(len(site["fn"].batch_shape))
+        _put(site, -entropy)
+        term = site["log_prob"]
+        site["score_parts"] = ScoreParts(term, 0, term)  # type: ignore[arg-type]
+    guide_trace.compute_score_parts()
+    has_score_function = any(
+        not is_identically_zero(site["score_parts"].score_function)
+        for site in guide_trace.nodes.values()
+        if site["type"] == "sample"
+    )
 
     left = set()
     latest = -1
@@ -47,11 +57,23 @@ def replace_kl(
             if expected is None:
                 left.add(view.site.name)
             else:
-                term = scale_and_mask(expected, site["scale"], site["mask"])
-                site["log_prob_sum"] = term.sum()
+                _put(site, expected)
+                drawn.append(site)
         if order is not None:
             latest = max(latest, order)
+    model_trace.compute_log_prob()
+    if has_score_function:
+        with torch.no_grad():
+            for site in drawn:
+                value = site["fn"].log_prob(site["value"])
+                site["log_prob"] = scale_and_mask(value, site["scale"], site["mask"])
     return left
+
+
+def _put(site: Any, term: torch.Tensor) -> None:
+    site["unscaled_log_prob"] = term
+    site["log_prob"] = scale_and_mask(term, site["scale"], site["mask"])
+    site["log_prob_sum"] = site["log_prob"].sum()
 
 
 def _is_apart(view: View, prior: Any) -> bool:
@@ -72,13 +94,16 @@ def _expected_log_prob(
         loc, variance = view.replay(draw.loc), view.replay(draw.variance)
         if prior.batch_shape + prior.event_shape != loc.shape:
             return None
-        square = (loc - base.loc).square() + variance
-        expected = -0.5 * square / base.scale.square() - base.scale.log()
-        return sum_rightmost(expected - 0.5 * math.log(2 * math.pi), prior.event_dim)
+        mean, scale = _shrink(base.loc), _shrink(base.scale)
+        square = (loc - mean).square() + variance
+        rest = scale.log() + 0.5 * math.log(2 * math.pi)
+        event = tuple(range(len(prior.batch_shape), loc.dim()))
+        expected = torch.addcdiv(-rest, square, scale.square(), value=-0.5)
+        return expected.sum(event) if event else expected
     if view.tensor is not draw.value or name != view.site.name:
         return None
     guide: Any = guide_trace.nodes[name]["fn"]
-    is_real = strip_support(prior) in (constraints.real, constraints.real_vector)
+    is_real = _strip_support(prior) in (constraints.real, constraints.real_vector)
     if not is_real or guide.batch_shape != prior.batch_shape:
         return None
     try:
@@ -88,7 +113,13 @@ def _expected_log_prob(
     return -kl - draw.entropy(len(prior.batch_shape))
 
 
-def strip_support(fn: Any) -> Any:
+def _shrink(x: torch.Tensor) -> torch.Tensor:
+    """One number, for a tensor that was expanded from one."""
+    is_one = all(size == 1 or step == 0 for size, step in zip(x.shape, x.stride()))
+    return x[(0,) * x.dim()] if is_one and x.numel() else x
+
+
+def _strip_support(fn: Any) -> Any:
     """The support of a distribution, of one element if it is a product."""
     support = fn.support
     while isinstance(support, constraints.independent):

@@ -11,9 +11,14 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
-from pyro_rb.infer.gaussian_kl import replace_kl
+from pyro_rb.infer.gaussian_kl import compute_log_prob
 from pyro_rb.infer.report import Report, SiteReport
-from pyro_rb.infer.util import get_generators, set_generators
+from pyro_rb.infer.util import (
+    check_shapes,
+    get_generators,
+    get_traces,
+    set_generators,
+)
 from pyro_rb.ops.projection import SOLVERS
 from pyro_rb.poutine import ProjectionOptions, R2G2Messenger
 from pyro_rb.poutine.gaussian_site import GaussianSite, Plain
@@ -116,9 +121,12 @@ class R2G2_ELBO(Trace_ELBO):
         all else as in ``"shared"``. Less variance and less time, but WRONG, silently,
         if the loss couples rows: BatchNorm, contrastive losses, positions of a sequence
         folded into rows, ensembles of functions.
-    :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``; ``"auto"`` (default) chooses
-        by size. All are exact up to rounding. Conjugate gradients that do not converge
-        fall back on Cholesky, and that on QR.
+    :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``, which project wherever something
+        can be gained; ``"auto"`` (default) chooses by size, and takes the plain gradient where
+        variance times time would not fall: with less than 2 inputs for each row, in large
+        layers (inputs times outputs times rows over a million) less than 6. All are exact
+        up to rounding. Conjugate gradients that do not converge fall back on Cholesky, and
+        that on QR.
     :param int num_steps: After that many calls of ``loss_and_grads`` or
         ``differentiable_loss``, however many particles, the plain gradient is taken, with
         analytic KL terms. Defaults to None, never.
@@ -227,15 +235,16 @@ class R2G2_ELBO(Trace_ELBO):
                 "not see the linear functions that it conditions on. Expected a call "
                 "outside; to compile a loss, use JitTrace_ELBO."
             )
-        generators = get_generators()
+        generators, nesting = get_generators(), self.max_plate_nesting
         while True:
             handler = self._make_handler()
             found = None
             try:
-                model_trace, guide_trace = super()._get_trace(
-                    handler.model(model), handler.guide(guide), args, kwargs
+                model_trace, guide_trace = get_traces(
+                    handler.model(model), handler.guide(guide), args, kwargs, nesting
                 )
-                left = replace_kl(model_trace, guide_trace, handler)
+                left = compute_log_prob(model_trace, guide_trace, handler)
+                check_shapes(model_trace, guide_trace, nesting)
                 _note_uses(model_trace, guide_trace, handler)
                 found = model_trace, guide_trace
             except Exception:

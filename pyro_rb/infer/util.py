@@ -8,19 +8,28 @@ The one place that touches Pyro's private names.
 from typing import Any, Dict, FrozenSet, List, Tuple
 
 import torch
+from pyro import poutine
 from pyro.infer.traceenum_elbo import (
     _compute_dice_elbo,
     _compute_model_factors,
     shared_intermediates,
 )
 from pyro.infer.tracegraph_elbo import _construct_baseline
+from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.util import get_rng_state, set_rng_state
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import (
+    check_if_enumerated,
+    check_model_guide_match,
+    check_site_shape,
+    get_rng_state,
+    set_rng_state,
+)
 
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
@@ -94,6 +103,31 @@ def compute_baseline(
     """
     _, loss, baseline = _construct_baseline(name, site, downstream_cost)
     return torch.as_tensor(baseline), loss
+
+
+def get_traces(
+    model: Any, guide: Any, args: Tuple, kwargs: Dict[str, Any], max_plate_nesting: Any
+) -> Tuple[Trace, Trace]:
+    """
+    Runs a guide, and a model against it: ``pyro.infer.enum.get_importance_trace`` up to
+    where it computes log densities.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def check_shapes(model_trace: Trace, guide_trace: Trace, max_plate_nesting: Any) -> None:
+    """What ``Trace_ELBO`` checks of traces with log densities, if validation is on."""
+    if is_validation_enabled():
+        for trace in (model_trace, guide_trace):
+            for site in trace.nodes.values():
+                if site["type"] == "sample":
+                    check_site_shape(site, max_plate_nesting)
+        check_if_enumerated(guide_trace)
 
 
 def get_generators() -> Any:

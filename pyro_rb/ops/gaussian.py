@@ -107,9 +107,10 @@ class GaussianDraw:
 
         :param int batch_dim: the number of batch dims, at the left.
         """
+        entropy = self.scale.log() if self.is_diagonal else self._base.entropy()
+        event = entropy.shape[batch_dim:]
+        if event:
+            entropy = entropy.sum(tuple(range(batch_dim, entropy.dim())))
         if self.is_diagonal:
-            entropy = self.scale.log() + 0.5 * math.log(2 * math.pi * math.e)
-        else:
-            entropy = self._base.entropy()
-        dims = tuple(range(batch_dim, entropy.dim()))
-        return entropy.sum(dims) if dims else entropy
+            entropy = entropy + event.numel() * 0.5 * math.log(2 * math.pi * math.e)
+        return entropy

@@ -45,8 +45,8 @@ def without(a: Elements, b: Elements) -> Elements:
         return a
     if b is True:
         return None
-    rest = ~torch.as_tensor(b)
-    return rest if a is True else torch.as_tensor(a) & rest
+    rest = ~torch.as_tensor(b) if a is True else torch.as_tensor(a) & ~torch.as_tensor(b)
+    return rest if rest.any() else None
 
 
 class Plain(NamedTuple):

@@ -6,10 +6,11 @@ from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 import torch
 
 from pyro_rb.ops.linear_call import LinearCall, find_rows
-from pyro_rb.ops.projection import choose_solver, project_map, project_rows
+from pyro_rb.ops.projection import choose_solver, pays, project_map, project_rows
 from pyro_rb.poutine.gaussian_site import Elements, GaussianSite, View, overlap
 
 ROWS = "rows >= fan-in"
+DOES_NOT_PAY = "would not pay (solver='auto')"
 
 
 class ProjectionOptions(NamedTuple):
@@ -196,7 +197,10 @@ def _solve(
     m, k = rows.shape[-2:]
     if m >= k:
         raise _Plain(f"{ROWS} ({name}: {m} >= {k})")
-    chosen = choose_solver(solver, m, k, noise.numel() // k)
+    num_units = noise.numel() // k
+    if solver == "auto" and not pays(m, k, num_units):
+        raise _Plain(f"{name}: {m} rows, fan-in {k}: {DOES_NOT_PAY}")
+    chosen = choose_solver(solver, m, k, num_units)
     found = project_rows(rows, scale, noise, chosen)
     summary = f"{name}: {m} rows, fan-in {k}, {chosen}"
     if term is None:
@@ -214,6 +218,8 @@ def _solve_map(
     sizes = [noise.numel() for noise in noises.values()]
     if z.numel() >= sum(sizes):
         raise _Plain(f"{ROWS} ({name}: {z.numel()} >= {sum(sizes)})")
+    if solver == "auto" and sum(sizes) < 2 * z.numel():
+        raise _Plain(f"{name}: {z.numel()} rows, {sum(sizes)} elements: {DOES_NOT_PAY}")
     fixed = {}
     if call.term is not None:
         fixed[call.term] = torch.zeros_like(call.args[call.term])

@@ -9,7 +9,15 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.gaussian import GaussianDraw, find_family
 from pyro_rb.ops.graph import iter_reached
-from pyro_rb.poutine.gaussian_site import Elements, GaussianSite, Plain, View, join
+from pyro_rb.poutine.gaussian_site import (
+    Elements,
+    GaussianSite,
+    Plain,
+    View,
+    join,
+    overlap,
+    without,
+)
 from pyro_rb.poutine.linear_use_mode import LinearUseMode
 from pyro_rb.poutine.projected_use import ProjectionOptions
 
@@ -137,8 +145,13 @@ class R2G2Messenger(Messenger):
             # What is seen from a site's own value must be looked at again from others.
             visited = seen if own is None else set()
             for view in iter_reached(roots, nodes, visited):
-                if view is not own:
-                    view.site.use(view.elements, "not seen (a use outside of PyTorch functions)")
+                site, elements = view.site, view.elements
+                is_news = (
+                    overlap(elements, site.projected) is not None
+                    or without(elements, site.used) is not None
+                )
+                if view is not own and is_news:
+                    site.use(elements, "not seen (a use outside of PyTorch functions)")
 
     def note_score_functions(self) -> None:
         """

@@ -6,6 +6,7 @@
 import re
 import warnings
 
+import pyro
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,12 @@ def edited_later(x, w):
 def edited_data(x, w):
     w.data.mul_(2.0)
     return F.linear(x, w)
+
+
+def edited_part(x, w):
+    """What is projected of the others would not know of it."""
+    w[0].data.mul_(2.0)
+    return F.linear(x * pyro.param("gain", torch.ones(6)), w).tanh()
 
 
 @torch.enable_grad()
@@ -143,6 +150,7 @@ USES = {
     "edited_view": (edited_view, r"non-linear use \(mul\)"),
     "edited_later": (edited_later, r"non-linear use \(mul_\)"),
     "edited_data": (edited_data, r"non-linear use \(data\)"),
+    "edited_part": (edited_part, r"non-linear use \(data\)"),
     "input_gradient": (input_gradient, "torch.autograd inside of the model"),
     "gradient_of_weights": (gradient_of_weights, r"non-linear use \(grad\)"),
     "forward_mode": (forward_mode, "function transform"),

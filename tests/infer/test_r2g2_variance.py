@@ -83,7 +83,7 @@ def test_local():
     p = {name.replace("AutoNormal.", ""): value for name, value in case.parameters().items()}
 
     class ByHand(Trace_ELBO):
-        def differentiable_loss(self, *args):
+        def loss_and_grads(self, *args):
             scales = {n: F.softplus(v) for n, v in p.items() if n.startswith("scales")}
             h, kl = x, 0.0
             for i in range(3):
@@ -94,7 +94,9 @@ def test_local():
                 deviation = F.linear(h**2, s**2, t**2).sqrt()
                 z = F.linear(h, w, b) + deviation * torch.randn_like(deviation)
                 h = torch.tanh(z)
-            return kl - dist.Normal(z.squeeze(-1), 0.5).log_prob(y).sum()
+            loss = kl - dist.Normal(z.squeeze(-1), 0.5).log_prob(y).sum()
+            loss.backward()
+            return loss.item()
 
     ours = draw_gradients(R2G2_ELBO("local"), case, 150, seed=0)
     by_hand = draw_gradients(ByHand(), case, 150, seed=1)
