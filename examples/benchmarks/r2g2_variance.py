@@ -103,10 +103,10 @@ def cases() -> Iterator[Tuple[str, Callable[[], Pair]]]:
     yield "Gaussian process, 30 values, 5 rows", partial(
         vector, "scale_tril", 30, lambda w: k @ w, y[:5], False
     )
-    image = torch.randn(1, 16, 4, 4)
+    image = 0.1 * torch.randn(1, 16, 4, 4)
 
     def conv(w: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(image, 0.1 * w.reshape(16, 16, 3, 3)).tanh()
+        return F.conv2d(image, w.reshape(16, 16, 3, 3)).tanh()
 
     yield "convolution, 16 channels, 3 x 3, 4 positions", partial(
         vector, "diagonal", 16 * 144, conv, torch.ones(1, 16, 2, 2), False
