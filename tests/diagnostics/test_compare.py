@@ -588,11 +588,16 @@ def test_interrupt_in_training_keeps_earlier_states(monkeypatch):
 def test_signal_while_draws_are_added_up():
     """Ctrl-C must not leave one loss with a draw more than another."""
     done = []
-    with pytest.raises(KeyboardInterrupt):
-        with measure._no_interrupt():
-            signal.raise_signal(signal.SIGINT)
-            done.append(True)
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # A shell starts background jobs with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with measure._no_interrupt():
+                signal.raise_signal(signal.SIGINT)
+                done.append(True)
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_curve():
