@@ -11,14 +11,11 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Se
 
 import torch
 
+from pyro_rb.infer.util import sample_sites
 from pyro_rb.ops.importance import normalize, stack, sum_to, unsqueeze_right
 
 Traces = Sequence[Tuple[Any, Any]]
 Partials = Sequence[Optional[torch.Tensor]]
-
-
-def _sites(trace: Any) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
 
 
 def _common_plates(traces: Traces) -> Set[Any]:
@@ -27,13 +24,13 @@ def _common_plates(traces: Traces) -> Set[Any]:
         set(site["cond_indep_stack"])
         for pair in traces
         for trace in pair
-        for _, site in _sites(trace)
+        for _, site in sample_sites(trace)
     ]
     return set.intersection(*stacks) if stacks else set()
 
 
 def check_reparameterized(guide_trace: Any) -> None:
-    for name, site in _sites(guide_trace):
+    for name, site in sample_sites(guide_trace):
         score_function = site["score_parts"].score_function
         if getattr(score_function, "requires_grad", False):
             raise NotImplementedError(
@@ -125,9 +122,9 @@ class _Run(NamedTuple):
 def _compute_run(model_trace: Any, guide_trace: Any, dims: Set[int]) -> _Run:
     tap, log_q = guide_trace.tap, {}
     kept: Any = 0.0
-    for _, site in _sites(model_trace):
+    for _, site in sample_sites(model_trace):
         kept = kept + sum_to(site["log_prob"], dims)
-    for name, site in _sites(guide_trace):
+    for name, site in sample_sites(guide_trace):
         term = sum_to(site["log_prob"], dims)
         if name in tap.values:
             log_q[name] = term

@@ -17,6 +17,7 @@ from pyro_rb.infer.util import (
     check_shapes,
     get_generators,
     get_traces,
+    sample_sites,
     set_generators,
 )
 from pyro_rb.ops.projection import SOLVERS
@@ -31,16 +32,14 @@ def _note_uses(
 ) -> None:
     """Notes what can be seen of a run after it is over."""
     terms: Dict[Tuple[str, str], Any] = {}
-    for name, site in model_trace.nodes.items():
-        if site["type"] == "sample":
-            terms["model", name] = (site["value"], [site["log_prob_sum"]])
+    for name, site in sample_sites(model_trace):
+        terms["model", name] = (site["value"], [site["log_prob_sum"]])
     has_score_function = False
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample":
-            parts = site["score_parts"]
-            terms["guide", name] = (site["value"], [parts.score_function, parts.entropy_term])
-            if not is_identically_zero(parts.score_function):
-                has_score_function = True
+    for name, site in sample_sites(guide_trace):
+        parts = site["score_parts"]
+        terms["guide", name] = (site["value"], [parts.score_function, parts.entropy_term])
+        if not is_identically_zero(parts.score_function):
+            has_score_function = True
     handler.note_hidden_uses(terms)
     if has_score_function:
         handler.note_score_functions()

@@ -11,7 +11,7 @@ cost, from which the score part of the gradient is made.
 """
 
 from itertools import chain
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from pyro.infer.util import Dice
@@ -23,6 +23,7 @@ from pyro_rb.infer.util import (
     compute_baseline,
     compute_costs,
     compute_dice_elbo,
+    sample_sites,
 )
 from pyro_rb.ops.topk import (
     Slots,
@@ -32,12 +33,6 @@ from pyro_rb.ops.topk import (
 )
 
 Costs = Dict[Ordinal, List[Any]]  # of packed tensors
-
-
-def _sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample":
-            yield name, site
 
 
 def _score_function(site: Any) -> Any:
@@ -56,7 +51,7 @@ def has_own_baseline(site: Any) -> bool:
 def _has_something_to_do(guide_trace: Trace) -> bool:
     return any(
         "_topk" in site["infer"] or has_own_baseline(site)
-        for _, site in _sample_sites(guide_trace)
+        for _, site in sample_sites(guide_trace)
     )
 
 
@@ -66,11 +61,11 @@ def _check_plates(
     """``Dice`` would leave such weights out, without a word."""
     treated = {
         site["infer"]["_enumerate_symbol"]: name
-        for name, site in _sample_sites(guide_trace)
+        for name, site in sample_sites(guide_trace)
         if "_topk" in site["infer"]
     }
     for trace in (guide_trace, model_trace):
-        for name, site in _sample_sites(trace):
+        for name, site in sample_sites(trace):
             for symbol in set(site["packed"]["log_prob"]._pyro_dims) & set(treated):
                 source = treated[symbol]
                 if not ordering[source] <= ordering[name]:
@@ -95,7 +90,7 @@ def _set_dice_factors(guide_trace: Trace) -> Dict[str, torch.Tensor]:
     its weights. Returns them, laid out as ``log_prob``.
     """
     factors = {}
-    for name, site in _sample_sites(guide_trace):
+    for name, site in sample_sites(guide_trace):
         score = _score_function(site)
         if not isinstance(score, torch.Tensor):
             continue
@@ -113,7 +108,7 @@ def _drop_own_scores(guide_trace: Trace, baseline: Optional[str]) -> None:
     Detaches ``log q`` in the cost of each site with a baseline. Its own gradient has mean
     zero, and would be the only noise left where the guide is the posterior.
     """
-    for _, site in _sample_sites(guide_trace):
+    for _, site in sample_sites(guide_trace):
         is_treated = baseline is not None and "_topk" in site["infer"]
         if is_treated or has_own_baseline(site):
             log_prob = site["packed"]["log_prob"]

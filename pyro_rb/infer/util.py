@@ -5,7 +5,7 @@
 The one place that touches Pyro's private names.
 """
 
-from typing import Any, Dict, FrozenSet, List, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
 
 import torch
 from pyro import poutine
@@ -34,6 +34,11 @@ from pyro.util import (
 
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
+
+
+def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
+    """Names and sites of a trace, of type sample: latent, observed and subsampling."""
+    return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
 
 
 def is_replayed() -> bool:
