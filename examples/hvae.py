@@ -210,6 +210,7 @@ def main(args):
     if args.smoke_test:
         images, test_images = images[:64], test_images[:16]
         args.num_steps, args.num_seeds, args.num_samples, args.num_draws, args.num_rounds = 2, 1, 3, 2, 2
+        args.num_codes, args.code_size, args.width = args.num_codes[:2], args.code_size[:1], args.width[:1]
     results = []
     for code_size, width in zip(args.code_size, args.width):
         for num_codes in args.num_codes:

@@ -14,6 +14,7 @@ ratio and the ratio at the 10th and 30th step::
 """
 
 from functools import partial
+from itertools import islice
 
 import pyro
 import pyro.distributions as dist
@@ -98,12 +99,12 @@ def ratio(a, b, mean=None):
     return stats.ratio_of_means(*squares)
 
 
-def measure(model, guide, args, num_samples, num_starts):
+def measure(model, guide, args, num_samples, num_starts, num_burn_in):
     draw = partial(flat_gradients, model=model, guide=guide, args=args)
     plain = draw(Trace_ELBO(), num_samples=num_samples, seed=0)
     path = draw(STLTrace_ELBO(), num_samples=num_samples, seed=0)
     adaptive = STLTrace_ELBO("adaptive")
-    adapted = draw(adaptive, num_samples=num_samples, seed=0, num_burn_in=100)
+    adapted = draw(adaptive, num_samples=num_samples, seed=0, num_burn_in=num_burn_in)
     starts = [
         [draw(make(), num_samples=30, seed=seed) for seed in range(num_starts)]
         for make in (partial(STLTrace_ELBO, "adaptive"), Trace_ELBO)
@@ -122,12 +123,12 @@ def measure(model, guide, args, num_samples, num_starts):
 def main(args):
     torch.set_default_dtype(torch.float64)
     set_up(args)
-    num_samples, num_starts, num_steps = args.num_samples, args.num_starts, args.train_steps
+    num_samples, num_starts, num_burn_in, num_states = args.num_samples, args.num_starts, 100, 16
     if args.smoke_test:
-        num_samples, num_starts, num_steps = 4, 2, 1
+        num_samples, num_starts, num_burn_in, num_states, args.train_steps = 4, 1, 5, 5, 1
     rows = []
-    for name, model, guide, model_args in tqdm(states(num_steps), total=16):
-        row = measure(model, guide, model_args, num_samples, num_starts)
+    for name, model, guide, model_args in tqdm(islice(states(args.train_steps), num_states), total=num_states):
+        row = measure(model, guide, model_args, num_samples, num_starts, num_burn_in)
         rows.append({"": name, **{key: cell(*value) for key, value in row.items()}})
         tqdm.write(str(rows[-1]))
         if guide.__class__ is partial:

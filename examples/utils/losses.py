@@ -5,14 +5,15 @@
 
 import contextlib
 import re
+import traceback
 
 from pyro.infer import RenyiELBO, TraceEnum_ELBO, config_enumerate
 
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 
-#: What is said of errors of a type in whose text a pattern is found: the reason, if the text does not
-#: say it, and what to do. Errors that are NotImplementedError count in any case.
+#: What is said of errors of a type, where the loss's name and the text match a pattern: the reason, if
+#: the text does not say it, and what to do. A NotImplementedError counts in any case.
 REMEDIES = (
     (NotImplementedError, "only implemented for vectorize_particles", "{error}",
      "Give it several particles, as {name}:num_particles=4,vectorize_particles=True"),
@@ -20,7 +21,7 @@ REMEDIES = (
      "The guide has a discrete site: take RaoBlackwellTopK_ELBO, TraceEnum_ELBO or Trace_ELBO"),
     (AttributeError, "no attribute 'differentiable_loss'", "{error}",
      "Take Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO or a loss of pyro_rb"),
-    (KeyError, "[$][$][$]", "losses with Jit look for parameters in Pyro's param store, where none are here",
+    (KeyError, "^Jit", "losses with Jit look for parameters in Pyro's param store, where none are here",
      "Take the loss without Jit"),
 )  # fmt: skip
 
@@ -95,10 +96,19 @@ def explain_errors(name):
     try:
         yield
     except (AttributeError, KeyError, NotImplementedError) as error:
+        if not is_raised_by_pyro(error):
+            raise
         text = str(error).strip().partition("\n")[0].rstrip(".")
         for kind, pattern, reason, remedy in (*REMEDIES, (NotImplementedError, "", "{error}", "")):
-            if isinstance(error, kind) and re.search(pattern, text):
+            if isinstance(error, kind) and re.search(pattern, f"{name}: {text}"):
                 parts = ". ".join(filter(None, (reason, remedy)))
                 parts = parts.format(error=text, name=name.partition(":")[0])
                 raise SystemExit(f"--loss {name} does not apply here: {parts}.") from error
         raise
+
+
+def is_raised_by_pyro(error):
+    """Whether the code of Pyro or pyro_rb found the fault, rather than PyTorch or a script."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals["__name__"].partition(".")[0]
+    return package in ("pyro", "pyro_rb", "utils")
