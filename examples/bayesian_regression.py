@@ -60,7 +60,7 @@ def train(name, data, args):
     optim = pyro.optim.ClippedAdam({"lr": args.lr, "lrd": 0.1 ** (1 / args.num_steps)})
     svi = SVI(model, guide, optim, loss=make_loss(name))
     clock = Clock()
-    steps = trange(args.num_steps, desc=name, leave=False)
+    steps = trange(args.num_steps, desc=name, leave=False, disable=None)
     for step in steps:
         with clock:
             svi.step(*data)

@@ -132,7 +132,7 @@ def train(name, rank, args):
     pyro.set_rng_seed(args.seed + rank)  # and other random numbers
     data = simulate(args.num_items)
     part = data.chunk(args.num_processes)[rank]
-    progress = trange(args.num_steps, desc=name, leave=False, disable=rank > 0)
+    progress = trange(args.num_steps, desc=name, leave=False, disable=rank > 0 or None)
     with Clock() as clock:
         fit(training, part, args.batch_size, args.device, progress)
     elbo, highest = evaluate(training, data.to(args.device)), highest_likelihood(data)

@@ -80,7 +80,7 @@ def train(name, values, components, args):
     loss = make_loss(name)
     svi = SVI(model, mark_for(loss, guide), pyro.optim.Adam({"lr": args.lr}), loss=loss)
     clock = Clock()
-    steps = trange(args.num_steps, desc=name, leave=False)
+    steps = trange(args.num_steps, desc=name, leave=False, disable=None)
     for step in steps:
         with clock:
             svi.step(values)

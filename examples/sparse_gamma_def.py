@@ -99,7 +99,7 @@ def train(name, images, args):
     optim = pyro.optim.AdagradRMSProp({"eta": args.eta, "t": 0.1})
     svi = SVI(family.model, family.guide, optim, loss=guard)
     clock = Clock()
-    steps = trange(args.num_steps, desc=name, leave=False)
+    steps = trange(args.num_steps, desc=name, leave=False, disable=None)
     for step in steps:
         with clock:
             svi.step(images)

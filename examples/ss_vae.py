@@ -131,7 +131,7 @@ def train(name, train_set, test_set, args):
     loss.strict_enumeration_warning = False
     svi = SVI(vae.model, mark_for(loss, vae.guide), pyro.optim.Adam({"lr": args.lr}), loss=loss)
     clock = Clock()
-    epochs = trange(args.num_epochs, desc=name, leave=False)
+    epochs = trange(args.num_epochs, desc=name, leave=False, disable=None)
     for _ in epochs:
         batches = make_batches(*train_set, args.batch_size, args.num_labelled)
         with clock:

@@ -76,7 +76,7 @@ def train(name, train_images, test_images, args):
     vae = Vae(train_images.shape[1], args.code_size, args.width)
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": args.lr}), loss=make_loss(name))
     clock = Clock()
-    epochs = trange(args.num_epochs, desc=name, leave=False)
+    epochs = trange(args.num_epochs, desc=name, leave=False, disable=None)
     for epoch in epochs:
         batches = train_images[torch.randperm(len(train_images))].split(args.batch_size)
         with clock:
