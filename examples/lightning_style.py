@@ -20,6 +20,7 @@ from there, and the seconds of training.
 import math
 import socket
 import sys
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -89,12 +90,12 @@ class Training(nn.Module):
 
 def fit(training, data, batch_size, device, progress):
     """What the trainer does. The module may be that of several processes."""
-    training, data = training.to(device), data.to(device)
+    data = data.to(device)
     parallel = torch.distributed.is_initialized()
     step_of = DistributedDataParallel(training) if parallel else training
     (optim,), (schedule,) = training.configure_optimizers()
     for i in progress:
-        batch = data[torch.randint(len(data), (batch_size,), device=device)]
+        batch = data[torch.randint(len(data), (batch_size,))]
         optim.zero_grad()
         loss = step_of(batch)
         loss.backward()
@@ -105,10 +106,9 @@ def fit(training, data, batch_size, device, progress):
 
 
 def simulate(num_items):
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(num_items, NUM_FACTORS, generator=generator)
-    loadings = torch.randn(NUM_FACTORS, NUM_FEATURES, generator=generator)
-    return z @ loadings + 0.5 * torch.randn(num_items, NUM_FEATURES, generator=generator)
+    randn = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    z = randn(num_items, NUM_FACTORS)
+    return z @ randn(NUM_FACTORS, NUM_FEATURES) + 0.5 * randn(num_items, NUM_FEATURES)
 
 
 def highest_likelihood(data):
@@ -147,6 +147,7 @@ def train(name, rank, args):
 
 def work(rank, args, port=None):
     """One process, of ``args.num_processes``; the first one reports."""
+    torch.set_default_device(args.device)
     if port is not None:
         torch.distributed.init_process_group(
             "gloo",

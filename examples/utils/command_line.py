@@ -10,8 +10,15 @@ import pyro
 import torch
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is written, and defaults."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it is written, and defaults where there are any."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, False, argparse.SUPPRESS):
+            return action.help
+        text = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{action.help or ''} (default: {text})".strip()
 
 
 def find_device(name):
