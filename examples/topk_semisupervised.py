@@ -52,7 +52,7 @@ def make_run(name, train_set, args, seed):
     run = Run(make, loss, {"lr": args.lr}, seed)
     for _ in range(args.num_warmup_epochs):
         run.epoch(lambda: make_batches(*train_set, args.batch_size, args.num_labelled, False))
-    run.clock.seconds = 0.0
+    run.seconds = 0.0
     return run
 
 

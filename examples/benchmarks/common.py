@@ -3,7 +3,6 @@
 
 """What the benchmarks share: networks, steps that are timed in turn, files of results."""
 
-import csv
 import json
 import sys
 from functools import partial
@@ -23,6 +22,7 @@ from pyro_rb.diagnostics.models import (
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package ``utils`` is
 
 from utils import command_line  # noqa: E402
+from utils.results import write_table  # noqa: E402
 from utils.training import now  # noqa: E402
 
 BLOCK = 16
@@ -47,15 +47,7 @@ def write(args, results, rows=None):
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
     if rows is not None and args.csv:
-        write_csv(args.csv, rows)
-
-
-def write_csv(path, rows):
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, "w", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        write_table(args.csv, rows)
 
 
 def medians(results):

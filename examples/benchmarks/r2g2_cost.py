@@ -22,7 +22,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import make_parser, medians, ratios, seconds, take_turns, write, write_csv
+from common import make_parser, medians, ratios, seconds, take_turns, write
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.nn import PyroModule, PyroSample
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from pyro_rb import R2G2_ELBO
 from pyro_rb.ops.projection import project_rows
 from utils.command_line import run, set_up
+from utils.results import write_table
 
 WIDTHS = (64, 128, 256, 512, 1024)
 ROWS = (32, 64, 128, 256)
@@ -148,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     write(args, {**about, "torch": torch.__version__, **results})
     if args.csv:
         for name in ("layers", "models"):
-            write_csv(f"{args.csv}_{name}.csv", medians(results[name]))
+            write_table(f"{args.csv}_{name}.csv", medians(results[name]))
 
 
 if __name__ == "__main__":

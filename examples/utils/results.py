@@ -103,14 +103,20 @@ def write_results(args, results, tables, draw=None):
         text = json.dumps({"settings": settings_of(args), **results}, indent=1)
         path(".json").write_text(text + "\n", encoding="utf-8")
         for ending, rows in (tables if isinstance(tables, dict) else {"": tables}).items():
-            with open(path(f"{ending}.csv"), "w", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_table(path(f"{ending}.csv"), rows)
         if draw is not None:
             figure = draw()
             figure.savefig(path(".png"), dpi=120)
             import_pyplot().close(figure)
+
+
+def write_table(path, rows):
+    """Rows as CSV: dicts of cells, with a column for each key that occurs."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def settings_of(args):

@@ -35,8 +35,7 @@ class Clock:
         return self
 
     def __exit__(self, *error):
-        self.last = now() - self._start
-        self.seconds += self.last
+        self.seconds += now() - self._start
 
 
 def set_fast_floats():
@@ -84,7 +83,7 @@ class Run:
     """
 
     def __init__(self, make, loss, optim, seed):
-        self.seed, self.num_epochs, self.clock = seed, 0, Clock()
+        self.seed, self.num_epochs, self.seconds = seed, 0, 0.0
         pyro.set_rng_seed(seed)
         with pyro.get_param_store().scope() as self.store:
             self.model, self.guide = make()
@@ -95,14 +94,15 @@ class Run:
         A step for each tuple of arguments.
 
         :param callable make_batches: returns these; draws from the run's random numbers.
-        :return: the sum of the losses.
+        :return: seconds, and the sum of the losses.
         """
         pyro.set_rng_seed(1000 * self.seed + self.num_epochs)
         batches = make_batches()
-        with pyro.get_param_store().scope(self.store), self.clock:
+        with pyro.get_param_store().scope(self.store), Clock() as clock:
             loss = sum(self.svi.step(*batch) for batch in batches)
         self.num_epochs += 1
-        return loss
+        self.seconds += clock.seconds
+        return clock.seconds, loss
 
 
 def take_turns(runs, num_epochs, make_batches, measure):
@@ -117,10 +117,10 @@ def take_turns(runs, num_epochs, make_batches, measure):
     with tqdm(total=num_epochs * len(runs)) as progress:
         for _ in range(num_epochs):
             for name, run in runs.items():
-                loss = run.epoch(make_batches)
+                seconds, loss = run.epoch(make_batches)
                 with torch.no_grad(), pyro.get_param_store().scope(run.store):
                     noted = measure(run)
-                noted = {"seconds": run.clock.seconds, "epoch": run.clock.last, **noted}
+                noted = {"seconds": run.seconds, "epoch": seconds, **noted}
                 history[name].append({key: float(f"{value:.6g}") for key, value in noted.items()})
                 progress.set_postfix_str(f"{name}: {loss:.5g}")
                 progress.update()
@@ -148,5 +148,5 @@ def seconds_of_steps(steps, num_rounds):
         for name, step in steps.items():
             with Clock() as clock:
                 step()
-            times[name].append(clock.last)
+            times[name].append(clock.seconds)
     return {name: float(np.median(t)) for name, t in times.items()}
