@@ -143,8 +143,9 @@ def test_results(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"loss": "A", "ELBO": "-1.50"}, {"loss": "B", "ELBO": "-1.25"}]
     args = argparse.Namespace(out="results/table", smoke_test=False, seed=3, data_dir="somewhere")
-    report(args, rows, truth=7)
-    assert "A       -1.50" in capsys.readouterr().out
+    report(args, rows, truth=7, curves=[0.125] * 100)
+    printed = capsys.readouterr().out
+    assert "A       -1.50" in printed and "truth: 7" in printed and "0.125" not in printed
     found = json.loads((tmp_path / "results" / "table.json").read_text())
     assert found["rows"] == rows and found["truth"] == 7
     assert found["settings"]["seed"] == 3 and "data_dir" not in found["settings"]

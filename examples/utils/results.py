@@ -71,13 +71,15 @@ def draw_histories(histories, labels):
 
 def report(args, rows, draw=None, **more):
     """
-    Prints a table, and what more there is to say, and writes both as :func:`write_results` does.
+    Prints a table, and writes it as :func:`write_results` does.
 
     :param list rows: dicts of cells.
+    :param more: goes to the JSON file, too; numbers and texts are printed.
     """
     print(tabulate(rows, headers="keys", disable_numparse=True))
     for key, value in more.items():
-        print(f"{key}: {value}")
+        if isinstance(value, (int, float, str)):
+            print(f"{key}: {value}")
     write_results(args, {**more, "rows": rows}, rows, draw)
 
 
