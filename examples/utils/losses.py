@@ -3,10 +3,11 @@
 
 """The option ``--loss``: any loss of Pyro or pyro_rb by name."""
 
-import contextlib
 import re
+import sys
 import traceback
 
+import torch.distributed
 from pyro.infer import RenyiELBO, TraceEnum_ELBO, config_enumerate
 
 from pyro_rb.diagnostics.losses import make_loss
@@ -79,32 +80,37 @@ def mark_for(loss, guide):
 
 def train_each(names, train, *args):
     """
-    Calls ``train(name, *args)`` for each loss. Where one does not apply to an example, a line
-    that says why ends the script; other errors pass.
+    Calls ``train(name, *args)`` for each loss. Of a loss that does not apply to an example, one line
+    says why; if it is the last one, and there is nothing to show, it ends the script.
 
-    :return: what the calls return.
+    :return: list of what the calls return.
     """
     rows = []
     for name in names:
-        with explain_errors(name):
+        try:
             rows.append(train(name, *args))
+        except (AttributeError, KeyError, NotImplementedError) as error:
+            reason = explain(name, error)
+            if reason is None:
+                raise
+            if not rows and name == names[-1]:
+                raise SystemExit(reason) from error
+            if is_first_process():
+                print(reason, file=sys.stderr)
     return rows
 
 
-@contextlib.contextmanager
-def explain_errors(name):
-    try:
-        yield
-    except (AttributeError, KeyError, NotImplementedError) as error:
-        if not is_raised_by_pyro(error):
-            raise
-        text = str(error).strip().partition("\n")[0].rstrip(".")
-        for kind, pattern, reason, remedy in (*REMEDIES, (NotImplementedError, "", "{error}", "")):
-            if isinstance(error, kind) and re.search(pattern, f"{name}: {text}"):
-                parts = ". ".join(filter(None, (reason, remedy)))
-                parts = parts.format(error=text, name=name.partition(":")[0])
-                raise SystemExit(f"--loss {name} does not apply here: {parts}.") from error
-        raise
+def explain(name, error):
+    """Why the loss of that name does not apply, and what to do; None if the error says something else."""
+    if not is_raised_by_pyro(error):
+        return None
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    for kind, pattern, reason, remedy in (*REMEDIES, (NotImplementedError, "", "{error}", "")):
+        if isinstance(error, kind) and re.search(pattern, f"{name}: {text}"):
+            parts = ". ".join(filter(None, (reason, remedy)))
+            parts = parts.format(error=text, name=name.partition(":")[0])
+            return f"--loss {name} does not apply here: {parts}."
+    return None
 
 
 def is_raised_by_pyro(error):
@@ -112,3 +118,9 @@ def is_raised_by_pyro(error):
     for frame, _ in traceback.walk_tb(error.__traceback__):
         package = frame.f_globals["__name__"].partition(".")[0]
     return package in ("pyro", "pyro_rb", "utils")
+
+
+def is_first_process():
+    """Of several that train together, the first one talks."""
+    is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not is_one_of_several or torch.distributed.get_rank() == 0
