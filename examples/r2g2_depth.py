@@ -22,6 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
+from pyro_rb.diagnostics.palette import INK
 from utils.command_line import make_parser, run, set_up
 from utils.gradients import draw_gradients, variance_ratio
 from utils.networks import BayesianMLP, MeanField, make_guide
@@ -62,12 +63,12 @@ def draw(results):
                 depths = [r["depth"] for r in rows]
                 bars = np.array([mean - mean / error, mean * error - mean])
                 ax.errorbar(depths, mean, bars, fmt=style, color=color, markersize=4, label=label)
-        ax.axhline(1, color="0.5", linewidth=1)
+        ax.axhline(1, color=INK, linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="layers", title=f"by the {part}s")
         ax.set_xticks(depths, depths)
         ax.minorticks_off()
     axes[0].set_ylabel("plain variance / variance")
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend()
     return figure
 
 

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
 
+from pyro_rb.diagnostics.palette import INK
 from pyro_rb.infer import RVRSGuide
 from utils.bounds import elbo
 from utils.command_line import make_parser, restart, run, set_up
@@ -102,7 +103,7 @@ def main(args):
         )
         ax.plot(*zip(*curve), label=name)
     for value, style, label in ((evidence, "-", "log evidence"), (best, ":", "best mean field")):
-        ax.axhline(value, color="black", linestyle=style, linewidth=0.8, label=label)
+        ax.axhline(value, color=INK, linestyle=style, linewidth=0.8, label=label)
     ax.set(xlabel="step", ylabel="ELBO")
     if not args.smoke_test:
         ax.set_ylim(best - 15, evidence + 2)

@@ -21,6 +21,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal
 
+from pyro_rb.diagnostics.palette import INK
 from pyro_rb.infer import RVRSGuide
 from pyro_rb.ops.rejection import acceptance
 from utils.bounds import log_joint
@@ -108,7 +109,7 @@ class Grid:
             low, high = self.points[inside, i].aminmax()
             pad = 0.15 * (high - low)
             getattr(ax, f"set_{axis}lim")((low - pad).item(), (high + pad).item())
-        ax.contour(self.x.cpu(), self.y.cpu(), shape.cpu(), heights, colors="black", linewidths=0.8, linestyles="solid")
+        ax.contour(self.x.cpu(), self.y.cpu(), shape.cpu(), heights, colors=INK, linewidths=0.8, linestyles="solid")
         ax.scatter(*samples.T.cpu(), s=3, alpha=0.5, color="C0", linewidths=0)
 
 

@@ -125,8 +125,8 @@ def draw(variances, curves):
             # At k = 7 the sum is over all: the variance is 0, or what rounding leaves.
             ax.plot(range(7), values[:7], style, markersize=4, label=name)
         ax.set(xlabel="k", ylabel="variance of the gradient", title=f"at eta = {start:g}", yscale="log")
-    axes[0].legend(frameon=False, fontsize=7)
-    axes[3].legend(frameon=False, fontsize=8)
+    axes[0].legend(fontsize=7)
+    axes[3].legend()
     return fig
 
 

@@ -138,7 +138,7 @@ def draw(curves):
             ax.plot(10 * np.arange(len(values)), values, style, label=name)
         ax.set(xlabel="step", ylabel="loss above that by the exact sum, nats")
         ax.set_yscale("symlog", linthresh=0.01)
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend()
     return fig
 
 

@@ -15,6 +15,8 @@ import pyro
 import torch
 from tabulate import tabulate
 
+from pyro_rb.diagnostics.palette import figure_style
+
 
 def mean_and_error(values):
     """The mean of a few numbers, and its standard error."""
@@ -31,6 +33,7 @@ def cell(value, error, digits=2):
 
 
 def import_pyplot():
+    """matplotlib, so set that figures read well on light and on dark pages."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -38,6 +41,7 @@ def import_pyplot():
             "The figure needs matplotlib, which is not installed. Expected the extra "
             '"examples": pip install "pyro_rb[examples]".'
         ) from error
+    plt.rcParams.update(figure_style())
     return plt
 
 
@@ -48,7 +52,7 @@ def make_panels(num_rows, num_columns, size=(4.5, 3.4), **options):
         num_rows, num_columns, figsize=size, layout="constrained", squeeze=False, **options
     )
     for ax in axes.flat:
-        ax.grid(color="0.9")
+        ax.grid()
     return fig, list(axes.flat)
 
 
@@ -65,7 +69,7 @@ def draw_histories(histories, labels):
             notes = [[(note["seconds"], note[key]) for note in history[name]] for history in histories]
             ax.plot(*np.mean(notes, 0).T, label=name)
         ax.set(xlabel="seconds of training", ylabel=label)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend()
     return fig
 
 
