@@ -21,7 +21,7 @@ class Kind(NamedTuple):
 
     draw: Callable
     num_panels: Callable[[Comparison], int]
-    height: Callable[[Comparison], float] = lambda _: 3.9
+    height: Callable[[Comparison], float] = lambda _: 3.4
 
 
 KINDS: Dict[str, Kind] = {
@@ -84,7 +84,7 @@ def plot_comparisons(
 
     draw, num_panels, height = KINDS[kind]
     num_columns = max(map(num_panels, comparisons))
-    width = max(4.6 * num_columns, 6.0)
+    width = max(3.5 * num_columns, 7.0)
     figure = Figure(layout="constrained")
     figure.patch.set_alpha(0.0)
     styles = Styles(comparisons)

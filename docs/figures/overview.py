@@ -1,0 +1,362 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The figure of ``docs/source/index.rst``: what one changed argument does on five models, as
+``pyro_rb.compare`` measures it, and what training makes of it on two of them. Takes about eight
+minutes.
+
+Writes ``overview.png`` and ``overview.json``::
+
+    python docs/figures/overview.py
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_mean
+from torch import Tensor
+from torch.nn.functional import relu, softplus
+from tqdm import tqdm
+
+from pyro_rb import Comparison, compare
+from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.models import EXAMPLES
+from pyro_rb.diagnostics.palette import INK, STYLES, dress, error_bars
+from pyro_rb.diagnostics.report import LossResult
+
+OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "overview"
+OURS = STYLES[3][0]
+
+
+class Problem(NamedTuple):
+    """
+    :param callable make: Returns model, guide and their arguments.
+    :param callable exact: The loss without noise, for the curves of training.
+    """
+
+    title: str
+    make: Callable[[], Tuple[Callable, Callable, Tuple]]
+    reference: str
+    loss: str
+    lr: float
+    num_steps: int
+    exact: Any = None
+
+
+def crops() -> Tuple[Callable, Callable, Tuple]:
+    """A regression with correlated coefficients, and a guide that can follow these."""
+    pyro.set_rng_seed(0)
+    clay = (torch.arange(120) % 2).float()
+    rain = 0.5 * torch.randn(120) + 0.8 * clay
+    crop = 1.0 - 0.6 * clay + 0.4 * rain + 0.7 * clay * rain + 0.3 * torch.randn(120)
+
+    def model(inputs: Tensor, crop: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(4), 2.0).to_event(1))
+        noise = pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.plate("fields", len(crop)):
+            pyro.sample("crop", dist.Normal((inputs * weights).sum(-1), noise), obs=crop)
+
+    inputs = torch.stack([torch.ones(120), clay, rain, clay * rain], -1)
+    guide = AutoMultivariateNormal(model, init_loc_fn=init_to_mean, init_scale=0.1)
+    return model, guide, (inputs, crop)
+
+
+def schools() -> Tuple[Callable, Callable, Tuple]:
+    example = EXAMPLES["eight_schools"]
+    return example.model, AutoNormal(example.model), example.make_args()
+
+
+def mixture(num_components: int = 30) -> Tuple[Callable, Callable, Tuple]:
+    """Clusters in the plane; the guide has probabilities for each point."""
+    pyro.set_rng_seed(0)
+    centres = 6.0 * torch.randn(num_components, 2)
+    data = centres[torch.randint(num_components, (300,))] + torch.randn(300, 2)
+    start = data[:num_components]
+
+    def model(data: Tensor) -> None:
+        locs = pyro.param("locs", lambda: start.clone())
+        with pyro.plate("data", len(data)):
+            label = pyro.sample("label", dist.Categorical(torch.ones(num_components)))
+            pyro.sample("x", dist.Normal(locs[label], 1.0).to_event(1), obs=data)
+
+    def guide(data: Tensor) -> None:
+        weight = pyro.param("weight", lambda: 0.1 * start)
+        bias = pyro.param("bias", lambda: -0.05 * start.square().sum(-1))
+        with pyro.plate("data", len(data)):
+            pyro.sample("label", dist.Categorical(logits=data @ weight.T + bias))
+
+    return model, guide, (data,)
+
+
+def network(width: int = 50) -> Tuple[Callable, Callable, Tuple]:
+    """A Bayesian neural network with one hidden layer, on a batch of 20 rows."""
+    pyro.set_rng_seed(0)
+    inputs = torch.randn(20, 40)
+    outputs = torch.tanh(inputs[:, 0] + inputs[:, 1]) + 0.1 * torch.randn(20)
+
+    def model(inputs: Tensor, outputs: Tensor) -> None:
+        h = inputs
+        for layer, (fan_out, fan_in) in enumerate([(width, 40), (1, width)]):
+            prior = dist.Normal(torch.zeros(fan_out, fan_in), fan_in**-0.5).to_event(2)
+            h = torch.nn.functional.linear(relu(h) if layer else h, pyro.sample(f"w{layer}", prior))
+        with pyro.plate("rows", len(inputs)):
+            pyro.sample("y", dist.Normal(h.squeeze(-1), 0.3), obs=outputs)
+
+    return model, AutoNormal(model, init_loc_fn=init_to_mean), (inputs, outputs)
+
+
+def autoencoder(num_hidden: int = 32, num_codes: int = 4) -> Tuple[Callable, Callable, Tuple]:
+    """One batch of an importance-weighted autoencoder."""
+    pyro.set_rng_seed(0)
+    codes = torch.randn(50, num_codes)
+    images = torch.bernoulli((codes @ torch.randn(num_codes, 30)).sigmoid())
+    decoder = torch.nn.Sequential(
+        torch.nn.Linear(num_codes, num_hidden), torch.nn.Tanh(), torch.nn.Linear(num_hidden, 30)
+    )
+    encoder = torch.nn.Sequential(
+        torch.nn.Linear(30, num_hidden), torch.nn.Tanh(), torch.nn.Linear(num_hidden, 2 * num_codes)
+    )
+
+    def model(images: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("images", len(images)):
+            code = pyro.sample("code", dist.Normal(torch.zeros(num_codes), 1.0).to_event(1))
+            pyro.sample("image", dist.Bernoulli(logits=decoder(code)).to_event(1), obs=images)
+
+    def guide(images: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("images", len(images)):
+            loc, scale = encoder(images).chunk(2, -1)
+            pyro.sample("code", dist.Normal(loc, softplus(scale)).to_event(1))
+
+    return model, guide, (images,)
+
+
+PROBLEMS: Dict[str, Problem] = {
+    "mixture": Problem(
+        "Mixture of 30 clusters,\ndiscrete labels",
+        mixture,
+        "Trace_ELBO",
+        "RaoBlackwellTopK_ELBO:budget=4",
+        lr=0.05,
+        num_steps=500,
+        exact=(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate),
+    ),
+    "crops": Problem(
+        "Regression,\nfull-rank normal guide",
+        crops,
+        "Trace_ELBO",
+        "STLTrace_ELBO:adaptive",
+        lr=0.02,
+        num_steps=1500,
+        exact=(make_loss("Trace_ELBO:num_particles=1000,vectorize_particles=True"), lambda guide: guide),
+    ),
+    "network": Problem(
+        "Bayesian neural network,\nAutoNormal",
+        network,
+        "Trace_ELBO",
+        "R2G2_ELBO:local",
+        lr=0.01,
+        num_steps=1000,
+    ),
+    "autoencoder": Problem(
+        "Autoencoder, importance-\nweighted, 16 particles",
+        autoencoder,
+        "RenyiELBO:alpha=0,num_particles=16,vectorize_particles=True",
+        "DReG_ELBO:num_particles=16",
+        lr=0.005,
+        num_steps=1000,
+    ),
+    "schools": Problem(
+        "Eight schools,\nAutoNormal",
+        schools,
+        "Trace_ELBO",
+        "STLTrace_ELBO:adaptive",
+        lr=0.02,
+        num_steps=1000,
+    ),
+}
+
+
+def measure(problem: Problem, num_samples: int, num_steps: int) -> Comparison:
+    pyro.clear_param_store()
+    model, guide, args = problem.make()
+    return compare(
+        model,
+        guide,
+        [problem.loss],
+        args=args,
+        reference=problem.reference,
+        optim=pyro.optim.Adam({"lr": problem.lr}),
+        train_steps=[0, num_steps],
+        num_samples=num_samples,
+        title=problem.title.replace("\n", " "),
+    )
+
+
+def train(problem: Problem, loss: str, seed: int, num_steps: int, every: int) -> List[float]:
+    """The negative ELBO along training by a loss, with as little noise as can be had."""
+    pyro.clear_param_store()
+    model, guide, args = problem.make()
+    pyro.set_rng_seed(seed)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": problem.lr}), make_loss(loss))
+    elbo, enumerate_guide = problem.exact
+    found = []
+    for step in range(num_steps):
+        svi.step(*args)
+        if (step + 1) % every == 0:
+            with torch.random.fork_rng():
+                found.append(round(elbo.loss(model, enumerate_guide(guide), *args), 3))
+    return found
+
+
+def draw(results: Dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 6.6), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1.0])
+    for part in (top, bottom):
+        part.patch.set_alpha(0.0)
+    draw_gains(top.subplots(), results["models"])
+    for axes, name in zip(bottom.subplots(1, len(results["training"])), results["training"]):
+        draw_training(axes, PROBLEMS[name], results["training"][name])
+    figure.savefig(path, dpi=150)
+
+
+def draw_gains(axes: Any, models: Dict[str, Any]) -> None:
+    """A row for each model: variance times time, before and after training."""
+    axes.axvline(1.0, color=INK, lw=1.2)
+    labels: List[str] = []
+    handles: Dict[bool, Any] = {}
+    for place, (name, found) in enumerate(models.items()):
+        problem = PROBLEMS[name]
+        labels.append(problem.title)
+        for row, last in ((found["before"], False), (found["after"], True)):
+            value = row["variance_ratio"] * row["time_ratio"]
+            error = value * (row["variance_ratio_error"] / row["variance_ratio"])
+            handles[last] = axes.errorbar(
+                value,
+                place,
+                xerr=error_bars([value], [error]),
+                color=OURS,
+                marker="o",
+                markersize=9,
+                markerfacecolor=OURS if last else "none",
+                alpha=1.0 if last else 0.7,
+                zorder=3,
+            )
+            if last:
+                axes.plot([1.0, value], [place, place], color=OURS, lw=3, alpha=0.5, zorder=1)
+        text = f"{problem.loss.partition(':')[0]}\n{_times(value)}"
+        axes.annotate(
+            text,
+            (1.0, place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=10.5,
+        )
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(right=30.0)
+    names = ["before training", "after training"]
+    axes.legend([handles[last][0] for last in (False, True)], names, frameon=False, labelcolor=INK, loc="lower left")
+    ticks = [0.001, 0.01, 0.1, 1.0]
+    low = axes.get_xlim()[0]
+    axes.set_xticks([tick for tick in ticks if tick > low], [f"{t:g}" for t in ticks if t > low])
+    axes.minorticks_off()
+    dress(axes, "time for an equally exact gradient: variance x time, relative to Pyro's loss", "")
+    axes.tick_params(axis="y", labelsize=10.5, length=0)
+    for side in ("left", "right", "top"):
+        axes.spines[side].set_visible(False)
+
+
+def _times(product: float) -> str:
+    gain = 1 / product
+    if gain < 1.1:
+        return "no gain" if product < 1.1 else f"{product:.1f} times the time"
+    return f"{gain:.1f} times less" if gain < 10 else f"{round(gain):d} times less"
+
+
+def draw_training(axes: Any, problem: Problem, found: Dict[str, Any]) -> None:
+    """Mean over seeds and the range of all of them, against time in steps of the reference."""
+    lowest, highest = [], []
+    for name, color in ((problem.reference, INK), (problem.loss, OURS)):
+        curves = torch.tensor(found[name]["loss"])
+        time = found["every"] * torch.arange(1, curves.shape[1] + 1) * found[name]["time_ratio"]
+        axes.plot(time, curves.mean(0), color=color, label=name)
+        lowest.append(curves.min().item())
+        highest.append(curves[:, curves.shape[1] // 5 :].max().item())
+        axes.fill_between(time, curves.min(0).values, curves.max(0).values, color=color, alpha=0.3, lw=0)
+    # Equal time for both; the first fifth would press the rest flat.
+    axes.set_xlim(0, found["every"] * len(found[problem.reference]["loss"][0]))
+    margin = 0.05 * (max(highest) - min(lowest))
+    axes.set_ylim(min(lowest) - margin, max(highest) + margin)
+    dress(axes, f"time, in steps of {problem.reference}", "negative ELBO")
+    axes.set_title(problem.title.replace("\n", " "), color=INK, fontsize=10.5)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9.5)
+
+
+def as_row(result: LossResult) -> Dict[str, Any]:
+    keys = "variance_ratio variance_ratio_error time_ratio time_ratio_error bias_z biased".split()
+    return {key: getattr(result, key) for key in keys}
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    num_samples, num_seeds = (20, 2) if args.smoke_test else (400, 5)
+    results: Dict[str, Any] = {
+        "settings": {"num_samples": num_samples, "num_seeds": num_seeds, "threads": 1, "torch": torch.__version__},
+        "models": {},
+        "training": {},
+    }
+    for name, problem in PROBLEMS.items():
+        num_steps = 4 if args.smoke_test else problem.num_steps
+        comparison = measure(problem, num_samples, num_steps)
+        before, after = (as_row(state.losses[1]) for state in comparison.states)
+        results["models"][name] = {
+            "reference": problem.reference,
+            "loss": problem.loss,
+            "num_steps": num_steps,
+            "before": before,
+            "after": after,
+        }
+        print(comparison)
+        if problem.exact is None:
+            continue
+        every = 2 if args.smoke_test else num_steps // 50
+        training: Dict[str, Any] = {"every": every}
+        for loss, ratio in ((problem.reference, 1.0), (problem.loss, after["time_ratio"])):
+            runs = [train(problem, loss, seed, num_steps, every) for seed in tqdm(range(num_seeds), loss)]
+            training[loss] = {"time_ratio": ratio, "loss": runs}
+        results["training"][name] = training
+    (args.out / "overview.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, args.out / "overview.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT, help="where to write")
+    parser.add_argument("--redraw", action="store_true", help="only the figure, from the JSON file")
+    parser.add_argument("--smoke-test", action="store_true", help="a few draws, to a temporary place")
+    parsed = parser.parse_args()
+    if parsed.smoke_test:
+        with tempfile.TemporaryDirectory() as folder:
+            parsed.out = Path(folder)
+            main(parsed)
+    elif parsed.redraw:
+        draw(json.loads((parsed.out / "overview.json").read_text()), parsed.out / "overview.png")
+    else:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+        main(parsed)
