@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from pyro_rb.diagnostics.bias import BiasError, LowPowerError
+from pyro_rb.diagnostics.bias_check import BiasCheck
 from pyro_rb.diagnostics.blame import BadNumber
 from pyro_rb.diagnostics.choose import choose_losses
 from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
@@ -15,7 +16,7 @@ from pyro_rb.diagnostics.parameters import find_parameters
 from pyro_rb.diagnostics.report import Comparison, LossResult, StateResult
 from pyro_rb.diagnostics.state import preserve_state
 from pyro_rb.diagnostics.stopping import StopRule
-from pyro_rb.diagnostics.unbiased import BiasCheck, check_unbiased
+from pyro_rb.diagnostics.unbiased import check_unbiased
 
 __all__ = [
     "BadNumber",

@@ -19,10 +19,11 @@ from typing import List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from pyro_rb.diagnostics import stats
 from pyro_rb.diagnostics.bias import coordinate_name
+from pyro_rb.diagnostics.mean_test import MeanTest, rounding_error
+from pyro_rb.diagnostics.moments import RunningMoments
+from pyro_rb.diagnostics.projections import Projector
 
-PROJECTIONS = 4  # of each parameter
 LEAST_EVENTS = 30
 
 
@@ -40,42 +41,6 @@ class Verdict(NamedTuple):
     detectable: float
 
 
-class Projector:
-    """
-    A few random projections of each parameter's gradient. Parameters with no more
-    coordinates than that are left as they are.
-
-    :param list names: Of the parameters.
-    :param list tensors: The parameters.
-    """
-
-    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.labels: List[str] = []
-        self.sizes = [tensor.numel() for tensor in tensors]
-        self._directions: List[Optional[Tensor]] = []
-        widths: List[float] = []
-        for name, tensor, size in zip(names, tensors, self.sizes):
-            count = min(size, PROJECTIONS)
-            directions = None
-            if size > PROJECTIONS:
-                directions = torch.randn(size, count, generator=generator, device="cpu")
-                directions = (directions / directions.norm(dim=0)).to(tensor.device, tensor.dtype)
-            self._directions.append(directions)
-            self.labels += [name] * count
-            widths += [math.sqrt(size) if size > PROJECTIONS else 1.0] * count
-        #: A bias has this many times its projection's size, typically.
-        self.widths = torch.tensor(widths, dtype=torch.double, device="cpu")
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """``[P]`` to ``[number of projections]``, on the CPU."""
-        parts = [
-            part if directions is None else part.to(directions.dtype) @ directions
-            for part, directions in zip(vector.split(self.sizes), self._directions)
-        ]
-        return torch.cat([part.double() for part in parts]).cpu()
-
-
 class Agreement:
     """
     Gathers the draws of one loss that its test needs.
@@ -89,7 +54,7 @@ class Agreement:
         self, names: Sequence[str], tensors: Sequence[Tensor], projector: Optional[Projector]
     ) -> None:
         self.names, self.tensors, self.projector = names, tensors, projector
-        self.difference = stats.RunningMoments()  # to the reference, draw by draw
+        self.difference = RunningMoments()  # to the reference, draw by draw
         self.projected: List[Tensor] = []
 
     def update(self, vector: Tensor, reference: Tensor) -> None:
@@ -109,11 +74,11 @@ class Agreement:
         :param float largest: The largest root-mean-square coordinate, for the rounding.
         """
         dtype = max((t.dtype for t in self.tensors), key=lambda d: torch.finfo(d).eps)
-        rounding = stats.rounding_error(largest, dtype)
+        rounding = rounding_error(largest, dtype)
         if self.projector is not None:
             return self._of_projections(reference, exact, threshold, rounding)
         difference = self.difference
-        test = stats.MeanTest(
+        test = MeanTest(
             difference.mean, difference.standard_error, difference.count, rounding
         )
         worst = int(test.z.abs().argmax())
@@ -144,7 +109,7 @@ class Agreement:
         tells = exactly | (events >= min(LEAST_EVENTS, len(draws) / 6))
         z = torch.where(exactly | ~tells, torch.zeros_like(error), difference / error)
         worst = int(z.argmax())
-        test = stats.MeanTest(difference, error, len(draws))
+        test = MeanTest(difference, error, len(draws))
         detectable = (test.detectable_bias(threshold) + rounding) * widths
         detectable = torch.where(tells, detectable, torch.full_like(error, math.inf))
         size = difference[worst].item() * widths[worst].item()

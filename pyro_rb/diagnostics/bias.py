@@ -3,7 +3,7 @@
 
 """
 Do two sets of gradient samples agree in the mean, in each coordinate of each parameter?
-Pure statistics on dicts of tensors, on top of :mod:`~pyro_rb.diagnostics.stats`.
+Pure statistics on dicts of tensors, on top of :mod:`~pyro_rb.diagnostics.mean_test`.
 """
 
 import math
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from pyro_rb.diagnostics import stats
+from pyro_rb.diagnostics.mean_test import (
+    MeanTest,
+    independent_test,
+    one_sample_test,
+    paired_test,
+)
 from pyro_rb.diagnostics.moments import RunningMoments
+from pyro_rb.diagnostics.projections import project
 
 #: Name under which random projections stand in for the parameters.
 PROJECTIONS = "projections"
@@ -34,14 +41,14 @@ class BiasTest:
     """
     The outcome of :func:`compare_means`.
 
-    :param dict tests: A :class:`~pyro_rb.diagnostics.stats.MeanTest` for each parameter, or
+    :param dict tests: A :class:`~pyro_rb.diagnostics.mean_test.MeanTest` for each parameter, or
         one for all :data:`PROJECTIONS`.
     :param dict differences: The difference of the means, by parameter.
     :param float scale: The euclidean norm of the mean of the reference, over all parameters.
     :param float failure_rate: Probability of a false alarm in any of the tests.
     """
 
-    tests: Dict[str, stats.MeanTest]
+    tests: Dict[str, MeanTest]
     differences: Dict[str, Tensor]
     scale: float
     failure_rate: float
@@ -69,7 +76,7 @@ class BiasTest:
         The parameter in which a bias is hardest to see, and the size, in units of the
         gradient, that one would have to have there to be seen in 95 of 100 cases.
 
-        :param bool either_sign: See :meth:`~pyro_rb.diagnostics.stats.MeanTest.detectable_bias`.
+        :param bool either_sign: See :meth:`~pyro_rb.diagnostics.mean_test.MeanTest.detectable_bias`.
         """
         sizes = {
             name: test.detectable_bias(self.threshold(name), either_sign=either_sign).max().item()
@@ -252,18 +259,18 @@ class Draws:
         if self.num_projections:
             rows = project({n: mean.unsqueeze(0) for n, mean in means.items()}, self.num_projections)
             reference = {PROJECTIONS: rows[0]}
-        tests = {n: stats.one_sample_test(rows, reference[n]) for n, rows in self.rows.items()}
+        tests = {n: one_sample_test(rows, reference[n]) for n, rows in self.rows.items()}
         return self._result(tests, means, failure_rate)
 
     def test_draws(self, other: "Draws", is_paired: bool, failure_rate: float) -> BiasTest:
         """Tests against other draws, of which the rows belong to those here if paired."""
-        compare = stats.paired_test if is_paired else stats.independent_test
+        compare = paired_test if is_paired else independent_test
         reference = other.rows
         tests = {n: compare(rows, reference[n]) for n, rows in self.rows.items()}
         return self._result(tests, other.means, failure_rate)
 
     def _result(
-        self, tests: Dict[str, stats.MeanTest], means: Mapping[str, Tensor], failure_rate: float
+        self, tests: Dict[str, MeanTest], means: Mapping[str, Tensor], failure_rate: float
     ) -> BiasTest:
         # Terms of one size may cancel in one parameter, and leave their rounding there.
         rounding = max(test.rounding for test in tests.values())
@@ -271,12 +278,6 @@ class Draws:
         differences = {name: mean - means[name] for name, mean in self.means.items()}
         scale = math.sqrt(sum(mean.square().sum().item() for mean in means.values()))
         return BiasTest(tests, differences, scale, failure_rate)
-
-
-def project(samples: Mapping[str, Tensor], num_projections: int) -> Tensor:
-    """Random projections ``[N, num_projections]`` of all parameters side by side."""
-    rows = [rows.double().reshape(len(rows), -1) for rows in samples.values()]
-    return stats.random_projections(torch.cat(rows, dim=1), num_projections)
 
 
 def coordinate_name(name: str, shape: Sequence[int], index: int) -> str:

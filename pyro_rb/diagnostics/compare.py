@@ -17,10 +17,10 @@ from pyro.util import set_rng_seed
 from tqdm import tqdm
 
 import pyro_rb
-from pyro_rb.diagnostics import stats
 from pyro_rb.diagnostics.choose import Choice, Chooser, has_elbo
 from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.losses import Losses, make_loss, make_losses
+from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.diagnostics.measure import Plan, WarningLog
 from pyro_rb.diagnostics.parameters import (
     check_parameters,
@@ -139,7 +139,7 @@ def compare(
         raise TypeError(
             f"optim: expected a pyro.optim.PyroOptim such as pyro.optim.Adam, got {optim!r}"
         )
-    stats.z_threshold(failure_rate)  # fails early
+    z_threshold(failure_rate)  # fails early
     if losses is not None:
         make_losses(losses)
     if reference is not None:

@@ -12,8 +12,10 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics import stats
-from pyro_rb.diagnostics.agreement import Agreement, Projector
+from pyro_rb.diagnostics.agreement import Agreement
 from pyro_rb.diagnostics.gradients import GradientSampler
+from pyro_rb.diagnostics.moments import RunningMoments
+from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.diagnostics.report import LossResult
 
 
@@ -39,12 +41,12 @@ class Gauge:
         self.sampler = sampler
         self.failure: Optional[str] = None
         self.cause: Optional[Exception] = None
-        self.moments = stats.RunningMoments()
+        self.moments = RunningMoments()
         self.agreement = Agreement(sampler.names, sampler.tensors, projector)
-        self.losses = stats.RunningMoments()
+        self.losses = RunningMoments()
         self.seconds: List[float] = []
         self.deviations: List[float] = []  # of each gradient from the mean, squared
-        self.block = stats.RunningMoments()
+        self.block = RunningMoments()
         self.block_variances: List[Tensor] = []  # each [number of parameters]
         self.sizes = [tensor.numel() for tensor in sampler.tensors]
         self.cuda = any(tensor.is_cuda for tensor in sampler.tensors)
@@ -82,7 +84,7 @@ class Gauge:
             variance = self.block.variance.split(self.sizes)
             self.block_variances.append(torch.stack([v.sum() for v in variance]))
         self.moments.merge(self.block)
-        self.block = stats.RunningMoments()
+        self.block = RunningMoments()
 
     def fail(self, error: Exception, text: str) -> None:
         self.sampler.clear()

@@ -10,12 +10,16 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_rb.diagnostics.blame import BadNumber, find_bad_number, get_rng_state
+from pyro_rb.diagnostics.blame import BadNumber, get_rng_state
 from pyro_rb.diagnostics.finite import are_finite, grads_of, is_finite_loss
-from pyro_rb.diagnostics.parameters import unconstrained
+from pyro_rb.diagnostics.guarded_call import (
+    Call,
+    FunctionLoss,
+    SeenParameters,
+    module_parameters,
+)
 from pyro_rb.infer.util import forget_parameters
 
 ON_BAD = ("raise", "skip", "warn")
@@ -116,7 +120,7 @@ class GradientGuard(ELBO):
             raise ValueError(f"on_bad: expected one of {ON_BAD}, got {on_bad!r}")
         if max_skipped < 0:
             raise ValueError(f"max_skipped: expected an integer >= 0, got {max_skipped}")
-        self.wrapped: Any = loss if hasattr(loss, "loss_and_grads") else _Function(loss)
+        self.wrapped: Any = loss if hasattr(loss, "loss_and_grads") else FunctionLoss(loss)
         self.on_bad = on_bad
         self.max_skipped = max_skipped
         self.num_steps = 0
@@ -124,7 +128,7 @@ class GradientGuard(ELBO):
         self.bad_steps: List[BadStep] = []
         self._in_a_row = 0
         self._is_watching = False
-        self._last_call: Optional[_Call] = None
+        self._last_call: Optional[Call] = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "wrapped" not in self.__dict__:
@@ -156,8 +160,8 @@ class GradientGuard(ELBO):
         :returns: The loss; NaN if the step was skipped since it raised an error.
         """
         self.num_steps += 1
-        call = _Call("loss_and_grads", model, guide, args, kwargs, get_rng_state())
-        seen = _Parameters()
+        call = Call("loss_and_grads", model, guide, args, kwargs, get_rng_state())
+        seen = SeenParameters()
         loss, error = math.nan, None
         try:
             with seen:
@@ -185,9 +189,9 @@ class GradientGuard(ELBO):
             )
         if not self._is_watching:
             self.num_steps += 1
-        call = _Call("differentiable_loss", model, guide, args, kwargs, get_rng_state())
+        call = Call("differentiable_loss", model, guide, args, kwargs, get_rng_state())
         self._last_call = call
-        seen = _Parameters()
+        seen = SeenParameters()
         error = None
         try:
             with seen:
@@ -199,7 +203,7 @@ class GradientGuard(ELBO):
                 self._in_a_row = 0
             return loss
         if self.on_bad == "skip":
-            parameters = {**seen.tensors, **_module_parameters(model, guide)}
+            parameters = {**seen.tensors, **module_parameters(model, guide)}
             if error is not None and call.find(self.wrapped) is None:
                 raise error
             # A NaN to each gradient: also other processes must know that this step is bad.
@@ -235,13 +239,13 @@ class GradientGuard(ELBO):
             self._in_a_row = 0
             return
         call = self._last_call
-        named = {} if call is None else _module_parameters(call.model, call.guide)
+        named = {} if call is None else module_parameters(call.model, call.guide)
         names = {id(tensor): name for name, tensor in named.items()}
         parameters = {names.get(id(p), f"number {i}"): p for i, p in enumerate(tensors)}
         self._handle(call, parameters, None)
 
     def _handle(
-        self, call: Optional["_Call"], parameters: Dict[str, Tensor], error: Optional[Exception]
+        self, call: Optional[Call], parameters: Dict[str, Tensor], error: Optional[Exception]
     ) -> None:
         is_first = self._in_a_row == 0
         names = [repr(n) for n, p in parameters.items() if not are_finite(grads_of([p]))]
@@ -281,55 +285,3 @@ class GradientGuard(ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return self.wrapped._get_trace(model, guide, args, kwargs)
-
-
-class _Function:
-    """A function as a loss, as SVI takes it."""
-
-    def __init__(self, function: Callable) -> None:
-        self.differentiable_loss = self.loss = function
-
-    def loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
-        value = self.loss(*args, **kwargs)
-        if getattr(value, "requires_grad", False):
-            value.backward()
-        return value
-
-
-class _Call(NamedTuple):
-    """What a step was, so that it can be repeated."""
-
-    entrance: str
-    model: Callable
-    guide: Callable
-    args: Any
-    kwargs: Dict[str, Any]
-    rng_state: Any
-
-    def find(self, loss: Any) -> Optional[BadNumber]:
-        return find_bad_number(loss, *self)
-
-
-class _Parameters(Messenger):
-    """The parameters that model and guide ask for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._values: Dict[str, Any] = {}
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self._values[msg["name"]] = msg["value"]
-
-    @property
-    def tensors(self) -> Dict[str, Tensor]:
-        """Unconstrained, by name."""
-        return {name: unconstrained(value) for name, value in self._values.items()}
-
-
-def _module_parameters(*functions: Callable) -> Dict[str, Tensor]:
-    found: Dict[str, Tensor] = {}
-    for role, function in zip(("model", "guide"), functions):
-        owner = getattr(function, "__self__", function)
-        if isinstance(owner, nn.Module):
-            found.update({f"{role}.{name}": p for name, p in owner.named_parameters()})
-    return found

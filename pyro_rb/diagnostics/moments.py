@@ -29,6 +29,23 @@ class RunningMoments:
         self.mean = torch.zeros(())
         self._squares = torch.zeros(())  # sum of squared deviations from the mean
 
+    @classmethod
+    def of(cls, samples: Tensor) -> "RunningMoments":
+        """
+        :param ~torch.Tensor samples: All draws, ``[N, *shape]``.
+        :raises ValueError: If there are fewer than two.
+        """
+        if samples.dim() == 0 or len(samples) < 2:
+            raise ValueError(f"need at least 2 draws, got samples of shape {tuple(samples.shape)}")
+        samples = samples.detach().double()
+        result = cls()
+        result.count, result.mean = len(samples), samples.mean(0)
+        # A constant coordinate must have variance 0, not the rounding of its mean.
+        constant = (samples == samples[0]).all(0)
+        result.mean = torch.where(constant, samples[0], result.mean)
+        result._squares = (samples - result.mean).square().sum(0)
+        return result
+
     def update(self, value: Tensor) -> Tensor:
         """
         Adds one draw.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 from torch import Tensor
 
-from pyro_rb.diagnostics.stats import z_threshold
+from pyro_rb.diagnostics.mean_test import z_threshold
 
 # Of the two stretches that are compared, each is cut into this many blocks: enough for a
 # standard error, and each as long as can be, so that the blocks are nearly independent.

@@ -13,14 +13,14 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_rb.diagnostics import stats
-from pyro_rb.diagnostics.agreement import Projector
 from pyro_rb.diagnostics.gauge import Gauge
 from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.losses import ENUMERATED, Losses, make_loss, make_losses
+from pyro_rb.diagnostics.mean_test import rounding_error, z_threshold
 from pyro_rb.diagnostics.measure import Plan, WarningLog, measure, one_line
 from pyro_rb.diagnostics.memory import peak_memory
 from pyro_rb.diagnostics.progress import noise_share, steps_ratio
+from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.diagnostics.report import StateResult, TrainingWindow
 
 NUM_WINDOWS = 50
@@ -135,7 +135,7 @@ class Study:
         projector = first.agreement.projector
         size = len(first.moments.mean) if projector is None else len(projector.labels)
         num_tests = size * max(1, len(gauges) - 1) * len(self.steps)
-        threshold = stats.z_threshold(self.failure_rate, num_tests, count)
+        threshold = z_threshold(self.failure_rate, num_tests, count)
         self.threshold = max(self.threshold, threshold)
         results = [gauge.result(first, threshold, exact) for gauge in gauges]
         if results[0].biased:
@@ -182,7 +182,7 @@ def exact_gradient(sampler: Callable[[Any], GradientSampler]) -> Optional[Tensor
         gradients = one.collect()
         found.append(torch.cat([g.reshape(-1).to(gradients[0].device) for g in gradients]))
     largest = max(vector.abs().max().item() for vector in found)
-    rounding = stats.rounding_error(largest, found[0].dtype)
+    rounding = rounding_error(largest, found[0].dtype)
     spread = (torch.stack(found) - found[0]).abs().max().item()
     return found[0].double() if spread <= rounding else None
 

@@ -5,7 +5,6 @@
 
 import copy
 import math
-from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
@@ -16,17 +15,17 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_rb.diagnostics import stats
 from pyro_rb.diagnostics.bias import Draws, coordinate_name
+from pyro_rb.diagnostics.bias_check import BiasCheck
 from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.mean_test import rounding_error
 from pyro_rb.diagnostics.parameters import (
     check_parameters,
     check_sites,
     parameters_of,
     run_traces,
 )
-from pyro_rb.diagnostics.recommend import HEAVY_TAIL
 from pyro_rb.diagnostics.state import preserve_state
 
 METHODS = ("paired", "independent", "exact")
@@ -35,63 +34,6 @@ Reference = Union[str, ELBO, Mapping[str, Tensor]]
 # Draws are projected this many at a time, so that the gradients of a large model need not
 # be held all at once.
 CHUNK = 64
-
-
-@dataclass(frozen=True)
-class BiasCheck:
-    """
-    What :func:`check_unbiased` has found when it found no bias. Prints as a sentence.
-
-    :param str method: ``"paired"``, ``"independent"`` or ``"exact"``.
-    :param int num_samples: Number of gradients of each loss.
-    :param dict parameters: The shape of each parameter.
-    :param int projections: Number of random projections that were tested in place of
-        coordinates; 0 if coordinates were.
-    :param float max_abs_z: The largest absolute z-score.
-    :param str at: Where it was found.
-    :param float threshold: What it would have had to exceed.
-    :param float detectable_bias: A bias of this size, in units of the gradient, would have
-        been seen with probability 0.95 in any coordinate (or along any projection).
-    :param float detectable_share: The same as a share of the euclidean norm of the
-        reference's mean gradient; infinite where that is zero.
-    :param float tail_share: The share of the 1% largest draws in the variance that the test
-        stands on; NaN with fewer than 100 draws. Of normal draws it is 0.08.
-    """
-
-    method: str
-    num_samples: int
-    parameters: Dict[str, List[int]]
-    projections: int
-    max_abs_z: float
-    at: str
-    threshold: float
-    detectable_bias: float
-    detectable_share: float
-    tail_share: float
-
-    @property
-    def heavy_tailed(self) -> bool:
-        """
-        Whether rare draws dominate the variance. Then the test is blind to what even rarer
-        draws contribute, and ``detectable_bias`` is too small.
-        """
-        return self.tail_share > HEAVY_TAIL
-
-    def __str__(self) -> str:
-        size = sum(torch.Size(shape).numel() for shape in self.parameters.values())
-        what = f"{self.projections} random projections of " if self.projections else ""
-        text = (
-            f"no bias seen in {what}{size} parameter values, {self.num_samples} "
-            f"{self.method} draws: largest |z| {self.max_abs_z:.1f} at {self.at} (threshold "
-            f"{self.threshold:.1f}). A bias of {self.detectable_bias:.3g}, "
-            f"{100 * self.detectable_share:.2g}% of the gradient's norm, would have been seen."
-        )
-        if self.heavy_tailed:
-            text += (
-                f" But the largest 1% of the draws make up {100 * self.tail_share:.0f}% of the "
-                "variance: what is rarer still was not seen. Take more draws."
-            )
-        return text
 
 
 def check_unbiased(
@@ -326,7 +268,7 @@ def _exact_gradient(draws: Draws) -> Dict[str, Tensor]:
         if not rows.numel():
             continue
         difference = (rows[0] - rows[1]).abs()
-        if difference.max() > stats.rounding_error(rows.abs().max().item(), rows.dtype):
+        if difference.max() > rounding_error(rows.abs().max().item(), rows.dtype):
             raise ValueError(
                 f"method 'exact': the reference's gradient of {name!r} is random: two draws "
                 f"differ by {difference.max():.3g}. Use method='paired', or enumerate all sites"

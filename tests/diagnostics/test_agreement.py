@@ -10,7 +10,8 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_rb.diagnostics import compare
-from pyro_rb.diagnostics.agreement import Agreement, Projector
+from pyro_rb.diagnostics.agreement import Agreement
+from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from tests.diagnostics.test_choose import positions
 

@@ -11,7 +11,8 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 from pyro_rb import STLTrace_ELBO, check_unbiased
-from pyro_rb.diagnostics import BiasError, LowPowerError, stats
+from pyro_rb.diagnostics import BiasError, LowPowerError
+from pyro_rb.diagnostics.mean_test import one_sample_test
 from tests.models import conj, discrete_first, two
 
 
@@ -202,7 +203,7 @@ def test_skewness_fails_about_as_rarely_as_promised():
     # Without the correction log-normal draws fail three times as often as they should.
     scale = torch.tensor(0.8)
     draws = (scale * torch.randn(50, 4000)).exp()
-    test = stats.one_sample_test(draws, (scale**2 / 2).exp().expand(4000))
+    test = one_sample_test(draws, (scale**2 / 2).exp().expand(4000))
     threshold = test.threshold(0.01, num_tests=1)
     plain = (test.difference / test.standard_error).abs() > threshold
     assert plain.double().mean() > 0.024
@@ -212,11 +213,11 @@ def test_skewness_fails_about_as_rarely_as_promised():
 def test_skewed_tests_keep_their_promise_of_power():
     # A bias of the size that is said to be detectable is found in 95 of 100 cases.
     draws = torch.distributions.Exponential(torch.tensor(1.0)).sample((200, 2000)) - 1.0
-    test = stats.one_sample_test(draws, torch.zeros(2000))
+    test = one_sample_test(draws, torch.zeros(2000))
     threshold = test.threshold(1e-3, num_tests=1)
     for sign in (-1, 1):
         moved = draws + sign * test.detectable_bias(threshold)
-        found = stats.one_sample_test(moved, torch.zeros(2000)).z.abs() > threshold
+        found = one_sample_test(moved, torch.zeros(2000)).z.abs() > threshold
         assert found.double().mean() > 0.93
 
 
