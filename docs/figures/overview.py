@@ -3,15 +3,16 @@
 
 """
 The figure of ``docs/source/index.rst``: what one changed argument does on five models, as
-``pyro_rb.compare`` measures it, and what training makes of it on two of them. Takes about eight
-minutes.
+``pyro_rb.compare`` measures it, and what training makes of it on two of them. And the table of
+``docs/source/choose.rst``: other losses on the same models. Takes about eight minutes.
 
-Writes ``overview.png`` and ``overview.json``::
+Writes ``overview.png``, ``overview.csv`` and ``overview.json``::
 
     python docs/figures/overview.py
 """
 
 import argparse
+import csv
 import json
 import tempfile
 from pathlib import Path
@@ -39,13 +40,17 @@ OURS = STYLES[3][0]
 class Problem(NamedTuple):
     """
     :param callable make: Returns model, guide and their arguments.
-    :param callable exact: The loss without noise, for the curves of training.
+    :param str loss: The loss of the figure.
+    :param tuple others: Losses that are in the table as well.
+    :param tuple exact: The loss without noise, for the curves of training, and what it does
+        with the guide.
     """
 
     title: str
     make: Callable[[], Tuple[Callable, Callable, Tuple]]
     reference: str
     loss: str
+    others: Tuple[str, ...]
     lr: float
     num_steps: int
     exact: Any = None
@@ -146,6 +151,7 @@ PROBLEMS: Dict[str, Problem] = {
         mixture,
         "Trace_ELBO",
         "RaoBlackwellTopK_ELBO:budget=4",
+        others=("TraceGraph_ELBO", "TraceEnum_ELBO+config_enumerate"),
         lr=0.05,
         num_steps=500,
         exact=(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate),
@@ -155,6 +161,7 @@ PROBLEMS: Dict[str, Problem] = {
         crops,
         "Trace_ELBO",
         "STLTrace_ELBO:adaptive",
+        others=("STLTrace_ELBO",),
         lr=0.02,
         num_steps=1500,
         exact=(make_loss("Trace_ELBO:num_particles=1000,vectorize_particles=True"), lambda guide: guide),
@@ -164,6 +171,7 @@ PROBLEMS: Dict[str, Problem] = {
         network,
         "Trace_ELBO",
         "R2G2_ELBO:local",
+        others=("R2G2_ELBO", "TraceMeanField_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:adaptive"),
         lr=0.01,
         num_steps=1000,
     ),
@@ -172,6 +180,7 @@ PROBLEMS: Dict[str, Problem] = {
         autoencoder,
         "RenyiELBO:alpha=0,num_particles=16,vectorize_particles=True",
         "DReG_ELBO:num_particles=16",
+        others=("DReG_ELBO:num_particles=16,control_variate_scale=adaptive",),
         lr=0.005,
         num_steps=1000,
     ),
@@ -180,25 +189,31 @@ PROBLEMS: Dict[str, Problem] = {
         schools,
         "Trace_ELBO",
         "STLTrace_ELBO:adaptive",
+        others=("STLTrace_ELBO",),
         lr=0.02,
         num_steps=1000,
     ),
 }
 
 
-def measure(problem: Problem, num_samples: int, num_steps: int) -> Comparison:
+def _one_line(title: str) -> str:
+    return title.replace("-\n", "-").replace("\n", " ")
+
+
+def measure(problem: Problem, num_samples: int, num_burn_in: int, num_steps: int) -> Comparison:
     pyro.clear_param_store()
     model, guide, args = problem.make()
     return compare(
         model,
         guide,
-        [problem.loss],
+        [problem.loss, *problem.others],
         args=args,
         reference=problem.reference,
         optim=pyro.optim.Adam({"lr": problem.lr}),
         train_steps=[0, num_steps],
         num_samples=num_samples,
-        title=problem.title.replace("\n", " "),
+        num_burn_in=num_burn_in,
+        title=_one_line(problem.title),
     )
 
 
@@ -240,7 +255,8 @@ def draw_gains(axes: Any, models: Dict[str, Any]) -> None:
     for place, (name, found) in enumerate(models.items()):
         problem = PROBLEMS[name]
         labels.append(problem.title)
-        for row, last in ((found["before"], False), (found["after"], True)):
+        rows = found["losses"][problem.loss]
+        for row, last in ((rows["before"], False), (rows["after"], True)):
             value = row["variance_ratio"] * row["time_ratio"]
             error = value * (row["variance_ratio_error"] / row["variance_ratio"])
             handles[last] = axes.errorbar(
@@ -304,7 +320,7 @@ def draw_training(axes: Any, problem: Problem, found: Dict[str, Any]) -> None:
     margin = 0.05 * (max(highest) - min(lowest))
     axes.set_ylim(min(lowest) - margin, max(highest) + margin)
     dress(axes, f"time, in steps of {problem.reference}", "negative ELBO")
-    axes.set_title(problem.title.replace("\n", " "), color=INK, fontsize=10.5)
+    axes.set_title(_one_line(problem.title), color=INK, fontsize=10.5)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9.5)
 
 
@@ -313,42 +329,78 @@ def as_row(result: LossResult) -> Dict[str, Any]:
     return {key: getattr(result, key) for key in keys}
 
 
+def write_table(models: Dict[str, Any], path: Path) -> None:
+    """Variance, time and their product as ratios to Pyro's loss, a row a loss."""
+    rows = []
+    for name, found in models.items():
+        for loss, states in found["losses"].items():
+            if loss == found["reference"]:
+                continue
+            before, after = states["before"], states["after"]
+            rows.append(
+                {
+                    "model": _one_line(PROBLEMS[name].title),
+                    "loss": loss.replace("TraceEnum_ELBO+config_enumerate", "TraceEnum_ELBO"),
+                    "time": f"{after['time_ratio']:.2f}",
+                    "variance, before": _number(before["variance_ratio"]),
+                    "variance, after": _number(after["variance_ratio"]),
+                    "product, before": _product(before),
+                    "product, after": _product(after),
+                }
+            )
+    with open(path, "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _product(row: Dict[str, Any]) -> str:
+    return "biased" if row["biased"] else _number(row["variance_ratio"] * row["time_ratio"])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    num_samples, num_seeds = (20, 2) if args.smoke_test else (400, 5)
+    num_samples, num_burn_in, num_seeds = (4, 2, 1) if args.smoke_test else (400, 100, 5)
     results: Dict[str, Any] = {
         "settings": {"num_samples": num_samples, "num_seeds": num_seeds, "threads": 1, "torch": torch.__version__},
         "models": {},
         "training": {},
     }
     for name, problem in PROBLEMS.items():
-        num_steps = 4 if args.smoke_test else problem.num_steps
-        comparison = measure(problem, num_samples, num_steps)
-        before, after = (as_row(state.losses[1]) for state in comparison.states)
+        num_steps = 2 if args.smoke_test else problem.num_steps
+        comparison = measure(problem, num_samples, num_burn_in, num_steps)
+        before, after = ({row.name: as_row(row) for row in state.losses} for state in comparison.states)
         results["models"][name] = {
             "reference": problem.reference,
-            "loss": problem.loss,
             "num_steps": num_steps,
-            "before": before,
-            "after": after,
+            "losses": {loss: {"before": before[loss], "after": after[loss]} for loss in before},
         }
         print(comparison)
         if problem.exact is None:
             continue
-        every = 2 if args.smoke_test else num_steps // 50
+        every = 1 if args.smoke_test else num_steps // 50
         training: Dict[str, Any] = {"every": every}
-        for loss, ratio in ((problem.reference, 1.0), (problem.loss, after["time_ratio"])):
+        for loss, ratio in ((problem.reference, 1.0), (problem.loss, after[problem.loss]["time_ratio"])):
             runs = [train(problem, loss, seed, num_steps, every) for seed in tqdm(range(num_seeds), loss)]
             training[loss] = {"time_ratio": ratio, "loss": runs}
         results["training"][name] = training
     (args.out / "overview.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, args.out / "overview.png")
+    finish(results, args.out)
+
+
+def finish(results: Dict[str, Any], out: Path) -> None:
+    draw(results, out / "overview.png")
+    write_table(results["models"], out / "overview.csv")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, help="where to write")
-    parser.add_argument("--redraw", action="store_true", help="only the figure, from the JSON file")
+    parser.add_argument("--redraw", action="store_true", help="only figure and table, from the JSON file")
     parser.add_argument("--smoke-test", action="store_true", help="a few draws, to a temporary place")
     parsed = parser.parse_args()
     if parsed.smoke_test:
@@ -356,7 +408,7 @@ if __name__ == "__main__":
             parsed.out = Path(folder)
             main(parsed)
     elif parsed.redraw:
-        draw(json.loads((parsed.out / "overview.json").read_text()), parsed.out / "overview.png")
+        finish(json.loads((parsed.out / "overview.json").read_text()), parsed.out)
     else:
         parsed.out.mkdir(parents=True, exist_ok=True)
         main(parsed)

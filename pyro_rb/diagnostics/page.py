@@ -61,6 +61,20 @@ def page(comparisons: Sequence[Comparison]) -> str:
 
     :param list comparisons: Results of :func:`~pyro_rb.diagnostics.compare.compare`.
     :rtype: str
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> page([result])[:15]
+    '<!DOCTYPE html>'
     """
     body = "\n".join(section(comparison, style=False, figures=True) for comparison in comparisons)
     legend = f'<div class="pyro-rb small"><pre>{escape(LEGEND)}</pre></div>'
@@ -75,6 +89,20 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     :param bool style: Whether to put the style sheet before it.
     :param bool figures: Whether to draw figures, if matplotlib is installed.
     :rtype: str
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> "<table>" in section(result)
+    True
     """
     advice = comparison.recommendation
     kind = "advice" if advice.loss else "advice thin"
