@@ -19,10 +19,14 @@ from pyro_rb.diagnostics.table import (
     summary,
 )
 
-# Colours are those of the surrounding page; what is marked keeps its contrast on both.
+# Colours are those of the surrounding page; what is marked keeps its contrast on both. Notebooks and
+# nbsphinx have colours and stripes of their own for tables, which would not: hence the !important.
 STYLE = """
 .pyro-rb { line-height: 1.45; }
-.pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums; }
+div.pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums;
+  color: inherit !important; table-layout: auto; }
+div.pyro-rb tr { background: none !important; }
+.pyro-rb .wide { overflow-x: auto; }
 .pyro-rb th, .pyro-rb td { padding: 0.2em 0.7em; text-align: right; border: 0; white-space: nowrap;
   border-bottom: 1px solid rgba(128, 128, 128, 0.35); background: none; color: inherit; }
 .pyro-rb th:first-child, .pyro-rb td:first-child,
@@ -131,7 +135,8 @@ def _table(state: StateResult, best: object) -> str:
         mark = ' class="out"' if out else ' class="best"' if result.name == best else ""
         cells = "".join(f"<td>{escape(cell.strip())}</td>" for cell in row_cells(result))
         rows.append(f"<tr{mark}>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _figures(comparison: Comparison) -> List[str]:

@@ -105,12 +105,12 @@ def plot_comparisons(
     require_matplotlib()
     if path is not None:
         check_plot_path(path)
-    from matplotlib.figure import Figure
+    from pyro_rb.diagnostics.figure import NotebookFigure
 
     draw, num_panels, height = KINDS[kind]
     num_columns = max(map(num_panels, comparisons))
     width = max(3.5 * num_columns, 7.0)
-    figure = Figure(layout="constrained")
+    figure = NotebookFigure(layout="constrained")
     figure.patch.set_alpha(0.0)
     styles = Styles(comparisons)
     handles: Handles = {}
