@@ -286,7 +286,7 @@ def draw_gains(axes: Any, models: Dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(right=30.0)
+    axes.set_xlim(right=70.0)
     names = ["before training", "after training"]
     axes.legend([handles[last][0] for last in (False, True)], names, frameon=False, labelcolor=INK, loc="lower left")
     ticks = [0.001, 0.01, 0.1, 1.0]
@@ -303,7 +303,7 @@ def _times(product: float) -> str:
     gain = 1 / product
     if gain < 1.1:
         return "no gain" if product < 1.1 else f"{product:.1f} times the time"
-    return f"{gain:.1f} times less" if gain < 10 else f"{round(gain):d} times less"
+    return f"{gain:.1f} times less" if gain < 10 else f"{float(f'{gain:.2g}'):.0f} times less"
 
 
 def draw_training(axes: Any, problem: Problem, found: Dict[str, Any]) -> None:
