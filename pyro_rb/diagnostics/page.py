@@ -27,10 +27,10 @@ div.pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-num
   color: inherit !important; table-layout: auto; }
 div.pyro-rb tr { background: none !important; }
 .pyro-rb .wide { overflow-x: auto; }
-.pyro-rb th, .pyro-rb td { padding: 0.2em 0.7em; text-align: right; border: 0; white-space: nowrap;
+div.pyro-rb th, div.pyro-rb td { padding: 0.2em 0.6em; text-align: right; border: 0; white-space: nowrap;
   border-bottom: 1px solid rgba(128, 128, 128, 0.35); background: none; color: inherit; }
-.pyro-rb th:first-child, .pyro-rb td:first-child,
-.pyro-rb th:last-child, .pyro-rb td:last-child { text-align: left; }
+div.pyro-rb th:first-child, div.pyro-rb td:first-child,
+div.pyro-rb th:last-child, div.pyro-rb td:last-child { text-align: left; }
 .pyro-rb tr.best td { font-weight: bold; }
 .pyro-rb tr.out td { opacity: 0.6; }
 .pyro-rb .advice { border-left: 4px solid #2ba37a; padding: 0.3em 0.9em; margin: 0.8em 0; }
