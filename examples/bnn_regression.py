@@ -229,7 +229,7 @@ def summarise(results):
 
 
 def draw(results, plt):
-    size = (2 + 2.2 * len(results), 3)
+    size = (1 + 1.9 * len(results), 3.4)
     figure, axes = plt.subplots(1, len(results), figsize=size, squeeze=False, layout="constrained")
     for ax, (name, result) in zip(axes[0], results.items()):
         others = [m for m in result["scores"] if m != "plain"]
@@ -238,10 +238,10 @@ def draw(results, plt):
             value, error = np.array(points).T
             ax.errorbar(np.arange(len(others)) + shift, value, np.nan_to_num(error), fmt="o", markersize=4, label=label)
         ax.axhline(0, color="0.5", linewidth=1)
-        ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=8)
+        ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=9)
         ax.set_title(name, fontsize=10)
     axes[0, 0].set_ylabel("test log-likelihood - plain")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

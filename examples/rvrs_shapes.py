@@ -151,7 +151,7 @@ def main(args):
     if args.smoke_test:
         args.num_steps, args.num_draws = 20, 50
     rows = []
-    size = (3 * len(GUIDES), 3.2 * len(PROBLEMS))
+    size = (2.1 * len(GUIDES), 2.4 * len(PROBLEMS))  # small, for letters that can be read on a page
     figure, axes = plt.subplots(len(PROBLEMS), len(GUIDES), figsize=size, layout="constrained")
     for problem_name, axs in zip(PROBLEMS, axes):
         problem = PROBLEMS[problem_name]
