@@ -34,6 +34,8 @@ extensions = [
 nbsphinx_execute = "always"
 nbsphinx_timeout = 300
 nbsphinx_prompt_width = "0"
+# There are no widgets that would need it.
+nbsphinx_requirejs_path = ""
 exclude_patterns = ["**.ipynb_checkpoints"]
 
 numfig = True
