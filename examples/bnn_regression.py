@@ -218,7 +218,7 @@ def summarise(results):
 
 
 def draw(results):
-    figure, axes = make_panels(1, len(results), size=(2.2 + 2 / len(results), 3))
+    figure, axes = make_panels(1, len(results), size=(1.9 + 1 / len(results), 3.4))
     for ax, (name, result) in zip(axes, results.items()):
         others = [m for m in result["scores"] if m != "plain"]
         for at, shift, label in (("steps", -0.12, "equal steps"), ("time", 0.12, "equal time")):
@@ -226,10 +226,10 @@ def draw(results):
             value, error = np.array(points).T
             ax.errorbar(np.arange(len(others)) + shift, value, np.nan_to_num(error), fmt="o", markersize=4, label=label)
         ax.axhline(0, color=INK, linewidth=1)
-        ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=8)
+        ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=9)
         ax.set_title(name, fontsize=10)
     axes[0].set_ylabel("test log-likelihood - plain")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -153,7 +153,8 @@ def main(args):
     if args.smoke_test:
         args.num_steps, args.num_draws = 20, 50
     rows = []
-    figure, axes = make_panels(len(PROBLEMS), len(GUIDES), size=(3, 3.2))
+    # Small panels, for letters that can be read on a page.
+    figure, axes = make_panels(len(PROBLEMS), len(GUIDES), size=(2.1, 2.4))
     axes = iter(axes)
     for problem_name in PROBLEMS:
         problem = PROBLEMS[problem_name]

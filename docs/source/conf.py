@@ -27,20 +27,34 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "sphinx_design",
 ]
 
 # Notebooks are committed without their results and run whenever the pages are built.
 nbsphinx_execute = "always"
 nbsphinx_timeout = 300
 nbsphinx_prompt_width = "0"
+# There are no widgets that would need it.
+nbsphinx_requirejs_path = ""
 exclude_patterns = ["**.ipynb_checkpoints"]
 
 numfig = True
 
-html_theme = "sphinx_rtd_theme"
+html_theme = "furo"
+html_title = f"pyro_rb {release}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
-html_theme_options = {"navigation_depth": 3}
+# Light or dark as the reader's system says, or by the button on top of each page. custom.css uses
+# the variables that are set here.
+html_theme_options = {
+    "light_css_variables": {"figure-card": "transparent", "figure-filter": "none"},
+    # Figures are drawn on white; on a dark page they lie on a light card.
+    "dark_css_variables": {"figure-card": "white", "figure-filter": "brightness(0.88)"},
+}
+pygments_style = "tango"
+pygments_dark_style = "monokai"
+# In the list of contents of the API, method names alone are enough.
+toc_object_entries_show_parents = "hide"
 
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
 # The signature shows the types; the text of a docstring names shapes and units.
@@ -48,8 +62,16 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 
-# Only `.. doctest::` blocks of the pages; pytest runs the examples of the docstrings.
+# Only the blocks of the pages that say so; pytest runs the examples of the docstrings.
 doctest_test_doctest_blocks = ""
+doctest_global_setup = """
+import pyro
+import pyro.distributions as dist
+import torch
+
+pyro.clear_param_store()
+pyro.set_rng_seed(0)
+"""
 
 # The build is offline, so there is no intersphinx: names of other projects are
 # shown, not linked. Our own names must all resolve.

@@ -63,6 +63,7 @@ def mixed():
 def states(num_train_steps):
     """Yields names with triples of a model, a guide and arguments."""
     for name, width in (("fitted", 1.0), ("5 times too narrow", 0.2), ("4 times too wide", 4.0)):
+        pyro.clear_param_store()
         yield f"conjugate, {name}", conjugate, partial(conjugate_guide, width), ()
     schools, baseball = EXAMPLES["eight_schools"], EXAMPLES["baseball"]
     cases = [
@@ -73,6 +74,8 @@ def states(num_train_steps):
         ("batting averages, AutoNormal", baseball.model, AutoNormal, baseball.make_args()),
     ]
     for name, model, guide_type, args in cases:
+        # Models have sites of the same names, and automatic guides would share their parameters.
+        pyro.clear_param_store()
         guide = guide_type(model)
         yield f"{name}, untrained", model, guide, args
         svi = SVI(model, guide, Adam({"lr": 0.02}), Trace_ELBO())
@@ -131,8 +134,6 @@ def main(args):
         row = measure(model, guide, model_args, num_samples, num_starts, num_burn_in)
         rows.append({"": name, **{key: cell(*value) for key, value in row.items()}})
         tqdm.write(str(rows[-1]))
-        if guide.__class__ is partial:
-            pyro.clear_param_store()
     write(args, rows, rows)
 
 

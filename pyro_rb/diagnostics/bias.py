@@ -206,6 +206,14 @@ class Draws:
     the gradients of a large model need not be held all at once.
 
     :param int num_projections: 0 to keep every coordinate.
+
+    **Example**
+
+    >>> import torch
+    >>> draws = Draws.of({"loc": torch.zeros(3, 2)}, num_projections=0)
+    >>> draws.add({"loc": torch.ones(1, 2)})
+    >>> draws.rows["loc"].shape, draws.moments["loc"].mean
+    (torch.Size([4, 2]), tensor([0.2500, 0.2500], dtype=torch.float64))
     """
 
     def __init__(self, num_projections: int) -> None:

@@ -125,6 +125,20 @@ def gradient_moments(
     :returns: By name of the parameter, moments whose ``mean`` and ``variance`` have the
         shape of the parameter.
     :rtype: dict
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(3.)), 1.))
+    >>> moments = gradient_moments(Trace_ELBO(), model, guide, num_samples=400, seed=0)
+    >>> 2.8 < moments["loc"].mean < 3.2, 0.7 < moments["loc"].variance < 1.3
+    (tensor(True), tensor(True))
     """
     moments: Dict[str, RunningMoments] = {}
     draws = _draws(
@@ -145,6 +159,23 @@ class GradientSampler:
         returns them.
     :param bool use_backward: Whether to call ``loss_and_grads`` and read ``.grad``, as SVI
         does; else ``differentiable_loss`` is differentiated.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(3.)), 1.))
+    >>> from pyro_rb.diagnostics.parameters import find_parameters
+    >>> parameters = find_parameters(model, guide)
+    >>> sampler = GradientSampler(Trace_ELBO(), model, guide, (), {}, parameters, use_backward=True)
+    >>> loss = sampler.step()
+    >>> [gradient.shape for gradient in sampler.collect()]
+    [torch.Size([])]
     """
 
     def __init__(
@@ -215,7 +246,15 @@ class GradientSampler:
 
 
 def draw_seeds(seed: int, num_samples: int, num_burn_in: int = 0) -> Tuple[List[int], List[int]]:
-    """Seeds of the burn-in and of the draws; the latter do not depend on the former."""
+    """
+    Seeds of the burn-in and of the draws; the latter do not depend on the former.
+
+    **Example**
+
+    >>> burn_in, seeds = draw_seeds(0, num_samples=3, num_burn_in=2)
+    >>> len(burn_in), len(seeds), draw_seeds(0, num_samples=3)[1] == seeds
+    (2, 3, True)
+    """
     generator = torch.Generator().manual_seed(seed)
     limit = 2**32  # numpy accepts no larger seed
     count = num_samples + num_burn_in

@@ -26,6 +26,11 @@ class ConfigEnumerate_ELBO(TraceEnum_ELBO):
     :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` with
     :func:`~pyro.infer.enum.config_enumerate` around the guide: each site of it that can be
     enumerated is, unless it says otherwise.
+
+    **Example**
+
+    >>> make_loss("TraceEnum_ELBO+config_enumerate")  # doctest: +ELLIPSIS
+    <pyro_rb.diagnostics.losses.ConfigEnumerate_ELBO object at ...>
     """
 
     def _get_traces(self, model: Any, guide: Any, args: Tuple, kwargs: Dict) -> Any:
@@ -33,7 +38,14 @@ class ConfigEnumerate_ELBO(TraceEnum_ELBO):
 
 
 def available_losses() -> Dict[str, Type[ELBO]]:
-    """All ELBO classes of Pyro and pyro_rb, by name."""
+    """
+    All ELBO classes of Pyro and pyro_rb, by name.
+
+    **Example**
+
+    >>> available_losses()["STLTrace_ELBO"].__name__
+    'STLTrace_ELBO'
+    """
     found = {}
     for room in (pyro.infer, pyro_rb.infer):
         for name, value in vars(room).items():
@@ -84,6 +96,11 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
 
     :raises ValueError: If a name is unknown or occurs twice.
     :raises TypeError: If a value is neither a name nor an ELBO.
+
+    **Example**
+
+    >>> list(make_losses(["STLTrace_ELBO:adaptive", Trace_ELBO(num_particles=4)]))
+    ['STLTrace_ELBO:adaptive', 'Trace_ELBO:num_particles=4']
     """
     items: List[Tuple[str, Any]]
     if isinstance(losses, Mapping):

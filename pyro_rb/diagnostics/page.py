@@ -19,14 +19,18 @@ from pyro_rb.diagnostics.table import (
     summary,
 )
 
-# Colours are those of the surrounding page; what is marked keeps its contrast on both.
+# Colours are those of the surrounding page; what is marked keeps its contrast on both. Notebooks and
+# nbsphinx have colours and stripes of their own for tables, which would not: hence the !important.
 STYLE = """
 .pyro-rb { line-height: 1.45; }
-.pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums; }
-.pyro-rb th, .pyro-rb td { padding: 0.2em 0.7em; text-align: right; border: 0; white-space: nowrap;
+div.pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums;
+  color: inherit !important; table-layout: auto; }
+div.pyro-rb tr { background: none !important; }
+.pyro-rb .wide { overflow-x: auto; }
+div.pyro-rb th, div.pyro-rb td { padding: 0.2em 0.6em; text-align: right; border: 0; white-space: nowrap;
   border-bottom: 1px solid rgba(128, 128, 128, 0.35); background: none; color: inherit; }
-.pyro-rb th:first-child, .pyro-rb td:first-child,
-.pyro-rb th:last-child, .pyro-rb td:last-child { text-align: left; }
+div.pyro-rb th:first-child, div.pyro-rb td:first-child,
+div.pyro-rb th:last-child, div.pyro-rb td:last-child { text-align: left; }
 .pyro-rb tr.best td { font-weight: bold; }
 .pyro-rb tr.out td { opacity: 0.6; }
 .pyro-rb .advice { border-left: 4px solid #2ba37a; padding: 0.3em 0.9em; margin: 0.8em 0; }
@@ -61,6 +65,20 @@ def page(comparisons: Sequence[Comparison]) -> str:
 
     :param list comparisons: Results of :func:`~pyro_rb.diagnostics.compare.compare`.
     :rtype: str
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> page([result])[:15]
+    '<!DOCTYPE html>'
     """
     body = "\n".join(section(comparison, style=False, figures=True) for comparison in comparisons)
     legend = f'<div class="pyro-rb small"><pre>{escape(LEGEND)}</pre></div>'
@@ -75,6 +93,20 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     :param bool style: Whether to put the style sheet before it.
     :param bool figures: Whether to draw figures, if matplotlib is installed.
     :rtype: str
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> "<table>" in section(result)
+    True
     """
     advice = comparison.recommendation
     kind = "advice" if advice.loss else "advice thin"
@@ -103,7 +135,8 @@ def _table(state: StateResult, best: object) -> str:
         mark = ' class="out"' if out else ' class="best"' if result.name == best else ""
         cells = "".join(f"<td>{escape(cell.strip())}</td>" for cell in row_cells(result))
         rows.append(f"<tr{mark}>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _figures(comparison: Comparison) -> List[str]:

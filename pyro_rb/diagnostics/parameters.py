@@ -27,6 +27,19 @@ def find_parameters(
 
     :returns: Leaf tensors by name.
     :rtype: dict
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     scale = pyro.param("scale", torch.tensor(2.), constraint=dist.constraints.positive)
+    ...     pyro.sample("z", dist.Normal(0., scale))
+    >>> {name: round(tensor.item(), 3) for name, tensor in find_parameters(model, guide).items()}
+    {'scale': 0.693}
     """
     traces = run_traces(model, guide, args, dict(kwargs or {}))
     return parameters_of(traces, model, guide)[0]
@@ -35,7 +48,23 @@ def find_parameters(
 def run_traces(
     model: Callable, guide: Callable, args: Sequence, kwargs: Dict[str, Any]
 ) -> Tuple[poutine.Trace, poutine.Trace]:
-    """The trace of one run of the guide, and that of the model replayed against it."""
+    """
+    The trace of one run of the guide, and that of the model replayed against it.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     scale = pyro.param("scale", torch.tensor(2.), constraint=dist.constraints.positive)
+    ...     pyro.sample("z", dist.Normal(0., scale))
+    >>> guide_trace, model_trace = run_traces(model, guide, (), {})
+    >>> (model_trace.nodes["z"]["value"] == guide_trace.nodes["z"]["value"]).item()
+    True
+    """
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
@@ -44,7 +73,23 @@ def run_traces(
 def parameters_of(
     traces: Sequence[poutine.Trace], model: Callable, guide: Callable
 ) -> Tuple[Dict[str, Tensor], bool]:
-    """As :func:`find_parameters`, and whether any of them is a ``pyro.param`` site."""
+    """
+    As :func:`find_parameters`, and whether any of them is a ``pyro.param`` site.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     scale = pyro.param("scale", torch.tensor(2.), constraint=dist.constraints.positive)
+    ...     pyro.sample("z", dist.Normal(0., scale))
+    >>> parameters, any_site = parameters_of(run_traces(model, guide, (), {}), model, guide)
+    >>> list(parameters), any_site
+    (['scale'], True)
+    """
     found: Dict[str, Tensor] = {}
     seen = set()
     for trace in traces:
@@ -69,6 +114,18 @@ def check_sites(traces: Sequence[poutine.Trace]) -> None:
     """
     Raises a ``ValueError`` unless the guide samples the model's latent sites and no others
     (auxiliary sites, and model sites that are enumerated, aside).
+
+    **Example**
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("y", dist.Normal(0., 1.))
+    >>> check_sites(run_traces(model, guide, (), {}))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: model and guide do not match: the model's latent site 'z' is not sampled by ...
     """
     guide_trace, model_trace = traces
 
@@ -117,7 +174,17 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 def unconstrained(value: Any) -> Tensor:
-    """The leaf behind the value of a ``pyro.param`` site."""
+    """
+    The leaf behind the value of a ``pyro.param`` site.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> pyro.clear_param_store()
+    >>> scale = pyro.param("scale", torch.tensor(1.), constraint=pyro.distributions.constraints.positive)
+    >>> unconstrained(scale).item()
+    0.0
+    """
     # A module-local parameter without constraint has lost the attribute, and is itself.
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 

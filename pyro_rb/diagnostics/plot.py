@@ -21,7 +21,7 @@ class Kind(NamedTuple):
 
     draw: Callable
     num_panels: Callable[[Comparison], int]
-    height: Callable[[Comparison], float] = lambda _: 3.9
+    height: Callable[[Comparison], float] = lambda _: 3.4
 
 
 KINDS: Dict[str, Kind] = {
@@ -35,6 +35,10 @@ KINDS: Dict[str, Kind] = {
 def require_matplotlib() -> None:
     """
     :raises ImportError: If matplotlib is missing, naming the extra that installs it.
+
+    **Example**
+
+    >>> require_matplotlib()  # it is there
     """
     try:
         import matplotlib  # noqa: F401
@@ -48,6 +52,12 @@ def check_plot_path(path: str) -> None:
     """
     :raises ImportError: If matplotlib is missing.
     :raises ValueError: If matplotlib cannot write files with this extension.
+
+    **Example**
+
+    >>> check_plot_path("figure.text")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: cannot plot to 'figure.text': the extension is 'text', expected one of ...
     """
     require_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
@@ -74,18 +84,33 @@ def plot_comparisons(
     :returns: A :class:`matplotlib.figure.Figure`.
     :raises ImportError: If matplotlib is missing.
     :raises ValueError: If there is no such kind.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> figure = plot_comparisons([result])
+    >>> len(figure.axes)
+    1
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     require_matplotlib()
     if path is not None:
         check_plot_path(path)
-    from matplotlib.figure import Figure
+    from pyro_rb.diagnostics.figure import NotebookFigure
 
     draw, num_panels, height = KINDS[kind]
     num_columns = max(map(num_panels, comparisons))
-    width = max(4.6 * num_columns, 6.0)
-    figure = Figure(layout="constrained")
+    width = max(3.5 * num_columns, 7.0)
+    figure = NotebookFigure(layout="constrained")
     figure.patch.set_alpha(0.0)
     styles = Styles(comparisons)
     handles: Handles = {}

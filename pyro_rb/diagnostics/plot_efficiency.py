@@ -36,6 +36,8 @@ def draw(panels: Any, comparison: Comparison, styles: Styles, handles: Handles) 
         _draw_state(axes, state, limits, styles, handles)
         if len(comparison.states) > 1:
             axes.set_title(state.when(), color=INK, fontsize=10)
+    for axes in panels[1:]:  # the axis is that of the first
+        axes.set_ylabel("")
 
 
 def _limits(comparison: Comparison) -> Limits:

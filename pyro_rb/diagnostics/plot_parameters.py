@@ -19,7 +19,8 @@ def num_panels(comparison: Comparison) -> int:
 
 
 def height(comparison: Comparison) -> float:
-    return 1.4 + 0.32 * max(4, min(MOST + 1, len(comparison.parameters)))
+    row = max(0.32, 0.08 * len(comparison.states[0].losses))
+    return 1.4 + row * max(4, min(MOST + 1, len(comparison.parameters)))
 
 
 def draw(panels: Any, comparison: Comparison, styles: Styles, handles: Handles) -> None:
@@ -37,17 +38,18 @@ def draw(panels: Any, comparison: Comparison, styles: Styles, handles: Handles) 
                 shares.append(max(0.0, sum(row.variance_shares.values()) - sum(shares)))
             values = [max(share * (row.variance or 0.0), SMALLEST * largest) for share in shares]
             # Side by side, as they would hide one another.
-            shift = 0.5 * ((index + 0.5) / len(rows) - 0.5)
+            shift = 0.8 * ((index + 0.5) / len(rows) - 0.5)
             places = [place + shift for place in range(len(values))]
             (line,) = axes.plot(values, places, linestyle="none", **styles.of(row))
             handles.setdefault(styles.label(row), line)
         for place in range(len(labels)):
             axes.axhline(place, color=INK, alpha=0.25, lw=0.7, zorder=1)
         axes.set_xscale("log")
-        axes.set_yticks(range(len(labels)), labels)
+        # Names at the first panel are enough.
+        axes.set_yticks(range(len(labels)), labels if axes is panels[0] else [""] * len(labels))
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_title(state.when() if len(comparison.states) > 1 else "", color=INK, fontsize=10)
-        dress(axes, "gradient variance, summed over coordinates", "")
+        dress(axes, "variance of the gradient", "")
 
 
 def _shown(comparison: Comparison) -> List[str]:

@@ -71,6 +71,20 @@ def recommend(states: Sequence[Any]) -> Recommendation:
 
     :param list states: A :class:`~pyro_rb.diagnostics.report.StateResult` for each state.
     :rtype: Recommendation
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> print(recommend(result.states).sentence[:24])
+    Take STLTrace_ELBO: for
     """
     reference = states[0].losses[0].name
     rows = {row.name: _rows(states, row.name) for row in states[0].losses}
@@ -139,6 +153,24 @@ def progress_time(row: Any) -> Tuple[float, float]:
     error.
 
     :param LossResult row: The loss.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> reference, other = result.states[0].losses
+    >>> progress_time(reference)
+    (1.0, 0.0)
+    >>> time, error = progress_time(other)
+    >>> time < 1
+    True
     """
     value = row.time_ratio * row.steps_ratio
     if row.reference:

@@ -137,6 +137,22 @@ class Comparison:
     :param dict left_out: Why losses that might have been tried were not, by name.
     :param list training: :class:`TrainingWindow` s, in order.
     :param bool interrupted: Whether the user has ended it early.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> result.recommendation.loss, result.states[0].losses[1].name
+    ('STLTrace_ELBO', 'STLTrace_ELBO')
+    >>> result.to_dict()["settings"]["reference"]
+    'Trace_ELBO'
     """
 
     title: str

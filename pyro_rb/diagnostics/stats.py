@@ -110,6 +110,13 @@ def bootstrap_variance_ratio(
     :param int seed: Seed of the resampling; the global generator is not touched.
     :returns: A tensor of shape ``[num_resamples]``.
     :rtype: ~torch.Tensor
+
+    **Example**
+
+    >>> a, b = torch.arange(100.) % 10, 2 * (torch.arange(100.) % 10)
+    >>> ratios = bootstrap_variance_ratio(a, b)
+    >>> ratios.shape, 0.2 < ratios.median() < 0.3
+    (torch.Size([1000]), tensor(True))
     """
     generator = torch.Generator().manual_seed(seed)
     top = _bootstrap_variance(a, num_resamples, generator)

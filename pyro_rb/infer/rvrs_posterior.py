@@ -31,6 +31,16 @@ class PosteriorMixin:
     """
     The accepted draws of an :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, and their
     threshold.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> from pyro_rb import RVRSGuide
+    >>> def model():
+    ...     pyro.sample("z", dist.Gamma(2.0, 1.0))
+    >>> guide = RVRSGuide(model, AutoNormal(model, init_scale=1.0))
+    >>> guide.sample_posterior(5)["z"].shape
+    torch.Size([5])
+    >>> value, error = guide.elbo(500)
     """
 
     model: Callable

@@ -100,6 +100,12 @@ class AdaptiveScale:
     Scores that have a parameter in common, directly or through others, share a
     :class:`ControlVariate`. It is kept with the parameter tensors, weakly: one object
     may serve several models. A pickled one starts afresh.
+
+    >>> adaptive, loc = AdaptiveScale(), torch.zeros(1, requires_grad=True)
+    >>> for s in torch.tensor([[1.0], [-1.0], [2.0], [0.5], [-3.0]]):
+    ...     adaptive.learn([loc], path=[2.0 - 0.5 * s], score=[s])
+    >>> round(adaptive.find((2.0 * loc).sum(), stop=set()).scale, 6)
+    0.5
     """
 
     def __init__(self) -> None:

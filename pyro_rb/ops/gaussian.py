@@ -19,7 +19,13 @@ _METHODS = ("rsample", "log_prob", "entropy")
 
 
 def strip_independent(fn: Any) -> Any:
-    """The distribution inside of any number of :class:`~torch.distributions.Independent`."""
+    """
+    The distribution inside of any number of :class:`~torch.distributions.Independent`.
+
+    >>> normal = torch.distributions.Normal(torch.zeros(2), 1.0)
+    >>> strip_independent(torch.distributions.Independent(normal, 1)) is normal
+    True
+    """
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return fn

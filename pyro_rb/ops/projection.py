@@ -26,12 +26,22 @@ _MAX_DENSE = 2**26
 
 
 def jitter(dtype: torch.dtype) -> float:
-    """What is added to the diagonal of a Gram matrix, as a share of its mean."""
+    """
+    What is added to the diagonal of a Gram matrix, as a share of its mean.
+
+    >>> jitter(torch.float32)
+    1e-05
+    """
     return 1e-10 if dtype == torch.float64 else 1e-5
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The relative error in the noise at which conjugate gradients stop."""
+    """
+    The relative error in the noise at which conjugate gradients stop.
+
+    >>> tolerance(torch.float64)
+    1e-10
+    """
     return 1e-10 if dtype == torch.float64 else 1e-5
 
 

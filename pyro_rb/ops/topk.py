@@ -163,6 +163,12 @@ def leave_one_out_baseline(
     :param weight: broadcastable to ``grad``, as are ``is_top`` and ``is_sampled``.
     :param dim: the dimension of slots.
     :return: ``[..., m, ...]``, 0 where there is nothing to take the mean of.
+
+    >>> weight = torch.tensor([0.6, 0.2, 0.2])  # one summed value, two draws
+    >>> cost = torch.tensor([5.0, 1.0, 3.0])
+    >>> is_top = torch.tensor([True, False, False])
+    >>> leave_one_out_baseline(weight * cost, weight, is_top, ~is_top, -1) / weight
+    tensor([0., 4., 3.])
     """
     tiny = torch.finfo(grad.dtype).tiny
     top_weight = (weight * is_top).sum(dim, keepdim=True)
@@ -183,6 +189,13 @@ def probe_baseline(
     :param weight: broadcastable to ``grad``, as is ``is_sampled``.
     :param dim: the dimension of slots.
     :return: ``[..., m + 1, ...]``.
+
+    >>> probe = 7.0 * math.exp(PROBE)
+    >>> is_sampled = torch.tensor([False, True, False])  # the last slot is the probe
+    >>> weight = torch.tensor([0.6, 0.4, math.exp(PROBE)])
+    >>> cost = torch.tensor([5.0, 1.0, 7.0])
+    >>> probe_baseline(weight * cost, weight, is_sampled, -1) / weight
+    tensor([0., 7., 0.])
     """
     probe = grad.narrow(dim, -1, 1) * math.exp(-PROBE)
     return probe * weight * is_sampled

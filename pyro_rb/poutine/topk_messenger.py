@@ -235,6 +235,14 @@ class TopKModelMessenger(EnumMessenger):
     bounds the cartesian product of slots, and makes Categorical priors cheap.
 
     :param TopKMessenger guide: the handler of the guide.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> handler = TopKMessenger(TopKOptions(k=1), first_available_dim=-1)
+    >>> with handler:
+    ...     z = pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
+    >>> with TopKModelMessenger(handler), pyro.poutine.condition(data={"z": z}):
+    ...     pyro.sample("z", dist.Categorical(torch.ones(3))).shape
+    torch.Size([2])
     """
 
     def __init__(self, guide: TopKMessenger) -> None:

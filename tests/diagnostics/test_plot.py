@@ -88,6 +88,11 @@ def test_no_pyplot_and_no_figure_left_open():
     assert pyplot is None or not pyplot.get_fignums()
 
 
+def test_notebooks_show_it_without_pyplot():
+    figure = make_comparison(row("A_ELBO")).plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
 def test_kinds(tmp_path):
     comparison = make_comparison(row("Good_ELBO"), row("Biased_ELBO", biased=True), steps=(0, 4, 9))
     comparison.training = [TrainingWindow(3, 3, 3.5, 0.2), TrainingWindow(6, 3, 3.0, 0.1)]
