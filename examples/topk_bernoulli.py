@@ -24,6 +24,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from tabulate import tabulate
 from tqdm import tqdm
 
+from pyro_rb.diagnostics.palette import INK
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from utils.command_line import make_parser, restart, run, set_up
 from utils.results import make_panels, write_results
@@ -121,9 +122,9 @@ def draw(variances, curves):
         ax.set(xlabel="step", ylabel="loss, mean and 80% of runs", title=f"from eta = {start:g}")
     for ax, start in zip(axes[2:], STARTS):
         for name, values in variances[start].items():
-            style = "k:" if name == "bound" else "o-"
+            style = dict(color=INK, ls=":") if name == "bound" else dict(marker="o", markersize=4)
             # At k = 7 the sum is over all: the variance is 0, or what rounding leaves.
-            ax.plot(range(7), values[:7], style, markersize=4, label=name)
+            ax.plot(range(7), values[:7], label=name, **style)
         ax.set(xlabel="k", ylabel="variance of the gradient", title=f"at eta = {start:g}", yscale="log")
     axes[0].legend(fontsize=7)
     axes[3].legend()

@@ -26,6 +26,7 @@ from pyro.ops.indexing import Vindex
 from tabulate import tabulate
 from tqdm import tqdm
 
+from pyro_rb.diagnostics.palette import INK
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from utils.command_line import make_parser, restart, run, set_up
 from utils.results import make_panels, write_results
@@ -134,8 +135,8 @@ def draw(curves):
     for ax, group in zip(axes, (BY_K, AT_EQUAL_COST)):
         for name in group:
             values = gap(curves, name)
-            style = "k" if name == EXACT else "--" if "mean" in name else "-"
-            ax.plot(10 * np.arange(len(values)), values, style, label=name)
+            style = dict(color=INK) if name == EXACT else dict(ls="--" if "mean" in name else "-")
+            ax.plot(10 * np.arange(len(values)), values, label=name, **style)
         ax.set(xlabel="step", ylabel="loss above that by the exact sum, nats")
         ax.set_yscale("symlog", linthresh=0.01)
         ax.legend()
