@@ -28,11 +28,11 @@ from pyro.infer import (
 )
 from pyro.util import set_rng_seed
 
+from pyro_rb.diagnostics.control_flow import without_dependents
 from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.losses import (
     ENUMERATED,
     REFERENCE,
-    available_losses,
     make_loss,
 )
 from pyro_rb.diagnostics.measure import one_line
@@ -46,6 +46,7 @@ MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
 STL, ADAPTIVE = "STLTrace_ELBO", "STLTrace_ELBO:adaptive"
 TOP_K, R2G2 = "RaoBlackwellTopK_ELBO:budget=4", "R2G2_ELBO"
+LOCAL = "R2G2_ELBO:pre_activations=local"
 
 
 class Choice(NamedTuple):
@@ -137,16 +138,19 @@ class Chooser:
 
     def choose(self, reference: Optional[str] = None) -> Choice:
         reference = reference or self.reference()
-        loss, names = make_loss(reference), available_losses()
+        loss = make_loss(reference)
         if isinstance(loss, RenyiELBO) and loss.alpha == 0:
             self._choose_importance_weighted(reference, loss)
+        elif not latent_sites(self._traces[0]):
+            names = [MEAN_FIELD, GRAPH, ENUMERATED, STL, R2G2, TOP_K]
+            self._left_out = dict.fromkeys(names, "the guide has no latent site")
         elif not has_elbo(reference):
             reason = f"another objective than {reference}"
-            self._left_out = dict.fromkeys([MEAN_FIELD, GRAPH, ENUMERATED, STL, TOP_K], reason)
+            self._left_out = dict.fromkeys([MEAN_FIELD, GRAPH, ENUMERATED, STL, R2G2, TOP_K], reason)
         else:
             if self.sites.summed:
                 reason = f"it does not sum out the model's {_listed(self.sites.summed)}"
-                for name in (MEAN_FIELD, GRAPH, STL):
+                for name in (MEAN_FIELD, GRAPH, STL, R2G2):
                     self._left_out[name] = reason
             else:
                 self._choose_mean_field()
@@ -154,8 +158,7 @@ class Chooser:
             self._choose_enumerated()
             if not self.sites.summed:
                 self._choose_stl()
-                if R2G2 in names:
-                    self._choose_r2g2()
+                self._choose_r2g2()
             self._choose_top_k()
         self._left_out.pop(reference, None)
         return Choice(reference, [n for n in self._tried if n != reference], self._left_out)
@@ -164,11 +167,12 @@ class Chooser:
         """Whether enumeration leaves nothing to chance, apart from subsampling."""
         sites, latent = self.sites, latent_sites(self._traces[0])
         discrete_only = {name for name, _ in latent} == set(sites.countable)
-        return discrete_only and not sites.summed and self._too_many() is None
+        return bool(latent) and discrete_only and not sites.summed and self._too_many() is None
 
     def _choose_mean_field(self) -> None:
         if self.sites.scored:
-            self._left_out[MEAN_FIELD] = f"{_listed(self.sites.scored)} is not reparameterised"
+            verb = "is" if len(self.sites.scored) == 1 else "are"
+            self._left_out[MEAN_FIELD] = f"{_listed(self.sites.scored)} {verb} not reparameterised"
         elif self.sites.jacobians:
             self._left_out[MEAN_FIELD] = (
                 "biased on this guide: Pyro's KL divergence of a Delta leaves out its "
@@ -178,10 +182,19 @@ class Chooser:
             self._try(MEAN_FIELD, unless="mean field restriction")
 
     def _choose_graph(self) -> None:
-        if self.sites.scored:
-            self._try(GRAPH)
-        else:
+        if not self.sites.scored:
             self._left_out[GRAPH] = "all sites of the guide are reparameterised"
+        elif self._try(GRAPH) is not None:
+            one = self._sampler(make_loss(GRAPH))
+            with preserve_state(*self._callables), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                hidden = without_dependents(*one.call, **one.kwargs)
+            if hidden:
+                self._tried.remove(GRAPH)
+                self._left_out[GRAPH] = (
+                    f"it sees nothing that depends on {_listed(hidden)}, and is biased where that "
+                    "is so by control flow such as if, range() or .item()"
+                )
 
     def _choose_enumerated(self) -> None:
         sites = self.sites
@@ -206,10 +219,17 @@ class Chooser:
 
     def _choose_r2g2(self) -> None:
         loss = self._try(R2G2)
-        if loss is not None and not _treated(loss, "projected", "local"):
-            self._tried.remove(R2G2)
-            reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
-            self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
+        if loss is None:
+            return
+        if _treated(loss, "projected", "local"):
+            self._left_out[LOCAL] = (
+                "it is right only where no row of a minibatch has an effect on the others, which "
+                "cannot be seen from here; name it in losses if that is so"
+            )
+            return
+        self._tried.remove(R2G2)
+        reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
+        self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
 
     def _choose_top_k(self) -> None:
         if not self.sites.discrete:

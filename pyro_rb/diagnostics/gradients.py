@@ -160,8 +160,8 @@ class GradientSampler:
         self.loss = loss
         self.names = list(parameters)
         self.tensors = list(parameters.values())
-        self._call = (model, guide, *args)
-        self._kwargs = kwargs
+        self.call = (model, guide, *args)
+        self.kwargs = kwargs
         self._use_backward = use_backward
         self.clear()
 
@@ -174,7 +174,7 @@ class GradientSampler:
     def step(self) -> float:
         """Computes one gradient and returns the loss. This is the part worth timing."""
         if self._use_backward:
-            value = self.loss.loss_and_grads(*self._call, **self._kwargs)
+            value = self.loss.loss_and_grads(*self.call, **self.kwargs)
         else:
             if not hasattr(self.loss, "differentiable_loss"):
                 raise NotImplementedError(
@@ -182,7 +182,7 @@ class GradientSampler:
                     "model and guide have no pyro.param site: register their modules by "
                     "pyro.module()"
                 )
-            value = self.loss.differentiable_loss(*self._call, **self._kwargs)
+            value = self.loss.differentiable_loss(*self.call, **self.kwargs)
             self._gradients = torch.autograd.grad(value, self.tensors, allow_unused=True)
         if isinstance(value, tuple):  # ReweightedWakeSleep: the loss of the model first
             value = value[0]
