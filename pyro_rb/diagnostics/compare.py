@@ -143,6 +143,11 @@ def compare(
     if losses is not None:
         make_losses(losses)
     if reference is not None:
+        if not isinstance(reference, str):
+            raise TypeError(
+                "reference: expected the name of a loss, such as 'Trace_ELBO:num_particles=4', "
+                f"got {reference!r}"
+            )
         make_loss(reference)
     with preserve_state(model, guide), _recorded_warnings() as warned:
         set_rng_seed(seed)
@@ -210,7 +215,7 @@ def compare(
         },
         notes=study.notes
         + _explanations(study, chooser.sites.jacobians)
-        + list(warned.seen),
+        + warned.notes,
         left_out=choice.left_out,
         training=study.windows(),
         interrupted=study.interrupted,
@@ -247,6 +252,9 @@ def _explanations(study: Study, jacobians: List[str]) -> List[str]:
 def _plan(
     num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
 ) -> Plan:
+    for name, count in (("num_samples", num_samples), ("num_burn_in", num_burn_in)):
+        if not isinstance(count, int):
+            raise TypeError(f"{name}: expected an integer, got {count!r}")
     if num_samples < 2 or num_burn_in < 0:
         raise ValueError(
             "expected num_samples >= 2 and num_burn_in >= 0, "
@@ -271,7 +279,7 @@ def _recorded_warnings() -> Iterator[WarningLog]:
 
 
 def _steps(train_steps: Union[int, Sequence[int]]) -> List[int]:
-    listed = [train_steps] if isinstance(train_steps, int) else list(train_steps)
+    listed = list(train_steps) if isinstance(train_steps, Sequence) else [train_steps]
     if not listed or any(not isinstance(n, int) or n < 0 for n in listed):
         raise ValueError(
             f"train_steps: expected an integer >= 0 or a list of such, got {train_steps!r}"

@@ -35,7 +35,23 @@ def find_parameters(
 def run_traces(
     model: Callable, guide: Callable, args: Sequence, kwargs: Dict[str, Any]
 ) -> Tuple[poutine.Trace, poutine.Trace]:
-    """The trace of one run of the guide, and that of the model replayed against it."""
+    """
+    The trace of one run of the guide, and that of the model replayed against it.
+
+    :raises TypeError: If one of the four is something else.
+    """
+    for role, function in (("model", model), ("guide", guide)):
+        if not callable(function):
+            raise TypeError(f"{role}: expected something callable, got {function!r}")
+        if isinstance(function, type):
+            name = function.__name__
+            hint = f"{name}(model)" if role == "guide" else f"{name}()"
+            raise TypeError(f"{role}: {name} is a class; give an instance, such as {hint}")
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            "args: expected a tuple of the arguments of model and guide, such as args=(data,), "
+            f"got {type(args).__name__}"
+        )
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)

@@ -10,8 +10,9 @@ import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
+from pyro_rb.diagnostics import check_unbiased
 from pyro_rb.diagnostics import choose as choose_module
-from pyro_rb.diagnostics import check_unbiased, choose_losses, compare
+from pyro_rb.diagnostics import choose_losses, compare
 from pyro_rb.diagnostics.losses import ENUMERATED
 from tests.models import conj, discrete_first, mix
 

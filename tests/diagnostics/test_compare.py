@@ -400,12 +400,54 @@ def test_auxiliary_and_enumerated_sites_match():
         ({"train_steps": []}, "train_steps: expected"),
         ({"train_steps": [1.5]}, "train_steps: expected"),
         ({"losses": "nonsense"}, "no loss 'nonsense'"),
+        ({"train_steps": 10.0}, "train_steps: expected an integer"),
         ({"failure_rate": 2.0}, "failure_rate must lie between 0 and 1"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         compare(model, AutoNormal(model), args=(X,), progress=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_samples": 10.5}, "num_samples: expected an integer, got 10.5"),
+        ({"args": X}, r"args: expected a tuple.*args=\(data,\), got Tensor"),
+        ({"losses": TraceMeanField_ELBO}, r"; write TraceMeanField_ELBO\(\)"),
+        ({"reference": TraceMeanField_ELBO()}, "reference: expected the name of a loss"),
+        ({"guide": AutoNormal}, r"guide: AutoNormal is a class.*AutoNormal\(model\)"),
+        ({"model": 3}, "model: expected something callable, got 3"),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    given = {"model": model, "guide": AutoNormal(model), "args": (X,), "progress": False, **arguments}
+    with pytest.raises(TypeError, match=message):
+        compare(**given)
+
+
+def test_losses_that_are_not_finite_now_and_then():
+    def rarely_nan(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        bad = torch.where(torch.rand(()) < 0.2, torch.tensor(math.nan), z)
+        pyro.sample("x", dist.Normal(bad, 1.0, validate_args=False), obs=x.sum())
+
+    guide = AutoNormal(rarely_nan)
+    result = compare(rarely_nan, guide, "STLTrace_ELBO", args=(X,), **{**QUICK, "num_samples": 60})
+    rows = result.states[0].losses
+    assert 5 < rows[0].bad_losses == rows[1].bad_losses < 25 and math.isfinite(rows[0].loss)
+    assert f"the loss was not finite {rows[0].bad_losses} times with Trace_ELBO" in " ".join(str(result).split())
+    # The same warning of several losses is one note.
+    assert "Trace_ELBO, STLTrace_ELBO: Encountered NaN: loss" in result.notes
+
+
+def test_bad_number_of_the_reference_is_named():
+    def root(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal((z - 9.0).sqrt(), 1.0, validate_args=False), obs=x.sum())
+
+    with pytest.raises(ValueError, match="at model site 'x', argument 'loc' of Normal is nan.*on_bad='skip'"):
+        compare(root, AutoNormal(root), args=(X,), **QUICK)
 
 
 def test_no_parameters():
@@ -440,6 +482,10 @@ def test_one_line():
     assert measure.one_line(ValueError("a\n  b")) == "ValueError: a b"
     assert len(measure.one_line(ValueError("x" * 1000))) < 330
     assert measure.one_line(UserWarning("a\nb")) == "a b"
+    shapes = "no\n Trace Shapes:\n  Param Sites:\nSample Sites:\n z dist |"
+    assert measure.one_line(ValueError(shapes)) == "ValueError: no"
+    hint = "The values of the guide sites ['z'] have"
+    assert measure.one_line(ValueError(f"{shapes}\n{hint}")) == f"ValueError: no {hint}"
 
 
 def test_reference_of_the_same_objective():
