@@ -15,11 +15,12 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
 
+from pyro_rb.diagnostics.commands import parse, run_command
 from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
 from pyro_rb.diagnostics.load import load_args, load_guide, load_model, to_device
 from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.models import EXAMPLES
-from pyro_rb.diagnostics.options import PROGRAM, check_options, make_parser
+from pyro_rb.diagnostics.options import COMMANDS, PROGRAM, check_options, make_parser
 from pyro_rb.diagnostics.page import page
 from pyro_rb.diagnostics.plot import plot_comparisons
 from pyro_rb.diagnostics.report import Comparison
@@ -31,13 +32,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Runs the command line.
 
     :param list argv: Arguments. Default: ``sys.argv[1:]``.
-    :returns: The exit status: 0, or 2 after an error, or 130 after Ctrl-C, in which case
-        what was measured until then is printed and written.
+    :returns: The exit status: 0, or 1 if ``check`` finds a bias, or 2 after an error, or 130
+        after Ctrl-C, in which case what was measured until then is printed and written.
     :rtype: int
     """
-    options = make_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        options = parse(argv[0], argv[1:])
+    else:
+        options = make_parser().parse_args(argv)
+        options.command = None
     try:
         with _current_directory_first():
+            if options.command is not None:
+                with _device(options.device):
+                    status = run_command(options)
+                return _fail("interrupted", status) if status == 130 else status
             run(options)
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,7 +26,6 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceTailAdaptive_ELBO,
 )
-from pyro.util import set_rng_seed
 
 from pyro_rb.diagnostics.control_flow import without_dependents
 from pyro_rb.diagnostics.gradients import GradientSampler
@@ -35,10 +34,10 @@ from pyro_rb.diagnostics.losses import (
     REFERENCE,
     make_loss,
 )
-from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.parameters import parameters_of, run_traces
 from pyro_rb.diagnostics.sites import latent_sites, read_sites, settle_plates
 from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.trial import evaluate, is_treated
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 
 #: Enumeration is tried up to this many joint values, and this many numbers in one tensor.
@@ -211,7 +210,7 @@ class Chooser:
 
     def _choose_stl(self) -> None:
         loss = self._try(STL)
-        if loss is not None and not _treated(loss, "path gradient"):
+        if loss is not None and not is_treated(loss, "path gradient"):
             self._tried.remove(STL)
             self._left_out[STL] = "the guide has no site whose score could be removed"
         elif loss is not None:
@@ -221,7 +220,7 @@ class Chooser:
         loss = self._try(R2G2)
         if loss is None:
             return
-        if _treated(loss, "projected", "local"):
+        if is_treated(loss, "projected", "local"):
             self._left_out[LOCAL] = (
                 "it is right only where no row of a minibatch has an effect on the others, which "
                 "cannot be seen from here; name it in losses if that is so"
@@ -236,7 +235,7 @@ class Chooser:
             self._left_out[TOP_K] = "the guide has no discrete site"
             return
         loss = self._try(TOP_K)
-        if loss is not None and not _treated(loss, "top-k"):
+        if loss is not None and not is_treated(loss, "top-k"):
             self._tried.remove(TOP_K)
             self._left_out[TOP_K] = "there are too few values: all are summed"
 
@@ -256,7 +255,7 @@ class Chooser:
         :returns: The loss, or None.
         """
         loss = make_loss(name)
-        error = _evaluate(loss, self._callables, self._sampler, unless)
+        error = evaluate(loss, self._callables, self._sampler, unless)
         if error is not None:
             self._left_out[name] = error
             return None
@@ -274,7 +273,7 @@ class Chooser:
         largest = max(_size(site) for site in self._traces[1].nodes.values())
         limit = min(MAX_EVALUATIONS, max(16, MAX_ELEMENTS // largest))
         loss = RaoBlackwellTopK_ELBO(k=2**20, max_evaluations=limit)
-        error = _evaluate(loss, self._callables, self._sampler)
+        error = evaluate(loss, self._callables, self._sampler)
         if error is not None:
             return f"too many joint values, or not to be enumerated in parallel: {error}"
         rows = [row for row in loss.report() if row.site in self.sites.countable]
@@ -288,30 +287,6 @@ def has_elbo(name: str) -> bool:
     loss = make_loss(name)
     elbos = (Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO)
     return isinstance(loss, elbos) and not isinstance(loss, TraceTailAdaptive_ELBO)
-
-
-def _evaluate(
-    loss: Any, callables: Tuple, sampler: Callable, unless: str = ""
-) -> Optional[str]:
-    """The error of one evaluation, or the warning that has the words ``unless`` in it."""
-    with preserve_state(*callables), warnings.catch_warnings(record=True) as log:
-        warnings.simplefilter("always")
-        set_rng_seed(0)
-        one = sampler(loss)
-        try:
-            value = one.step()
-        except Exception as error:
-            return one_line(error)
-        finally:
-            one.clear()
-    if not math.isfinite(value):
-        return f"its value is {value}"
-    found = [one_line(item.message) for item in log if unless in str(item.message)]
-    return found[0] if unless and found else None
-
-
-def _treated(loss: Any, *treatments: str) -> bool:
-    return any(row.treatment.startswith(treatments) for row in loss.report())
 
 
 def _size(site: Any) -> int:

@@ -3,7 +3,7 @@
 
 """What :class:`~pyro.infer.tracegraph_elbo.TraceGraph_ELBO` cannot see."""
 
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Set
 
 from pyro.infer import TraceGraph_ELBO
 from pyro.ops.provenance import get_provenance
@@ -34,7 +34,7 @@ def without_dependents(model: Callable, guide: Callable, *args: Any, **kwargs: A
     """
     traces = TraceGraph_ELBO()._get_traces(model, guide, args, kwargs)
     model_trace, guide_trace = next(iter(traces))
-    seen = set()
+    seen: Set[str] = set()
     for trace in (model_trace, guide_trace):
         trace.compute_log_prob()
         for name, site in sample_sites(trace):

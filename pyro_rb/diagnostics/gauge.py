@@ -41,7 +41,7 @@ class Gauge:
         self.sampler = sampler
         self.failure: Optional[str] = None
         self.cause: Optional[Exception] = None
-        self.failed_seed: Optional[int] = None
+        self.failed_seed = 0
         self.moments = RunningMoments()
         self.agreement = Agreement(sampler.names, sampler.tensors, projector)
         self.losses = RunningMoments()

@@ -90,9 +90,9 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
     if isinstance(losses, Mapping):
         items = list(losses.items())
     else:
-        single = isinstance(losses, (str, ELBO)) or inspect.isclass(losses)
-        listed = [losses] if single else list(losses)
-        items = [(_name(loss), loss) for loss in listed]
+        if isinstance(losses, (str, ELBO)) or inspect.isclass(losses):
+            losses = [losses]
+        items = [(_name(loss), loss) for loss in losses]
     made: Dict[str, ELBO] = {}
     for name, loss in items:
         if name in made:
@@ -141,7 +141,9 @@ def usage(name: str) -> Optional[str]:
     given = []
     for item in filter(None, rest.split(",")):
         key, equals, value = item.rpartition("=")
-        given.append(f"{key.strip()}{equals}{json.dumps(found) if isinstance(found := _literal(value), str) else found}")
+        found = _literal(value)
+        text = json.dumps(found) if isinstance(found, str) else repr(found)
+        given.append(f"{key.strip()}{equals}{text}")
     return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
 
 

@@ -22,6 +22,7 @@ from pyro_rb.diagnostics.parameters import (
     parameters_of,
     run_traces,
 )
+from pyro_rb.diagnostics.sites import settle_plates
 from pyro_rb.diagnostics.state import preserve_state
 
 NUM_BLOCKS = 20
@@ -188,6 +189,7 @@ def measure_noise(
         found, any_site = parameters_of(traces, model, guide)
         found = found if parameters is None else dict(parameters)
         check_parameters(found)
+        settle_plates(loss, traces)
         sampler = GradientSampler(loss, model, guide, args, arguments, found, any_site)
         burn_in, seeds = draw_seeds(seed, num_samples, num_burn_in)
         for i, draw_seed in enumerate(tqdm(burn_in + seeds, disable=not progress)):

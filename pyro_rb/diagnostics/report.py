@@ -163,7 +163,7 @@ class Comparison:
         """
         result = dataclasses.asdict(self)
         result["recommendation"] = dataclasses.asdict(self.recommendation)
-        result = _finite(result)
+        result = finite(result)
         assert isinstance(result, dict)
         return result
 
@@ -211,9 +211,10 @@ class Comparison:
         return section(self)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None in place of numbers that are not finite, as JSON has none."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -137,7 +137,7 @@ class Study:
             self._memories[name] = _memory(self.sampler, made_again(self.losses, name), seed)
         return self._memories[name]
 
-    def _blame(self, seed: Optional[int]) -> str:
+    def _blame(self, seed: int) -> str:
         """Where the first bad number of a gradient begins, if one can be found."""
         one = self.sampler(GradientGuard(make_loss(self.reference)))
         set_rng_seed(seed)

@@ -15,7 +15,13 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_rb.diagnostics.bias import Draws, coordinate_name
+from pyro_rb.diagnostics.bias import (
+    PROJECTIONS,
+    BiasTest,
+    CheckError,
+    Draws,
+    coordinate_name,
+)
 from pyro_rb.diagnostics.bias_check import BiasCheck
 from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.losses import make_loss
@@ -26,6 +32,7 @@ from pyro_rb.diagnostics.parameters import (
     parameters_of,
     run_traces,
 )
+from pyro_rb.diagnostics.sites import settle_plates
 from pyro_rb.diagnostics.state import preserve_state
 
 METHODS = ("paired", "independent", "exact")
@@ -143,6 +150,7 @@ def check_unbiased(
             projections = 20 if _has_discrete_site(traces[0]) else 0
 
         def draw(loss: Any, seed: int, count: int, projections: int = 0) -> Draws:
+            settle_plates(loss, traces)
             sampler = GradientSampler(loss, model, guide, args, kwargs, found, any_site)
             burn_in, seeds = draw_seeds(seed, count, num_burn_in)
             return _draw(sampler, burn_in, seeds, projections, progress)
@@ -160,30 +168,36 @@ def check_unbiased(
             other = seed if is_paired else (seed + 1) % 2**32
             others = draw(theirs, other, num_samples, projections)
             test = mine.test_draws(others, is_paired, failure_rate)
-    try:
-        test.raise_if_biased()
-        if detect is not None:
-            test.raise_if_blind(detect)
-    except AssertionError as error:
-        seen = test.detectable_bias()[1]
-        raise type(error)(
-            f"{error}. A bias of {seen:.3g} ({test.share(seen)}) would have been seen anywhere"
-        ) from None
     name, index = test.worst
-    shape = test.tests[name].difference.shape
     size = test.detectable_bias()[1]
-    return BiasCheck(
+    check = BiasCheck(
         method=method,
         num_samples=num_samples,
         parameters={name: list(tensor.shape) for name, tensor in found.items()},
         projections=projections,
         max_abs_z=test.tests[name].max_abs_z,
-        at=coordinate_name(name, shape, index),
+        at=coordinate_name(name, test.tests[name].difference.shape, index),
         threshold=test.threshold(name),
         detectable_bias=size,
         detectable_share=size / test.scale if test.scale > 0 else math.inf,
         tail_share=mine.tail_share(others if method == "paired" else None),
+        z_scores=_z_scores(test),
     )
+    try:
+        test.raise_if_biased()
+        if detect is not None:
+            test.raise_if_blind(detect)
+    except CheckError as error:
+        text = f"{error}. A bias of {size:.3g} ({test.share(size)}) would have been seen anywhere"
+        raise type(error)(text, check) from None
+    return check
+
+
+def _z_scores(test: BiasTest) -> Dict[str, float]:
+    if PROJECTIONS in test.tests:
+        scores = test.tests[PROJECTIONS].z.abs().tolist()
+        return {coordinate_name(PROJECTIONS, (len(scores),), i): z for i, z in enumerate(scores)}
+    return {name: one.max_abs_z for name, one in test.tests.items()}
 
 
 def _check_arguments(

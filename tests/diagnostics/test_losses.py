@@ -14,6 +14,7 @@ from pyro_rb.diagnostics.losses import (
     available_losses,
     make_loss,
     make_losses,
+    usage,
 )
 from pyro_rb.infer import DReG_ELBO, STLTrace_ELBO
 
