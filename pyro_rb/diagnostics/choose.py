@@ -3,7 +3,6 @@
 
 """Which losses are worth a trial on a model and guide: :func:`choose_losses`."""
 
-import math
 import warnings
 from typing import (
     Any,

@@ -81,6 +81,16 @@ def parameters_of(
     return found, any_site
 
 
+def module_parameters(*functions: Callable) -> Dict[str, Tensor]:
+    """Parameters of model and guide as modules, as ``model.weight`` and so on."""
+    found: Dict[str, Tensor] = {}
+    for role, function in zip(("model", "guide"), functions):
+        owner = getattr(function, "__self__", function)
+        if isinstance(owner, nn.Module):
+            found.update({f"{role}.{name}": p for name, p in owner.named_parameters()})
+    return found
+
+
 def check_sites(traces: Sequence[poutine.Trace]) -> None:
     """
     Raises a ``ValueError`` unless the guide samples the model's latent sites and no others
