@@ -17,7 +17,7 @@ from pyro.optim import PyroOptim
 
 from pyro_rb.diagnostics.commands import parse, run_command
 from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
-from pyro_rb.diagnostics.load import load_args, load_guide, load_model, to_device
+from pyro_rb.diagnostics.load import load_call, load_guide, load_model, to_device
 from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.models import EXAMPLES
 from pyro_rb.diagnostics.options import COMMANDS, PROGRAM, check_options, make_parser
@@ -111,15 +111,15 @@ def _jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     if options.model is not None:
         model = load_model(options.model)
         guide = load_guide(options.guide, model)
-        args, kwargs = load_args(options.args)
+        args, kwargs = load_call(options)
         for part in (model, guide):
             to_device(getattr(part, "__self__", part), options.device)
         title = f"Model {options.model}, guide {options.guide or 'AutoNormal'}"
         yield {
             "model": model,
             "guide": guide,
-            "args": to_device(args, options.device),
-            "kwargs": to_device(kwargs, options.device),
+            "args": args,
+            "kwargs": kwargs,
             "train_steps": 0 if steps is None else steps,
             "optim": _adam(options.learning_rate or 0.01),
             "title": title,

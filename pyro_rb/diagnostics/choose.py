@@ -12,7 +12,6 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
-    Sequence,
     Tuple,
 )
 
@@ -33,7 +32,7 @@ from pyro_rb.diagnostics.losses import (
     REFERENCE,
     make_loss,
 )
-from pyro_rb.diagnostics.parameters import parameters_of, run_traces
+from pyro_rb.diagnostics.parameters import Arguments, parameters_of, run_traces
 from pyro_rb.diagnostics.sites import latent_sites, read_sites, settle_plates
 from pyro_rb.diagnostics.state import preserve_state
 from pyro_rb.diagnostics.trial import evaluate, is_treated
@@ -62,7 +61,7 @@ class Choice(NamedTuple):
 def choose_losses(
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     reference: Optional[str] = None,
 ) -> Choice:

@@ -21,7 +21,7 @@ from pyro_rb.diagnostics import plot_tools
 from pyro_rb.diagnostics.bias import CheckError
 from pyro_rb.diagnostics.fitting import fit
 from pyro_rb.diagnostics.guard import ON_BAD
-from pyro_rb.diagnostics.load import load_args, load_guide, load_model, to_device
+from pyro_rb.diagnostics.load import load_call, load_guide, load_model, to_device
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.diagnostics.noise import measure_noise
 from pyro_rb.diagnostics.options import (
@@ -81,14 +81,14 @@ def run_command(options: argparse.Namespace) -> int:
     pyro.set_rng_seed(options.seed)
     model = load_model(options.model)
     guide = load_guide(options.guide, model)
-    args, kwargs = load_args(options.args)
+    args, kwargs = load_call(options)
     for part in (model, guide):
         to_device(getattr(part, "__self__", part), options.device)
     job = {
         "model": model,
         "guide": guide,
-        "args": to_device(args, options.device),
-        "kwargs": to_device(kwargs, options.device),
+        "args": args,
+        "kwargs": kwargs,
         "progress": not options.no_progress,
     }
     outcome = _COMMANDS[options.command][2](options, job)

@@ -23,6 +23,7 @@ from pyro_rb.diagnostics.losses import Losses, make_loss, make_losses
 from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.diagnostics.measure import Plan, WarningLog
 from pyro_rb.diagnostics.parameters import (
+    Arguments,
     check_parameters,
     check_sites,
     parameters_of,
@@ -41,7 +42,7 @@ def compare(
     model: Callable,
     guide: Callable,
     losses: Optional[Losses] = None,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 300,
     num_burn_in: int = 100,
@@ -81,7 +82,10 @@ def compare(
         name. Instances are copied. Default: those that apply, see
         :func:`~pyro_rb.diagnostics.choose.choose_losses`; ``result.left_out`` says why the
         others do not.
-    :param args: Positional arguments of model and guide.
+    :param args: Positional arguments of model and guide; or a function without arguments that
+        returns them. It is called before each step, for a new minibatch, whose noise then counts
+        in all variances; the time that it takes counts as well. It must draw by the generators
+        of torch, numpy or random, so that all losses see the same.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of gradients of each loss at each state, at least 2. With
         ``rel_error``, the least number.

@@ -5,13 +5,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional
 
 from pyro.infer import SVI
 from tqdm import tqdm
 
 from pyro_rb.diagnostics.guard import GradientGuard
 from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.parameters import Arguments, current_args
 from pyro_rb.diagnostics.stopping import Check, StopRule
 
 
@@ -64,7 +65,7 @@ def fit(
     model: Callable,
     guide: Callable,
     optim: Any,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Dict[str, Any]] = None,
     max_steps: int = 10000,
     tolerance: Optional[float] = None,
@@ -79,6 +80,9 @@ def fit(
 
     :param str loss: A name for :func:`~pyro_rb.diagnostics.losses.make_loss`.
     :param ~pyro.optim.optim.PyroOptim optim: The optimizer.
+    :param args: Positional arguments of model and guide; or a function that returns them, which
+        is called before each step.
+    :param dict kwargs: Keyword arguments of model and guide.
     :param int max_steps: Number of steps at most.
     :param float tolerance: See the rule.
     :param str on_bad: See the guard.
@@ -107,7 +111,7 @@ def fit(
     try:
         with tqdm(total=max_steps, disable=not progress, leave=False, mininterval=0.5) as bar:
             for _ in range(max_steps):
-                found.losses.append(float(svi.step(*args, **(kwargs or {}))))
+                found.losses.append(float(svi.step(*current_args(args), **(kwargs or {}))))
                 bar.update()
                 if rule.update(found.losses[-1]):
                     found.stopped = "converged"

@@ -105,6 +105,11 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = False
     add("--model", metavar="MODULE:NAME", required=is_required, help="the model")
     add("--guide", metavar="MODULE:NAME", help="the guide (default: AutoNormal)")
     add("--args", metavar="MODULE:NAME", help="function that makes the arguments (default: none)")
+    add(
+        "--batches",
+        action="store_true",
+        help="call that function before each step, not once: it returns a new minibatch",
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -3,17 +3,22 @@
 
 """Which parameters and sites a model and guide have, found by running them once."""
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
+
+#: Positional arguments of model and guide, or a function that returns those of a step.
+Arguments = Union[Sequence, Callable[[], Sequence]]
 
 
 def find_parameters(
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Dict[str, Tensor]:
     """
@@ -32,8 +37,40 @@ def find_parameters(
     return parameters_of(traces, model, guide)[0]
 
 
+def current_args(args: Arguments) -> Sequence:
+    """
+    The positional arguments of model and guide for one step: ``args`` or what it returns.
+
+    :raises TypeError: If that is no tuple.
+    """
+    given = args() if callable(args) else args
+    if not isinstance(given, (tuple, list)):
+        what = "args(): expected it to return" if callable(args) else "args: expected"
+        raise TypeError(
+            f"{what} a tuple of the arguments of model and guide, such as (data,), got "
+            f"{type(given).__name__}; for minibatches give a function that draws one and returns it"
+        )
+    return given
+
+
+def _check_batches(args: Callable[[], Sequence]) -> None:
+    """Minibatches must be those of the random numbers, so that losses can be compared."""
+    state = get_rng_state()
+    first = current_args(args)
+    set_rng_state(state)
+    again = current_args(args)
+    set_rng_state(state)
+    pairs = [pair for pair in zip(first, again) if isinstance(pair[0], Tensor)]
+    if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
+        raise ValueError(
+            "args(): it returned other values when called again with the same random numbers. Draw "
+            "the minibatch by the generators of torch, numpy or random, such as "
+            "data[torch.randperm(len(data))[:32]], so that all losses see the same"
+        )
+
+
 def run_traces(
-    model: Callable, guide: Callable, args: Sequence, kwargs: Dict[str, Any]
+    model: Callable, guide: Callable, args: Arguments, kwargs: Dict[str, Any]
 ) -> Tuple[poutine.Trace, poutine.Trace]:
     """
     The trace of one run of the guide, and that of the model replayed against it.
@@ -47,11 +84,9 @@ def run_traces(
             name = function.__name__
             hint = f"{name}(model)" if role == "guide" else f"{name}()"
             raise TypeError(f"{role}: {name} is a class; give an instance, such as {hint}")
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(
-            "args: expected a tuple of the arguments of model and guide, such as args=(data,), "
-            f"got {type(args).__name__}"
-        )
+    if callable(args):
+        _check_batches(args)
+    args = current_args(args)
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)

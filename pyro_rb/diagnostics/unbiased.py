@@ -5,7 +5,7 @@
 
 import copy
 import math
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 import torch
 from pyro import poutine
@@ -27,6 +27,7 @@ from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.diagnostics.mean_test import rounding_error
 from pyro_rb.diagnostics.parameters import (
+    Arguments,
     check_parameters,
     check_sites,
     parameters_of,
@@ -48,7 +49,7 @@ def check_unbiased(
     model: Callable,
     guide: Callable,
     reference: Reference = "Trace_ELBO",
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 1000,
     num_burn_in: int = 0,
@@ -75,7 +76,8 @@ def check_unbiased(
         of the *unconstrained* parameters as a dict of tensors by name, as
         :func:`~pyro_rb.diagnostics.parameters.find_parameters` names them. Default:
         :class:`~pyro.infer.trace_elbo.Trace_ELBO`.
-    :param args: Positional arguments of model and guide.
+    :param args: Positional arguments of model and guide; or a function that returns them, which
+        is called before each draw: a new minibatch, by the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of gradients of each loss, at least 2.
     :param int num_burn_in: Number of gradients that are drawn first and thrown away. Losses

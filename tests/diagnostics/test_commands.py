@@ -200,3 +200,22 @@ def test_fit_is_that_of_svi():
                 svi.step()
         values.append(pyro.param("loc").item())
     assert values[0] == values[1]
+
+
+def test_minibatches(capsys):
+    Path("ours.py").write_text(Path("ours.py").read_text() + textwrap.dedent("""
+        def batch():
+            return (torch.randn(()),)
+    """))
+    sys.modules.pop("ours", None)
+    # A fixed datum has none of its noise.
+    assert call("noise", "--batches", "--args", "ours:batch", "--json", "moving.json") == 0
+    assert call("noise", "--args", "ours:batch", "--json", "fixed.json") == 0
+    moving, fixed = (json.loads(Path(f"{name}.json").read_text())["variance"] for name in ("moving", "fixed"))
+    assert moving - fixed == pytest.approx(1.0, rel=0.3)
+    capsys.readouterr()
+    what = ["--model", "ours:model", "--guide", "ours:guide", "--args", "ours:batch", "--batches"]
+    assert main([*what, "--num-samples", "4", "--burn-in", "1", "--train-steps", "2", "--no-progress"]) == 0
+    assert "After 2 training steps" in capsys.readouterr().out
+    assert main([*what[:4], "--batches", "--no-progress"]) == 2
+    assert "--batches: --args must name a function" in capsys.readouterr().err
