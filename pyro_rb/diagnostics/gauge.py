@@ -142,7 +142,7 @@ class Gauge:
         result.seconds = stats.median_and_error(seconds)[0]
         result.time_ratio, result.time_ratio_error = stats.median_and_error(seconds / base)
         result.cost_ratio = result.variance_ratio * result.time_ratio
-        result.loss = self.losses.mean.item()
+        result.loss = self.losses.mean.item() if self.losses.count else math.nan
         result.bad_losses = self.bad_losses
         result.loss_error = self.losses.standard_error.item()
         result.loss_deviation = result.loss_error * math.sqrt(self.losses.count)

@@ -135,7 +135,7 @@ def remarks(state: StateResult) -> List[str]:
     if bad:
         found.append(
             f"In {state.num_samples} draws the loss was not finite {', '.join(bad)}, though the "
-            "gradient was: GradientGuard says where that begins."
+            "gradient was."
         )
     heavy = [
         f"{_percent(result.tail_share)} of that of {result.name}"

@@ -19,6 +19,7 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
@@ -558,3 +559,16 @@ def test_nan_between_the_parameter_of_a_module_and_its_site():
     with pytest.raises(NonFiniteError, match="with respect to parameter 'guide.loc' is nan"):
         optim.step()
     assert not guide.loc._backward_hooks
+
+
+def test_loss_that_is_always_infinite():
+    """That of TraceTailAdaptive_ELBO is, and its gradients are finite."""
+    loss = TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=0)
+    guard = GradientGuard(loss)
+    svi = SVI(normal_model, normal_guide(), adam(), loss=guard)
+    assert svi.step() == math.inf
+    assert (guard.num_steps, guard.num_skipped) == (1, 0)
+    assert pyro.param("loc").item() != 0.5
+    svi = SVI(model_with(lambda z: z * math.nan), normal_guide(), adam(), loss=guard)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        svi.step()
