@@ -15,11 +15,12 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
 
+from pyro_rb.diagnostics.commands import parse, run_command
 from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
-from pyro_rb.diagnostics.load import load_args, load_guide, load_model, to_device
+from pyro_rb.diagnostics.load import load_call, load_guide, load_model, to_device
 from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.models import EXAMPLES
-from pyro_rb.diagnostics.options import PROGRAM, check_options, make_parser
+from pyro_rb.diagnostics.options import COMMANDS, PROGRAM, check_options, make_parser
 from pyro_rb.diagnostics.page import page
 from pyro_rb.diagnostics.plot import plot_comparisons
 from pyro_rb.diagnostics.report import Comparison
@@ -31,13 +32,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Runs the command line.
 
     :param list argv: Arguments. Default: ``sys.argv[1:]``.
-    :returns: The exit status: 0, or 2 after an error, or 130 after Ctrl-C, in which case
-        what was measured until then is printed and written.
+    :returns: The exit status: 0, or 1 if ``check`` finds a bias, or 2 after an error, or 130
+        after Ctrl-C, in which case what was measured until then is printed and written.
     :rtype: int
     """
-    options = make_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        options = parse(argv[0], argv[1:])
+    else:
+        options = make_parser().parse_args(argv)
+        options.command = None
     try:
         with _current_directory_first():
+            if options.command is not None:
+                with _device(options.device):
+                    status = run_command(options)
+                return _fail("interrupted", status) if status == 130 else status
             run(options)
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,15 +111,15 @@ def _jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     if options.model is not None:
         model = load_model(options.model)
         guide = load_guide(options.guide, model)
-        args, kwargs = load_args(options.args)
+        args, kwargs = load_call(options)
         for part in (model, guide):
             to_device(getattr(part, "__self__", part), options.device)
         title = f"Model {options.model}, guide {options.guide or 'AutoNormal'}"
         yield {
             "model": model,
             "guide": guide,
-            "args": to_device(args, options.device),
-            "kwargs": to_device(kwargs, options.device),
+            "args": args,
+            "kwargs": kwargs,
             "train_steps": 0 if steps is None else steps,
             "optim": _adam(options.learning_rate or 0.01),
             "title": title,

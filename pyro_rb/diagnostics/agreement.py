@@ -11,6 +11,10 @@ Whether the mean gradients of two losses agree. There are two references and two
   a value that was never drawn would look like a bias without noise. Then a few random
   projections of each parameter's gradient are tested instead, which mix rare and common
   values; and a projection whose spread is due to very few draws tells nothing.
+
+Gradients with respect to scales are skewed, as squares of normal variables are, and there are
+as many tests as coordinates. So all z-scores are corrected for skewness, as those of
+:class:`~pyro_rb.diagnostics.mean_test.MeanTest` are.
 """
 
 import math
@@ -20,8 +24,8 @@ import torch
 from torch import Tensor
 
 from pyro_rb.diagnostics.bias import coordinate_name
-from pyro_rb.diagnostics.mean_test import MeanTest, rounding_error
-from pyro_rb.diagnostics.moments import RunningMoments
+from pyro_rb.diagnostics.mean_test import MeanTest, one_sample_test, rounding_error
+from pyro_rb.diagnostics.moments import SkewedMoments
 from pyro_rb.diagnostics.projections import Projector
 
 LEAST_EVENTS = 30
@@ -54,7 +58,7 @@ class Agreement:
         self, names: Sequence[str], tensors: Sequence[Tensor], projector: Optional[Projector]
     ) -> None:
         self.names, self.tensors, self.projector = names, tensors, projector
-        self.difference = RunningMoments()  # to the reference, draw by draw
+        self.difference = SkewedMoments()  # to the reference, draw by draw
         self.projected: List[Tensor] = []
 
     def update(self, vector: Tensor, reference: Tensor) -> None:
@@ -78,9 +82,8 @@ class Agreement:
         if self.projector is not None:
             return self._of_projections(reference, exact, threshold, rounding)
         difference = self.difference
-        test = MeanTest(
-            difference.mean, difference.standard_error, difference.count, rounding
-        )
+        error = difference.standard_error
+        test = MeanTest(difference.mean, error, difference.count, rounding, difference.skewness)
         worst = int(test.z.abs().argmax())
         size = abs(test.difference[worst].item())
         detectable = test.detectable_bias(threshold).max().item()
@@ -97,22 +100,18 @@ class Agreement:
         else:
             expected = self.projector(exact)
         labels, widths = self.projector.labels, self.projector.widths
-        mean = draws.mean(0)
-        # A constant column must have variance 0, not the rounding of its mean.
-        squares = ((draws - mean) * (draws != draws[0]).any(0)).square()
-        error = (squares.sum(0) / (len(draws) * (len(draws) - 1))).sqrt()
+        test = one_sample_test(draws, expected)
+        exactly = test.difference.abs() <= rounding * widths
         # The number of draws that make up the spread, as their kurtosis tells.
+        squares = (draws - draws.mean(0)).square()
         events = squares.sum(0).square() / squares.square().sum(0)
-        difference = (mean - expected).abs()
-        exactly = difference <= rounding * widths
         # A normal variable has a third of the draws.
         tells = exactly | (events >= min(LEAST_EVENTS, len(draws) / 6))
-        z = torch.where(exactly | ~tells, torch.zeros_like(error), difference / error)
+        z = torch.where(exactly | ~tells, torch.zeros_like(events), test.z.abs())
         worst = int(z.argmax())
-        test = MeanTest(difference, error, len(draws))
         detectable = (test.detectable_bias(threshold) + rounding) * widths
-        detectable = torch.where(tells, detectable, torch.full_like(error, math.inf))
-        size = difference[worst].item() * widths[worst].item()
+        detectable = torch.where(tells, detectable, torch.full_like(events, math.inf))
+        size = abs(test.difference[worst].item()) * widths[worst].item()
         return Verdict(z.max().item(), labels[worst], size, detectable.max().item())
 
     def _coordinate(self, index: int) -> str:

@@ -28,11 +28,24 @@ from pyro_rb.diagnostics.projections import project
 PROJECTIONS = "projections"
 
 
-class BiasError(AssertionError):
+class CheckError(AssertionError):
+    """
+    A test of bias that has failed.
+
+    :param ~pyro_rb.diagnostics.bias_check.BiasCheck check: The numbers, in ``check``, if
+        :func:`~pyro_rb.diagnostics.unbiased.check_unbiased` has raised it.
+    """
+
+    def __init__(self, message: str, check: Any = None) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+class BiasError(CheckError):
     """A mean gradient differs from its reference by more than chance."""
 
 
-class LowPowerError(AssertionError):
+class LowPowerError(CheckError):
     """There are too few draws to see a bias of the size that was asked for."""
 
 

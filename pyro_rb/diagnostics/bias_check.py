@@ -3,7 +3,7 @@
 
 """What :func:`~pyro_rb.diagnostics.unbiased.check_unbiased` returns: :class:`BiasCheck`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Dict, List
 
 import torch
@@ -29,6 +29,8 @@ class BiasCheck:
         been seen with probability 0.95 in any coordinate (or along any projection).
     :param float detectable_share: The same as a share of the euclidean norm of the
         reference's mean gradient; infinite where that is zero.
+    :param dict z_scores: The largest absolute z-score of each parameter, or the
+        score of each projection.
     :param float tail_share: The share of the 1% largest draws in the variance that the test
         stands on; NaN with fewer than 100 draws. Of normal draws it is 0.08.
     """
@@ -43,6 +45,7 @@ class BiasCheck:
     detectable_bias: float
     detectable_share: float
     tail_share: float
+    z_scores: Dict[str, float] = field(default_factory=dict)
 
     @property
     def heavy_tailed(self) -> bool:

@@ -18,11 +18,11 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 import pyro_rb
 from pyro_rb.diagnostics import bad_site
-from pyro_rb.diagnostics.parameters import unconstrained
+from pyro_rb.diagnostics.parameters import module_parameters, unconstrained
 from pyro_rb.diagnostics.state import preserve_state
 
 _LIBRARIES = (*torch.__path__, *pyro.__path__, *pyro_rb.__path__)
@@ -103,6 +103,7 @@ class _SiteLog(Messenger):
         self.sites: List[Tuple[str, Any]] = []
         self.first_bad: Optional[BadNumber] = None  # in the backward pass
         self.error: Optional[Exception] = None
+        self._hooks: List[Any] = []
 
     def as_role(self, role: str, function: Callable) -> Callable:
         """The model or guide, whose sites are recorded under this role."""
@@ -117,20 +118,31 @@ class _SiteLog(Messenger):
         return run
 
     def _pyro_post_param(self, msg: Any) -> None:
-        self.params[msg["name"]] = msg["value"]
+        name = msg["name"]
+        if name not in self.params:
+            self.watch_parameter(name, unconstrained(msg["value"]))
+        self.params[name] = msg["value"]
+
+    def watch_parameter(self, name: str, tensor: Tensor) -> None:
+        """The last stretch of the backward pass: from the sites to a parameter."""
+        self._watch(f"parameter {name!r}", tensor, "", name)
+
+    def forget(self) -> None:
+        """Parameters outlive the step, and hooks stay with them."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         self.sites.append((self.role, msg.copy()))
         if torch.is_grad_enabled():
-            self._watch("the value", msg["value"], msg)
+            at = (self.role, msg["name"])
+            self._watch("the value", msg["value"], *at)
             for name, tensor, _ in bad_site.arguments_of(msg["fn"]):
-                self._watch(f"argument {name!r} of {bad_site.describe(msg['fn'])}", tensor, msg)
+                self._watch(f"argument {name!r} of {bad_site.describe(msg['fn'])}", tensor, *at)
 
-    def _watch(self, what: str, tensor: Any, msg: Any) -> None:
-        role, name = self.role, msg["name"]
-
+    def _watch(self, what: str, tensor: Any, role: str, name: str) -> None:
         def hook(grad: Optional[Tensor]) -> None:
             # The backward pass goes from the loss to the parameters. Where nothing depends on
             # the tensor there is no gradient.
@@ -140,7 +152,7 @@ class _SiteLog(Messenger):
                 self.first_bad = BadNumber("gradient", role, name, text)
 
         if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(hook)
+            self._hooks.append(tensor.register_hook(hook))
 
 
 def _repeat(
@@ -155,6 +167,8 @@ def _repeat(
     log = _SiteLog()
     set_rng_state(rng_state)
     run = getattr(_fresh_copy(loss), entrance)
+    for name, tensor in module_parameters(model, guide).items():
+        log.watch_parameter(name, tensor)
     try:
         with log, torch.enable_grad():
             value = run(log.as_role("model", model), log.as_role("guide", guide), *args, **kwargs)
@@ -162,15 +176,13 @@ def _repeat(
             value.backward()
     except Exception as error:  # what the step itself raised, or detect_anomaly did
         log.error = error
+    finally:
+        log.forget()
     return log
 
 
 def _in_parameters(log: _SiteLog, model: Callable, guide: Callable) -> Optional[BadNumber]:
-    found = dict(log.params)
-    for function in (guide, model):
-        owner = getattr(function, "__self__", function)
-        if isinstance(owner, nn.Module):
-            found.update(owner.named_parameters())
+    found = {**log.params, **module_parameters(model, guide)}
     for name, value in found.items():
         for what, tensor in (("", unconstrained(value)), (", constrained,", value)):
             bad = ~tensor.isfinite()

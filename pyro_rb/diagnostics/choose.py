@@ -3,7 +3,6 @@
 
 """Which losses are worth a trial on a model and guide: :func:`choose_losses`."""
 
-import math
 import warnings
 from typing import (
     Any,
@@ -13,7 +12,6 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
-    Sequence,
     Tuple,
 )
 
@@ -26,19 +24,18 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceTailAdaptive_ELBO,
 )
-from pyro.util import set_rng_seed
 
+from pyro_rb.diagnostics.control_flow import without_dependents
 from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.losses import (
     ENUMERATED,
     REFERENCE,
-    available_losses,
     make_loss,
 )
-from pyro_rb.diagnostics.measure import one_line
-from pyro_rb.diagnostics.parameters import parameters_of, run_traces
+from pyro_rb.diagnostics.parameters import Arguments, parameters_of, run_traces
 from pyro_rb.diagnostics.sites import latent_sites, read_sites, settle_plates
 from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.trial import evaluate, is_treated
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 
 #: Enumeration is tried up to this many joint values, and this many numbers in one tensor.
@@ -46,6 +43,7 @@ MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
 STL, ADAPTIVE = "STLTrace_ELBO", "STLTrace_ELBO:adaptive"
 TOP_K, R2G2 = "RaoBlackwellTopK_ELBO:budget=4", "R2G2_ELBO"
+LOCAL = "R2G2_ELBO:pre_activations=local"
 
 
 class Choice(NamedTuple):
@@ -63,7 +61,7 @@ class Choice(NamedTuple):
 def choose_losses(
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     reference: Optional[str] = None,
 ) -> Choice:
@@ -137,16 +135,19 @@ class Chooser:
 
     def choose(self, reference: Optional[str] = None) -> Choice:
         reference = reference or self.reference()
-        loss, names = make_loss(reference), available_losses()
+        loss = make_loss(reference)
         if isinstance(loss, RenyiELBO) and loss.alpha == 0:
             self._choose_importance_weighted(reference, loss)
+        elif not latent_sites(self._traces[0]):
+            names = [MEAN_FIELD, GRAPH, ENUMERATED, STL, R2G2, TOP_K]
+            self._left_out = dict.fromkeys(names, "the guide has no latent site")
         elif not has_elbo(reference):
             reason = f"another objective than {reference}"
-            self._left_out = dict.fromkeys([MEAN_FIELD, GRAPH, ENUMERATED, STL, TOP_K], reason)
+            self._left_out = dict.fromkeys([MEAN_FIELD, GRAPH, ENUMERATED, STL, R2G2, TOP_K], reason)
         else:
             if self.sites.summed:
                 reason = f"it does not sum out the model's {_listed(self.sites.summed)}"
-                for name in (MEAN_FIELD, GRAPH, STL):
+                for name in (MEAN_FIELD, GRAPH, STL, R2G2):
                     self._left_out[name] = reason
             else:
                 self._choose_mean_field()
@@ -154,8 +155,7 @@ class Chooser:
             self._choose_enumerated()
             if not self.sites.summed:
                 self._choose_stl()
-                if R2G2 in names:
-                    self._choose_r2g2()
+                self._choose_r2g2()
             self._choose_top_k()
         self._left_out.pop(reference, None)
         return Choice(reference, [n for n in self._tried if n != reference], self._left_out)
@@ -164,11 +164,12 @@ class Chooser:
         """Whether enumeration leaves nothing to chance, apart from subsampling."""
         sites, latent = self.sites, latent_sites(self._traces[0])
         discrete_only = {name for name, _ in latent} == set(sites.countable)
-        return discrete_only and not sites.summed and self._too_many() is None
+        return bool(latent) and discrete_only and not sites.summed and self._too_many() is None
 
     def _choose_mean_field(self) -> None:
         if self.sites.scored:
-            self._left_out[MEAN_FIELD] = f"{_listed(self.sites.scored)} is not reparameterised"
+            verb = "is" if len(self.sites.scored) == 1 else "are"
+            self._left_out[MEAN_FIELD] = f"{_listed(self.sites.scored)} {verb} not reparameterised"
         elif self.sites.jacobians:
             self._left_out[MEAN_FIELD] = (
                 "biased on this guide: Pyro's KL divergence of a Delta leaves out its "
@@ -178,10 +179,19 @@ class Chooser:
             self._try(MEAN_FIELD, unless="mean field restriction")
 
     def _choose_graph(self) -> None:
-        if self.sites.scored:
-            self._try(GRAPH)
-        else:
+        if not self.sites.scored:
             self._left_out[GRAPH] = "all sites of the guide are reparameterised"
+        elif self._try(GRAPH) is not None:
+            one = self._sampler(make_loss(GRAPH))
+            with preserve_state(*self._callables), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                hidden = without_dependents(*one.call, **one.kwargs)
+            if hidden:
+                self._tried.remove(GRAPH)
+                self._left_out[GRAPH] = (
+                    f"it sees nothing that depends on {_listed(hidden)}, and is biased where that "
+                    "is so by control flow such as if, range() or .item()"
+                )
 
     def _choose_enumerated(self) -> None:
         sites = self.sites
@@ -198,7 +208,7 @@ class Chooser:
 
     def _choose_stl(self) -> None:
         loss = self._try(STL)
-        if loss is not None and not _treated(loss, "path gradient"):
+        if loss is not None and not is_treated(loss, "path gradient"):
             self._tried.remove(STL)
             self._left_out[STL] = "the guide has no site whose score could be removed"
         elif loss is not None:
@@ -206,17 +216,24 @@ class Chooser:
 
     def _choose_r2g2(self) -> None:
         loss = self._try(R2G2)
-        if loss is not None and not _treated(loss, "projected", "local"):
-            self._tried.remove(R2G2)
-            reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
-            self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
+        if loss is None:
+            return
+        if is_treated(loss, "projected", "local"):
+            self._left_out[LOCAL] = (
+                "it is right only where no row of a minibatch has an effect on the others, which "
+                "cannot be seen from here; name it in losses if that is so"
+            )
+            return
+        self._tried.remove(R2G2)
+        reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
+        self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
 
     def _choose_top_k(self) -> None:
         if not self.sites.discrete:
             self._left_out[TOP_K] = "the guide has no discrete site"
             return
         loss = self._try(TOP_K)
-        if loss is not None and not _treated(loss, "top-k"):
+        if loss is not None and not is_treated(loss, "top-k"):
             self._tried.remove(TOP_K)
             self._left_out[TOP_K] = "there are too few values: all are summed"
 
@@ -236,7 +253,7 @@ class Chooser:
         :returns: The loss, or None.
         """
         loss = make_loss(name)
-        error = _evaluate(loss, self._callables, self._sampler, unless)
+        error = evaluate(loss, self._callables, self._sampler, unless)
         if error is not None:
             self._left_out[name] = error
             return None
@@ -254,7 +271,7 @@ class Chooser:
         largest = max(_size(site) for site in self._traces[1].nodes.values())
         limit = min(MAX_EVALUATIONS, max(16, MAX_ELEMENTS // largest))
         loss = RaoBlackwellTopK_ELBO(k=2**20, max_evaluations=limit)
-        error = _evaluate(loss, self._callables, self._sampler)
+        error = evaluate(loss, self._callables, self._sampler)
         if error is not None:
             return f"too many joint values, or not to be enumerated in parallel: {error}"
         rows = [row for row in loss.report() if row.site in self.sites.countable]
@@ -268,30 +285,6 @@ def has_elbo(name: str) -> bool:
     loss = make_loss(name)
     elbos = (Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO)
     return isinstance(loss, elbos) and not isinstance(loss, TraceTailAdaptive_ELBO)
-
-
-def _evaluate(
-    loss: Any, callables: Tuple, sampler: Callable, unless: str = ""
-) -> Optional[str]:
-    """The error of one evaluation, or the warning that has the words ``unless`` in it."""
-    with preserve_state(*callables), warnings.catch_warnings(record=True) as log:
-        warnings.simplefilter("always")
-        set_rng_seed(0)
-        one = sampler(loss)
-        try:
-            value = one.step()
-        except Exception as error:
-            return one_line(error)
-        finally:
-            one.clear()
-    if not math.isfinite(value):
-        return f"its value is {value}"
-    found = [one_line(item.message) for item in log if unless in str(item.message)]
-    return found[0] if unless and found else None
-
-
-def _treated(loss: Any, *treatments: str) -> bool:
-    return any(row.treatment.startswith(treatments) for row in loss.report())
 
 
 def _size(site: Any) -> int:

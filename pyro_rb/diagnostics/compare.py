@@ -23,6 +23,7 @@ from pyro_rb.diagnostics.losses import Losses, make_loss, make_losses
 from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.diagnostics.measure import Plan, WarningLog
 from pyro_rb.diagnostics.parameters import (
+    Arguments,
     check_parameters,
     check_sites,
     parameters_of,
@@ -41,7 +42,7 @@ def compare(
     model: Callable,
     guide: Callable,
     losses: Optional[Losses] = None,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 300,
     num_burn_in: int = 100,
@@ -81,7 +82,10 @@ def compare(
         name. Instances are copied. Default: those that apply, see
         :func:`~pyro_rb.diagnostics.choose.choose_losses`; ``result.left_out`` says why the
         others do not.
-    :param args: Positional arguments of model and guide.
+    :param args: Positional arguments of model and guide; or a function without arguments that
+        returns them. It is called before each step, for a new minibatch, whose noise then counts
+        in all variances; the time that it takes counts as well. It must draw by the generators
+        of torch, numpy or random, so that all losses see the same.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of gradients of each loss at each state, at least 2. With
         ``rel_error``, the least number.
@@ -143,6 +147,11 @@ def compare(
     if losses is not None:
         make_losses(losses)
     if reference is not None:
+        if not isinstance(reference, str):
+            raise TypeError(
+                "reference: expected the name of a loss, such as 'Trace_ELBO:num_particles=4', "
+                f"got {reference!r}"
+            )
         make_loss(reference)
     with preserve_state(model, guide), _recorded_warnings() as warned:
         set_rng_seed(seed)
@@ -210,7 +219,7 @@ def compare(
         },
         notes=study.notes
         + _explanations(study, chooser.sites.jacobians)
-        + list(warned.seen),
+        + warned.notes,
         left_out=choice.left_out,
         training=study.windows(),
         interrupted=study.interrupted,
@@ -247,6 +256,9 @@ def _explanations(study: Study, jacobians: List[str]) -> List[str]:
 def _plan(
     num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
 ) -> Plan:
+    for name, count in (("num_samples", num_samples), ("num_burn_in", num_burn_in)):
+        if not isinstance(count, int):
+            raise TypeError(f"{name}: expected an integer, got {count!r}")
     if num_samples < 2 or num_burn_in < 0:
         raise ValueError(
             "expected num_samples >= 2 and num_burn_in >= 0, "
@@ -271,7 +283,7 @@ def _recorded_warnings() -> Iterator[WarningLog]:
 
 
 def _steps(train_steps: Union[int, Sequence[int]]) -> List[int]:
-    listed = [train_steps] if isinstance(train_steps, int) else list(train_steps)
+    listed = list(train_steps) if isinstance(train_steps, Sequence) else [train_steps]
     if not listed or any(not isinstance(n, int) or n < 0 for n in listed):
         raise ValueError(
             f"train_steps: expected an integer >= 0 or a list of such, got {train_steps!r}"

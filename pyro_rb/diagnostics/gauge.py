@@ -41,9 +41,11 @@ class Gauge:
         self.sampler = sampler
         self.failure: Optional[str] = None
         self.cause: Optional[Exception] = None
+        self.failed_seed = 0
         self.moments = RunningMoments()
         self.agreement = Agreement(sampler.names, sampler.tensors, projector)
         self.losses = RunningMoments()
+        self.bad_losses = 0
         self.seconds: List[float] = []
         self.deviations: List[float] = []  # of each gradient from the mean, squared
         self.block = RunningMoments()
@@ -75,7 +77,10 @@ class Gauge:
     def update(self, draw: Draw, reference: Draw) -> None:
         """Adds one draw of this loss and one of the reference."""
         self.seconds.append(draw.seconds)
-        self.losses.update(torch.tensor(draw.loss, dtype=torch.double, device="cpu"))
+        if math.isfinite(draw.loss):
+            self.losses.update(torch.tensor(draw.loss, dtype=torch.double, device="cpu"))
+        else:
+            self.bad_losses += 1
         self.deviations.append(self.block.update(draw.vector).item())
         self.agreement.update(draw.vector, reference.vector)
 
@@ -86,9 +91,9 @@ class Gauge:
         self.moments.merge(self.block)
         self.block = RunningMoments()
 
-    def fail(self, error: Exception, text: str) -> None:
+    def fail(self, error: Exception, text: str, seed: int) -> None:
         self.sampler.clear()
-        self.failure, self.cause = text, error
+        self.failure, self.cause, self.failed_seed = text, error, seed
 
     def ratio_to(self, reference: "Gauge") -> Tuple[float, float]:
         """Of the total variances, with its standard error."""
@@ -137,7 +142,8 @@ class Gauge:
         result.seconds = stats.median_and_error(seconds)[0]
         result.time_ratio, result.time_ratio_error = stats.median_and_error(seconds / base)
         result.cost_ratio = result.variance_ratio * result.time_ratio
-        result.loss = self.losses.mean.item()
+        result.loss = self.losses.mean.item() if self.losses.count else math.nan
+        result.bad_losses = self.bad_losses
         result.loss_error = self.losses.standard_error.item()
         result.loss_deviation = result.loss_error * math.sqrt(self.losses.count)
         result.memory = self.memory

@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from pyro_rb.diagnostics.moments import RunningMoments
 from pyro_rb.diagnostics.parameters import (
+    Arguments,
     check_parameters,
+    current_args,
     parameters_of,
     run_traces,
 )
@@ -36,7 +38,7 @@ def sample_gradients(
     loss: Any,
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 100,
     num_burn_in: int = 0,
@@ -64,7 +66,8 @@ def sample_gradients(
         no gradient, and the loss must have a ``differentiable_loss``.
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide.
-    :param args: Positional arguments of model and guide.
+    :param args: Positional arguments of model and guide; or a function that returns them, which
+        is called before each draw: a new minibatch, by the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of draws ``N``.
     :param int num_burn_in: Number of draws that are made first and thrown away. Losses that
@@ -110,7 +113,7 @@ def gradient_moments(
     loss: Any,
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 100,
     num_burn_in: int = 0,
@@ -183,7 +186,7 @@ class GradientSampler:
         loss: Any,
         model: Callable,
         guide: Callable,
-        args: Sequence,
+        args: Arguments,
         kwargs: Dict[str, Any],
         parameters: Mapping[str, Tensor],
         use_backward: bool,
@@ -191,8 +194,9 @@ class GradientSampler:
         self.loss = loss
         self.names = list(parameters)
         self.tensors = list(parameters.values())
-        self._call = (model, guide, *args)
-        self._kwargs = kwargs
+        self._callables = (model, guide)
+        self._args = args
+        self.kwargs = kwargs
         self._use_backward = use_backward
         self.clear()
 
@@ -201,11 +205,16 @@ class GradientSampler:
             tensor.grad = None
         self._gradients: Sequence[Optional[Tensor]] = ()
 
+    @property
+    def call(self) -> Tuple:
+        """What the loss is called with: model, guide, and the arguments of this step."""
+        return (*self._callables, *current_args(self._args))
+
     @torch.enable_grad()
     def step(self) -> float:
         """Computes one gradient and returns the loss. This is the part worth timing."""
         if self._use_backward:
-            value = self.loss.loss_and_grads(*self._call, **self._kwargs)
+            value = self.loss.loss_and_grads(*self.call, **self.kwargs)
         else:
             if not hasattr(self.loss, "differentiable_loss"):
                 raise NotImplementedError(
@@ -213,7 +222,7 @@ class GradientSampler:
                     "model and guide have no pyro.param site: register their modules by "
                     "pyro.module()"
                 )
-            value = self.loss.differentiable_loss(*self._call, **self._kwargs)
+            value = self.loss.differentiable_loss(*self.call, **self.kwargs)
             self._gradients = torch.autograd.grad(value, self.tensors, allow_unused=True)
         if isinstance(value, tuple):  # ReweightedWakeSleep: the loss of the model first
             value = value[0]
@@ -266,7 +275,7 @@ def _draws(
     loss: Any,
     model: Callable,
     guide: Callable,
-    args: Sequence,
+    args: Arguments,
     kwargs: Optional[Mapping[str, Any]],
     num_samples: int,
     num_burn_in: int,

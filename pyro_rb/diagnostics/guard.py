@@ -14,12 +14,8 @@ from torch import Tensor
 
 from pyro_rb.diagnostics.blame import BadNumber, get_rng_state
 from pyro_rb.diagnostics.finite import are_finite, grads_of, is_finite_loss
-from pyro_rb.diagnostics.guarded_call import (
-    Call,
-    FunctionLoss,
-    SeenParameters,
-    module_parameters,
-)
+from pyro_rb.diagnostics.guarded_call import Call, FunctionLoss, SeenParameters
+from pyro_rb.diagnostics.parameters import module_parameters
 from pyro_rb.infer.util import forget_parameters
 
 ON_BAD = ("raise", "skip", "warn")

@@ -9,7 +9,7 @@ repeat it, and which parameters it used.
 from typing import Any, Callable, Dict, NamedTuple, Optional
 
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_rb.diagnostics.blame import BadNumber, find_bad_number
 from pyro_rb.diagnostics.parameters import unconstrained
@@ -56,12 +56,3 @@ class SeenParameters(Messenger):
     def tensors(self) -> Dict[str, Tensor]:
         """Unconstrained, by name."""
         return {name: unconstrained(value) for name, value in self._values.items()}
-
-
-def module_parameters(*functions: Callable) -> Dict[str, Tensor]:
-    found: Dict[str, Tensor] = {}
-    for role, function in zip(("model", "guide"), functions):
-        owner = getattr(function, "__self__", function)
-        if isinstance(owner, nn.Module):
-            found.update({f"{role}.{name}": p for name, p in owner.named_parameters()})
-    return found

@@ -70,6 +70,26 @@ def load_args(spec: Optional[str]) -> Tuple[Sequence, Dict[str, Any]]:
     return made, {}
 
 
+def load_call(options: Any) -> Tuple[Any, Dict[str, Any]]:
+    """What model and guide are called with, by ``--args``, ``--batches`` and ``--device``."""
+    if options.batches:
+        return load_batches(options.args, options.device), {}
+    args, kwargs = load_args(options.args)
+    return to_device(args, options.device), to_device(kwargs, options.device)
+
+
+def load_batches(spec: Optional[str], device: str) -> Callable[[], Sequence]:
+    """
+    A function that makes new positional arguments at each call.
+
+    :raises ValueError: If ``spec`` does not name a function.
+    """
+    function = None if spec is None else _load(spec, "--args")
+    if not callable(function):
+        raise ValueError(f"--batches: --args must name a function, got {spec}")
+    return lambda: to_device(function(), device)
+
+
 def to_device(value: Any, device: str) -> Any:
     """Moves tensors and modules, also those in tuples, lists and dicts."""
     if isinstance(value, (Tensor, nn.Module)):

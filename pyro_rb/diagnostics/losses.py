@@ -7,7 +7,8 @@ import ast
 import copy
 import difflib
 import inspect
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
+import json
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import pyro.infer
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
@@ -106,8 +107,9 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
     if isinstance(losses, Mapping):
         items = list(losses.items())
     else:
-        listed = [losses] if isinstance(losses, (str, ELBO)) else list(losses)
-        items = [(_name(loss), loss) for loss in listed]
+        if isinstance(losses, (str, ELBO)) or inspect.isclass(losses):
+            losses = [losses]
+        items = [(_name(loss), loss) for loss in losses]
     made: Dict[str, ELBO] = {}
     for name, loss in items:
         if name in made:
@@ -119,9 +121,10 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
         elif isinstance(loss, ELBO):
             made[name] = copy.deepcopy(loss)
         else:
+            hint = f"; write {loss.__name__}()" if inspect.isclass(loss) and issubclass(loss, ELBO) else ""
             raise TypeError(
                 f"losses: expected the name of a loss or an instance of pyro.infer.ELBO, "
-                f"got {loss!r}"
+                f"got {loss!r}{hint}"
             )
         found = made[name]
         if name == REFERENCE and (type(found) is not Trace_ELBO or found.num_particles != 1):
@@ -130,6 +133,35 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
                 f"particle; give {type(found).__name__} another name"
             )
     return made
+
+
+def usage(name: str) -> Optional[str]:
+    """
+    What to write in a script for a loss that is known by its name; None for one that is not
+    of Pyro or pyro_rb.
+
+    **Example**
+
+    >>> print(usage("STLTrace_ELBO:adaptive"))
+    from pyro_rb import STLTrace_ELBO; SVI(model, guide, optim, loss=STLTrace_ELBO("adaptive"))
+    """
+    try:
+        loss = make_loss(name)
+    except ValueError:
+        return None
+    class_name, _, rest = name.partition(":")
+    room = type(loss).__module__.split(".")[0]
+    imports, guide = f"from {'pyro.infer' if room == 'pyro' else room} import {class_name}", "guide"
+    if isinstance(loss, ConfigEnumerate_ELBO):
+        class_name, guide = "TraceEnum_ELBO", "config_enumerate(guide)"
+        imports = "from pyro.infer import TraceEnum_ELBO, config_enumerate"
+    given = []
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.rpartition("=")
+        found = _literal(value)
+        text = json.dumps(found) if isinstance(found, str) else repr(found)
+        given.append(f"{key.strip()}{equals}{text}")
+    return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
 
 
 def _name(loss: Any) -> str:

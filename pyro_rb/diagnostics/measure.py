@@ -4,6 +4,7 @@
 """Measures several losses side by side at one state of the parameters."""
 
 import math
+import re
 import signal
 import threading
 import time
@@ -18,6 +19,8 @@ from pyro_rb.diagnostics.gradients import draw_seeds
 # Draws are gathered in about this many blocks; the spread of the blocks' variances gives
 # the standard error of the variance.
 NUM_BLOCKS = 20
+# Pyro adds the shapes at all sites to errors; what has been added after that is kept.
+_TRACE_SHAPES = re.compile(r" ?Trace Shapes:.*?(?= The values of the guide sites|$)")
 # Where an error is asked for, it is looked at whenever there are so many times more draws.
 GROWTH = 1.5
 
@@ -116,7 +119,7 @@ def _draw_all(
         try:
             drawn[gauge.name] = gauge.draw(seed)
         except Exception as error:
-            gauge.fail(error, one_line(error))
+            gauge.fail(error, one_line(error), seed)
             if gauge is gauges[0]:
                 break
         warned.collect(gauge.name)
@@ -153,23 +156,29 @@ def _no_interrupt() -> Iterator[None]:
 
 
 class WarningLog:
-    """Warnings raised while losses run, each kept once."""
+    """Warnings raised while losses run, each kept once, with all losses that raised it."""
 
     def __init__(self, log: List[Any]) -> None:
-        self.seen: Dict[str, None] = {}
+        self._sources: Dict[str, List[str]] = {}
         self._log = log
+
+    @property
+    def notes(self) -> List[str]:
+        return [f"{', '.join(sources)}: {text}" for text, sources in self._sources.items()]
 
     def collect(self, source: str) -> None:
         for item in self._log:
             # As Python does by default: deprecations concern developers.
             if not issubclass(item.category, (DeprecationWarning, PendingDeprecationWarning)):
-                self.seen[f"{source}: {one_line(item.message)}"] = None
+                sources = self._sources.setdefault(one_line(item.message), [])
+                if source not in sources:
+                    sources.append(source)
         self._log.clear()
 
 
 def one_line(error: Any) -> str:
     """An exception or warning, with its type if an exception, on one line."""
-    text = " ".join(str(error).split())
+    text = _TRACE_SHAPES.sub("", " ".join(str(error).split()))
     text = text if len(text) <= 300 else text[:297] + "..."
     if isinstance(error, Warning):
         return text

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Mean and variance of a stream of tensors: :class:`RunningMoments`."""
+"""Mean, variance and skewness of a stream of tensors: :class:`RunningMoments`."""
 
 import math
 
@@ -95,3 +95,42 @@ class RunningMoments:
     def rms(self) -> Tensor:
         """The root-mean-square value per coordinate."""
         return (self.mean**2 + self._squares / max(self.count, 1)).sqrt()
+
+
+class SkewedMoments(RunningMoments):
+    """
+    As :class:`RunningMoments`, and the skewness of the mean. Takes draws one by one.
+
+    **Example**
+
+    >>> import torch
+    >>> moments = SkewedMoments()
+    >>> for x in ([1., 1.], [2., 1.], [3., 4.]):
+    ...     _ = moments.update(torch.tensor(x))
+    >>> [round(value, 3) for value in moments.skewness.tolist()]
+    [0.0, 0.222]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cubes = torch.zeros(())  # sum of cubed deviations from the mean
+
+    def update(self, value: Tensor) -> Tensor:
+        if self.count == 0:
+            self._cubes = torch.zeros_like(value, dtype=torch.double, requires_grad=False)
+        else:
+            # Both from the moments before this draw (Terriberry 2007).
+            deviation = value.detach() - self.mean
+            part = deviation / (self.count + 1)
+            self._cubes.addcmul_(part, self._squares, value=-3)
+            self._cubes.addcmul_(part * part, deviation, value=self.count * (self.count - 1))
+        return super().update(value)
+
+    def merge(self, other: RunningMoments) -> None:
+        raise NotImplementedError("SkewedMoments cannot be merged")
+
+    @property
+    def skewness(self) -> Tensor:
+        """Of the mean, per coordinate: that of one draw over the root of their number."""
+        found = self._cubes / self.count**3 / self.standard_error**3
+        return torch.where(found.isfinite(), found, torch.zeros_like(found))

@@ -6,7 +6,7 @@
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from pyro.infer import ELBO
@@ -18,10 +18,12 @@ from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.diagnostics.moments import RunningMoments
 from pyro_rb.diagnostics.parameters import (
+    Arguments,
     check_parameters,
     parameters_of,
     run_traces,
 )
+from pyro_rb.diagnostics.sites import settle_plates
 from pyro_rb.diagnostics.state import preserve_state
 
 NUM_BLOCKS = 20
@@ -127,7 +129,7 @@ def measure_noise(
     loss: Union[str, ELBO],
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 400,
     num_burn_in: int = 0,
@@ -145,7 +147,8 @@ def measure_noise(
         :func:`~pyro_rb.diagnostics.losses.make_loss`.
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide.
-    :param args: Positional arguments of model and guide.
+    :param args: Positional arguments of model and guide; or a function that returns them, which
+        is called before each draw: a new minibatch, by the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of draws, at least 40.
     :param int num_burn_in: Number of draws that are made first and thrown away.
@@ -188,6 +191,7 @@ def measure_noise(
         found, any_site = parameters_of(traces, model, guide)
         found = found if parameters is None else dict(parameters)
         check_parameters(found)
+        settle_plates(loss, traces)
         sampler = GradientSampler(loss, model, guide, args, arguments, found, any_site)
         burn_in, seeds = draw_seeds(seed, num_samples, num_burn_in)
         for i, draw_seed in enumerate(tqdm(burn_in + seeds, disable=not progress)):

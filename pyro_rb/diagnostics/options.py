@@ -12,6 +12,9 @@ from pyro_rb.diagnostics.plot import KINDS, check_plot_path
 
 PROGRAM = "python -m pyro_rb"
 
+#: What else it does, by the word that comes first.
+COMMANDS = ("check", "noise", "fit")
+
 DESCRIPTION = """\
 Compares losses for stochastic variational inference on a model and guide: bias, gradient
 variance, time and memory per step, against a reference; and recommends one. Without --model
@@ -26,6 +29,9 @@ examples:
       --args mymodule:make_args --train-steps 2000 --json result.json --html result.html
   python -m pyro_rb --rel-error 0.05 --max-seconds 300 --plot result.svg
   python -m pyro_rb --losses STLTrace_ELBO:0.5 Trace_ELBO:num_particles=4
+  python -m pyro_rb check --help    is the gradient of one loss unbiased?
+  python -m pyro_rb noise --help    how many particles does a wanted precision take?
+  python -m pyro_rb fit --help      train, guarded against NaN, until the loss falls no more
   python -m pyro_rb --losses DReG_ELBO:num_particles=8 \\
       --reference RenyiELBO:alpha=0,num_particles=8,vectorize_particles=True
 
@@ -43,9 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", metavar="MODULE:NAME", help="the model")
-    add("--guide", metavar="MODULE:NAME", help="the guide (default: AutoNormal)")
-    add("--args", metavar="MODULE:NAME", help="function that makes the arguments (default: none)")
+    add_model_options(parser)
     add(
         "--losses",
         metavar="LOSS",
@@ -83,11 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         help="stop sampling after this time for a model (no limit; 600 with --rel-error)",
     )
-    add("--seed", metavar="N", type=int, default=0, help="random seed (0)")
-    add("--device", default="cpu", help="torch device, such as cuda (cpu)")
-    add("--json", metavar="FILE", help="also write all results as JSON")
-    add("--html", metavar="FILE", help="also write a page with tables, and figures")
-    add("--plot", metavar="FILE", help="also draw a figure (needs matplotlib)")
+    add_output_options(parser)
     add(
         "--plot-kind",
         metavar="KIND",
@@ -95,10 +95,33 @@ def make_parser() -> argparse.ArgumentParser:
         default="efficiency",
         help=f"which figure: {', '.join(KINDS)} (efficiency)",
     )
-    add("--no-progress", action="store_true", help="show no progress bar")
-    add("--traceback", action="store_true", help="on an error show the full traceback")
     add("--version", action="version", version=f"pyro_rb {__version__}")
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, is_required: bool = False) -> None:
+    """What to run."""
+    add = parser.add_argument
+    add("--model", metavar="MODULE:NAME", required=is_required, help="the model")
+    add("--guide", metavar="MODULE:NAME", help="the guide (default: AutoNormal)")
+    add("--args", metavar="MODULE:NAME", help="function that makes the arguments (default: none)")
+    add(
+        "--batches",
+        action="store_true",
+        help="call that function before each step, not once: it returns a new minibatch",
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """How to run it, and what to write."""
+    add = parser.add_argument
+    add("--seed", metavar="N", type=int, default=0, help="random seed (0)")
+    add("--device", default="cpu", help="torch device, such as cuda (cpu)")
+    add("--json", metavar="FILE", help="also write all results as JSON")
+    add("--html", metavar="FILE", help="also write a page with tables, and figures")
+    add("--plot", metavar="FILE", help="also draw a figure (needs matplotlib)")
+    add("--no-progress", action="store_true", help="show no progress bar")
+    add("--traceback", action="store_true", help="on an error show the full traceback")
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -110,8 +133,6 @@ def check_options(options: argparse.Namespace) -> None:
         for name in ("guide", "args"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} needs --model")
-    if not 0 <= options.seed < 2**32:
-        raise ValueError(f"--seed: expected 0 to 2**32 - 1, got {options.seed}")
     if options.num_samples < 2:
         raise ValueError(f"--num-samples: expected at least 2, got {options.num_samples}")
     if options.burn_in < 0:
@@ -127,6 +148,13 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--{option}: expected more than 0, got {value}")
     if options.losses is not None:
         make_losses(options.losses)
+    check_output_options(options)
+
+
+def check_output_options(options: argparse.Namespace) -> None:
+    """As :func:`check_options`, of those options that all commands have."""
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2**32 - 1, got {options.seed}")
     for name in ("json", "html", "plot"):
         path = getattr(options, name)
         if path is not None:

@@ -114,6 +114,8 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     parts += ['<div class="pyro-rb">', f"<h2>{escape(comparison.title)}</h2>"]
     text = " ".join([advice.sentence, *advice.caveats])
     parts.append(f'<p class="{kind}">{escape(text)}</p>')
+    if advice.usage:
+        parts.append(f"<pre>{escape(advice.usage)}</pre>")
     for state in comparison.states:
         parts.append(f"<h3>{escape(heading(comparison, state))}</h3>")
         parts.append(f"<p>{escape(summary(state))}</p>")

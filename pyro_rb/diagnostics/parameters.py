@@ -3,17 +3,22 @@
 
 """Which parameters and sites a model and guide have, found by running them once."""
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
+
+#: Positional arguments of model and guide, or a function that returns those of a step.
+Arguments = Union[Sequence, Callable[[], Sequence]]
 
 
 def find_parameters(
     model: Callable,
     guide: Callable,
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Dict[str, Tensor]:
     """
@@ -45,11 +50,45 @@ def find_parameters(
     return parameters_of(traces, model, guide)[0]
 
 
+def current_args(args: Arguments) -> Sequence:
+    """
+    The positional arguments of model and guide for one step: ``args`` or what it returns.
+
+    :raises TypeError: If that is no tuple.
+    """
+    given = args() if callable(args) else args
+    if not isinstance(given, (tuple, list)):
+        what = "args(): expected it to return" if callable(args) else "args: expected"
+        raise TypeError(
+            f"{what} a tuple of the arguments of model and guide, such as (data,), got "
+            f"{type(given).__name__}; for minibatches give a function that draws one and returns it"
+        )
+    return given
+
+
+def _check_batches(args: Callable[[], Sequence]) -> None:
+    """Minibatches must be those of the random numbers, so that losses can be compared."""
+    state = get_rng_state()
+    first = current_args(args)
+    set_rng_state(state)
+    again = current_args(args)
+    set_rng_state(state)
+    pairs = [pair for pair in zip(first, again) if isinstance(pair[0], Tensor)]
+    if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
+        raise ValueError(
+            "args(): it returned other values when called again with the same random numbers. Draw "
+            "the minibatch by the generators of torch, numpy or random, such as "
+            "data[torch.randperm(len(data))[:32]], so that all losses see the same"
+        )
+
+
 def run_traces(
-    model: Callable, guide: Callable, args: Sequence, kwargs: Dict[str, Any]
+    model: Callable, guide: Callable, args: Arguments, kwargs: Dict[str, Any]
 ) -> Tuple[poutine.Trace, poutine.Trace]:
     """
     The trace of one run of the guide, and that of the model replayed against it.
+
+    :raises TypeError: If one of the four is something else.
 
     **Example**
 
@@ -65,6 +104,16 @@ def run_traces(
     >>> (model_trace.nodes["z"]["value"] == guide_trace.nodes["z"]["value"]).item()
     True
     """
+    for role, function in (("model", model), ("guide", guide)):
+        if not callable(function):
+            raise TypeError(f"{role}: expected something callable, got {function!r}")
+        if isinstance(function, type):
+            name = function.__name__
+            hint = f"{name}(model)" if role == "guide" else f"{name}()"
+            raise TypeError(f"{role}: {name} is a class; give an instance, such as {hint}")
+    if callable(args):
+        _check_batches(args)
+    args = current_args(args)
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
@@ -108,6 +157,16 @@ def parameters_of(
                     found[f"{role}.{name}" if name in found else name] = tensor
                     seen.add(id(tensor))
     return found, any_site
+
+
+def module_parameters(*functions: Callable) -> Dict[str, Tensor]:
+    """Parameters of model and guide as modules, as ``model.weight`` and so on."""
+    found: Dict[str, Tensor] = {}
+    for role, function in zip(("model", "guide"), functions):
+        owner = getattr(function, "__self__", function)
+        if isinstance(owner, nn.Module):
+            found.update({f"{role}.{name}": p for name, p in owner.named_parameters()})
+    return found
 
 
 def check_sites(traces: Sequence[poutine.Trace]) -> None:

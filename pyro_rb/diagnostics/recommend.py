@@ -36,6 +36,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from pyro_rb.diagnostics.losses import usage
+
 #: Below this many gradients a standard error of a variance means little.
 LEAST_SAMPLES = 30
 #: What a loss must save to be worth a change, and what may pass for the same.
@@ -53,6 +55,8 @@ class Recommendation:
     :param str loss: The loss to take; None if the evidence is too thin.
     :param str sentence: The same in a sentence, with the reason.
     :param list caveats: What the reader should know besides, each in a sentence.
+    :param str usage: What to write for it in a script, if it is not the reference and is of
+        Pyro or pyro_rb.
     :param dict progress_time: Time for the same progress, over that of the reference, by
         loss. Losses that are out of the running are not in it.
     :param dict progress_time_error: Its standard error.
@@ -63,6 +67,7 @@ class Recommendation:
     caveats: List[str] = field(default_factory=list)
     progress_time: Dict[str, float] = field(default_factory=dict)
     progress_time_error: Dict[str, float] = field(default_factory=dict)
+    usage: Optional[str] = None
 
 
 def recommend(states: Sequence[Any]) -> Recommendation:
@@ -133,7 +138,7 @@ def recommend(states: Sequence[Any]) -> Recommendation:
         )
     else:
         best = _simplest(times, errors, rival)
-        result.loss = best
+        result.loss, result.usage = best, usage(best)
         result.sentence = _sentence(best, reference, states, rows, each, times[best], errors[best])
     if result.loss is not None:
         result.caveats = _caveats(result.loss, states, rows[result.loss] or [])
@@ -244,9 +249,10 @@ def _references(states: Sequence[Any]) -> List[Any]:
 def _needed(num_samples: int, gap: float, error: float) -> str:
     if not math.isfinite(error):
         return ""
-    wanted = max(abs(gap), WORTHWHILE) / 3
+    # Then either zero or what is worthwhile is three errors away.
+    wanted = max(abs(gap), WORTHWHILE - gap) / 3
     count = num_samples * (error / wanted) ** 2
-    return f", about {float(f'{count:.2g}'):.0f} of each" if count > num_samples else ""
+    return f", about {float(f'{count:.2g}'):.0f} of each"
 
 
 def _range(values: Any) -> str:

@@ -48,6 +48,8 @@ class LossResult:
     :param float loss: Mean value of the loss.
     :param float loss_error: Its standard error.
     :param float loss_deviation: The standard deviation of one value of the loss.
+    :param int bad_losses: How many values of the loss were not finite; they are left out of the
+        mean. The gradients were finite.
     :param int memory: Peak of the bytes that one step allocates, see
         :func:`~pyro_rb.diagnostics.memory.peak_memory`. None where it cannot be measured.
     :param float memory_ratio: The same over that of the reference.
@@ -76,6 +78,7 @@ class LossResult:
     loss: Optional[float] = None
     loss_error: Optional[float] = None
     loss_deviation: Optional[float] = None
+    bad_losses: int = 0
     memory: Optional[int] = None
     memory_ratio: Optional[float] = None
 
@@ -176,7 +179,7 @@ class Comparison:
         """
         result = dataclasses.asdict(self)
         result["recommendation"] = dataclasses.asdict(self.recommendation)
-        result = _finite(result)
+        result = finite(result)
         assert isinstance(result, dict)
         return result
 
@@ -224,9 +227,10 @@ class Comparison:
         return section(self)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None in place of numbers that are not finite, as JSON has none."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,8 @@ def table(comparison: Comparison) -> str:
     for state in comparison.states:
         lines += ["", *_state_lines(state, heading(comparison, state))]
     lines += ["", *_wrapped(comparison.recommendation.sentence)]
+    if comparison.recommendation.usage:
+        lines.append(f"  {comparison.recommendation.usage}")
     for text in comparison.recommendation.caveats:
         lines += _wrapped(text)
     if comparison.left_out or comparison.notes:
@@ -83,6 +85,8 @@ detects     smallest bias in one coordinate that the test would have found, in %
 variance x  total variance of the gradient, time x  time per step: ratio to the reference,
             +/- one standard error.
 product     of both: the time for a gradient as exact as the reference's; below 1 is better.
+            The recommendation counts each coordinate in units of its own gradient, as Adam
+            does, and may differ where few parameters have most of the variance.
 memory x    peak of what a step allocates, ratio to the reference."""
 
 HEADERS = (
@@ -127,6 +131,12 @@ def remarks(state: StateResult) -> List[str]:
                 f"{result.name} is biased, or has another objective: its mean gradient differs "
                 f"at {result.bias_at} by {_percent(result.bias_size)} of the gradient's size."
             )
+    bad = [f"{r.bad_losses} times with {r.name}" for r in state.losses if r.bad_losses]
+    if bad:
+        found.append(
+            f"In {state.num_samples} draws the loss was not finite {', '.join(bad)}, though the "
+            "gradient was."
+        )
     heavy = [
         f"{_percent(result.tail_share)} of that of {result.name}"
         for result in state.losses

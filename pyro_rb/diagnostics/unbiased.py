@@ -5,7 +5,7 @@
 
 import copy
 import math
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 import torch
 from pyro import poutine
@@ -15,17 +15,25 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_rb.diagnostics.bias import Draws, coordinate_name
+from pyro_rb.diagnostics.bias import (
+    PROJECTIONS,
+    BiasTest,
+    CheckError,
+    Draws,
+    coordinate_name,
+)
 from pyro_rb.diagnostics.bias_check import BiasCheck
 from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.diagnostics.mean_test import rounding_error
 from pyro_rb.diagnostics.parameters import (
+    Arguments,
     check_parameters,
     check_sites,
     parameters_of,
     run_traces,
 )
+from pyro_rb.diagnostics.sites import settle_plates
 from pyro_rb.diagnostics.state import preserve_state
 
 METHODS = ("paired", "independent", "exact")
@@ -41,7 +49,7 @@ def check_unbiased(
     model: Callable,
     guide: Callable,
     reference: Reference = "Trace_ELBO",
-    args: Sequence = (),
+    args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 1000,
     num_burn_in: int = 0,
@@ -68,7 +76,8 @@ def check_unbiased(
         of the *unconstrained* parameters as a dict of tensors by name, as
         :func:`~pyro_rb.diagnostics.parameters.find_parameters` names them. Default:
         :class:`~pyro.infer.trace_elbo.Trace_ELBO`.
-    :param args: Positional arguments of model and guide.
+    :param args: Positional arguments of model and guide; or a function that returns them, which
+        is called before each draw: a new minibatch, by the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of gradients of each loss, at least 2.
     :param int num_burn_in: Number of gradients that are drawn first and thrown away. Losses
@@ -143,6 +152,7 @@ def check_unbiased(
             projections = 20 if _has_discrete_site(traces[0]) else 0
 
         def draw(loss: Any, seed: int, count: int, projections: int = 0) -> Draws:
+            settle_plates(loss, traces)
             sampler = GradientSampler(loss, model, guide, args, kwargs, found, any_site)
             burn_in, seeds = draw_seeds(seed, count, num_burn_in)
             return _draw(sampler, burn_in, seeds, projections, progress)
@@ -160,30 +170,36 @@ def check_unbiased(
             other = seed if is_paired else (seed + 1) % 2**32
             others = draw(theirs, other, num_samples, projections)
             test = mine.test_draws(others, is_paired, failure_rate)
-    try:
-        test.raise_if_biased()
-        if detect is not None:
-            test.raise_if_blind(detect)
-    except AssertionError as error:
-        seen = test.detectable_bias()[1]
-        raise type(error)(
-            f"{error}. A bias of {seen:.3g} ({test.share(seen)}) would have been seen anywhere"
-        ) from None
     name, index = test.worst
-    shape = test.tests[name].difference.shape
     size = test.detectable_bias()[1]
-    return BiasCheck(
+    check = BiasCheck(
         method=method,
         num_samples=num_samples,
         parameters={name: list(tensor.shape) for name, tensor in found.items()},
         projections=projections,
         max_abs_z=test.tests[name].max_abs_z,
-        at=coordinate_name(name, shape, index),
+        at=coordinate_name(name, test.tests[name].difference.shape, index),
         threshold=test.threshold(name),
         detectable_bias=size,
         detectable_share=size / test.scale if test.scale > 0 else math.inf,
         tail_share=mine.tail_share(others if method == "paired" else None),
+        z_scores=_z_scores(test),
     )
+    try:
+        test.raise_if_biased()
+        if detect is not None:
+            test.raise_if_blind(detect)
+    except CheckError as error:
+        text = f"{error}. A bias of {size:.3g} ({test.share(size)}) would have been seen anywhere"
+        raise type(error)(text, check) from None
+    return check
+
+
+def _z_scores(test: BiasTest) -> Dict[str, float]:
+    if PROJECTIONS in test.tests:
+        scores = test.tests[PROJECTIONS].z.abs().tolist()
+        return {coordinate_name(PROJECTIONS, (len(scores),), i): z for i, z in enumerate(scores)}
+    return {name: one.max_abs_z for name, one in test.tests.items()}
 
 
 def _check_arguments(

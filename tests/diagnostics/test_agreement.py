@@ -11,6 +11,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_rb.diagnostics import compare
 from pyro_rb.diagnostics.agreement import Agreement
+from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from tests.diagnostics.test_choose import positions
@@ -67,6 +68,28 @@ def test_false_alarms_are_rare():
         mine, reference = fill(draws)
         alarms += mine.verdict(reference, probs, 4.5, 1.0).z > 4.5
     assert alarms == 0
+
+
+@pytest.mark.parametrize("is_projected", [False, True])
+def test_skewed_differences_are_no_bias(is_projected):
+    """Of a scale, the score is the square of a normal variable: plain z-scores fail most often."""
+    names, tensors = ["scale"], [torch.zeros(1000)]
+    if is_projected:
+        names, tensors = [f"scale{i}" for i in range(250)], [torch.zeros(4)] * 250
+    alarms = plain = 0
+    threshold = z_threshold(1e-2, 1000, 60)
+    for seed in range(40):
+        draws = torch.randn(60, 1000, generator=torch.Generator().manual_seed(seed)).square() - 1
+        zero = torch.zeros(1000)
+        mine, reference = (
+            Agreement(names, tensors, Projector(names, tensors) if is_projected else None) for _ in range(2)
+        )
+        for row in draws:
+            mine.update(row, zero)
+            reference.update(zero, zero)
+        alarms += mine.verdict(reference, None, threshold, 1.0).z > threshold
+        plain += (draws.mean(0) / draws.std(0)).abs().max() * 60**0.5 > threshold
+    assert plain > 20 and alarms <= 4, (plain, alarms)
 
 
 def test_rare_events_tell_nothing():

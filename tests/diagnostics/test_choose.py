@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,6 +10,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
+from pyro_rb.diagnostics import check_unbiased
 from pyro_rb.diagnostics import choose as choose_module
 from pyro_rb.diagnostics import choose_losses, compare
 from pyro_rb.diagnostics.losses import ENUMERATED
@@ -133,6 +136,49 @@ def test_unbounded_counts_are_not_enumerated():
     assert choice.left_out[ENUMERATED] == "'k' cannot be enumerated"
 
 
+def test_dependence_through_control_flow():
+    """TraceGraph_ELBO does not see it: its gradient would be biased without a warning."""
+
+    def model(y):
+        count = 0
+        while pyro.sample(f"go{count}", dist.Bernoulli(0.5)) > 0:
+            count += 1
+        pyro.sample("y", dist.Normal(float(count), 1.0), obs=y)
+
+    def guide(y):
+        prob, count = pyro.param("prob", torch.tensor(0.5)), 0
+        while pyro.sample(f"go{count}", dist.Bernoulli(prob)) > 0:
+            count += 1
+
+    args = (torch.tensor(1.5),)
+    choice = choose_losses(model, guide, args)
+    assert "TraceGraph_ELBO" not in choice.losses
+    assert "nothing that depends on 'go0'" in choice.left_out["TraceGraph_ELBO"]
+    # What is claimed of it, by exact enumeration of the first 15 counts: it is far from the gradient.
+    prob = torch.tensor(0.5, requires_grad=True)
+    counts = torch.arange(15.0)
+    log_q = counts * prob.log() + (1 - prob).log()
+    log_p = (counts + 1) * math.log(0.5) + dist.Normal(counts, 1.0).log_prob(args[0])
+    (exact,) = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum(), prob)
+    with pytest.raises(AssertionError, match="biased in prob"):
+        check_unbiased("TraceGraph_ELBO", model, guide, {"prob": exact}, args=args, projections=0)
+    check_unbiased("Trace_ELBO", model, guide, {"prob": exact}, args=args, projections=0)
+
+
+def test_dependence_through_tensors():
+    choice = choose_losses(*positions(3))
+    assert "TraceGraph_ELBO" in choice.losses
+
+
+def test_no_latent_site():
+    def model():
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=torch.tensor(0.3))
+
+    choice = choose_losses(model, lambda: None)
+    assert choice.losses == [] and set(choice.left_out.values()) == {"the guide has no latent site"}
+    assert compare(model, lambda: None, **QUICK).notes == []
+
+
 def test_model_that_enumerates():
     """Only losses that sum out the model's site have the right objective."""
 
@@ -221,7 +267,9 @@ def test_projected_sites(monkeypatch):
 
     monkeypatch.setattr("pyro_rb.infer.R2G2_ELBO", R2G2_ELBO, raising=False)
     case = conj()
-    assert "R2G2_ELBO" in choose_losses(case.model, case.guide, case.args).losses
+    choice = choose_losses(case.model, case.guide, case.args)
+    assert "R2G2_ELBO" in choice.losses
+    assert "name it in losses" in choice.left_out["R2G2_ELBO:pre_activations=local"]
     R2G2_ELBO.treatment = "plain"
     left_out = choose_losses(case.model, case.guide, case.args).left_out
     assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterised draw"

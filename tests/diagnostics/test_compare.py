@@ -21,6 +21,7 @@ from pyro_rb.diagnostics import (
     sample_gradients,
 )
 from pyro_rb.diagnostics.gradients import GradientSampler
+from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.infer import STLTrace_ELBO
 from tests.models import conj
 
@@ -130,6 +131,23 @@ def test_bias_is_found_and_named():
     assert row.bias_size == pytest.approx(1.0 / rms, rel=1e-3)
     assert "shifted is biased, or has another objective" in str(result)
     assert "AutoNormal.locs.z[1]" in str(result)
+
+
+def test_few_draws_of_many_coordinates():
+    """The scores of scales are squares of normal variables; 12 of 20000 of them are often alike."""
+
+    def wide(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([20000]).to_event(1))
+        pyro.sample("x", dist.Normal(z[0], 1.0), obs=x.sum())
+
+    def compared(losses):
+        result = compare(wide, AutoNormal(wide), losses, args=(X,), num_samples=12, num_burn_in=0, progress=False)
+        return result.states[0].losses[1]
+
+    row = compared("STLTrace_ELBO")
+    assert not row.biased and row.bias_z < row.bias_threshold
+    assert row.bias_z > z_threshold(1e-3, 40000, 12)  # which alone would call it biased
+    assert compared({"shifted": Shifted()}).biased
 
 
 def test_detectable_bias_is_detected():
@@ -400,12 +418,54 @@ def test_auxiliary_and_enumerated_sites_match():
         ({"train_steps": []}, "train_steps: expected"),
         ({"train_steps": [1.5]}, "train_steps: expected"),
         ({"losses": "nonsense"}, "no loss 'nonsense'"),
+        ({"train_steps": 10.0}, "train_steps: expected an integer"),
         ({"failure_rate": 2.0}, "failure_rate must lie between 0 and 1"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         compare(model, AutoNormal(model), args=(X,), progress=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_samples": 10.5}, "num_samples: expected an integer, got 10.5"),
+        ({"args": X}, r"args: expected a tuple.*such as \(data,\), got Tensor"),
+        ({"losses": TraceMeanField_ELBO}, r"; write TraceMeanField_ELBO\(\)"),
+        ({"reference": TraceMeanField_ELBO()}, "reference: expected the name of a loss"),
+        ({"guide": AutoNormal}, r"guide: AutoNormal is a class.*AutoNormal\(model\)"),
+        ({"model": 3}, "model: expected something callable, got 3"),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    given = {"model": model, "guide": AutoNormal(model), "args": (X,), "progress": False, **arguments}
+    with pytest.raises(TypeError, match=message):
+        compare(**given)
+
+
+def test_losses_that_are_not_finite_now_and_then():
+    def rarely_nan(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        bad = torch.where(torch.rand(()) < 0.2, torch.tensor(math.nan), z)
+        pyro.sample("x", dist.Normal(bad, 1.0, validate_args=False), obs=x.sum())
+
+    guide = AutoNormal(rarely_nan)
+    result = compare(rarely_nan, guide, "STLTrace_ELBO", args=(X,), **{**QUICK, "num_samples": 60})
+    rows = result.states[0].losses
+    assert 5 < rows[0].bad_losses == rows[1].bad_losses < 25 and math.isfinite(rows[0].loss)
+    assert f"the loss was not finite {rows[0].bad_losses} times with Trace_ELBO" in " ".join(str(result).split())
+    # The same warning of several losses is one note.
+    assert "Trace_ELBO, STLTrace_ELBO: Encountered NaN: loss" in result.notes
+
+
+def test_bad_number_of_the_reference_is_named():
+    def root(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal((z - 9.0).sqrt(), 1.0, validate_args=False), obs=x.sum())
+
+    with pytest.raises(ValueError, match="at model site 'x', argument 'loc' of Normal is nan.*on_bad='skip'"):
+        compare(root, AutoNormal(root), args=(X,), **QUICK)
 
 
 def test_no_parameters():
@@ -440,6 +500,10 @@ def test_one_line():
     assert measure.one_line(ValueError("a\n  b")) == "ValueError: a b"
     assert len(measure.one_line(ValueError("x" * 1000))) < 330
     assert measure.one_line(UserWarning("a\nb")) == "a b"
+    shapes = "no\n Trace Shapes:\n  Param Sites:\nSample Sites:\n z dist |"
+    assert measure.one_line(ValueError(shapes)) == "ValueError: no"
+    hint = "The values of the guide sites ['z'] have"
+    assert measure.one_line(ValueError(f"{shapes}\n{hint}")) == f"ValueError: no {hint}"
 
 
 def test_reference_of_the_same_objective():

@@ -18,7 +18,13 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_rb.diagnostics import find_parameters, gradient_moments, sample_gradients
+from pyro_rb.diagnostics import (
+    check_unbiased,
+    compare,
+    find_parameters,
+    gradient_moments,
+    sample_gradients,
+)
 from pyro_rb.infer import STLTrace_ELBO
 from tests.common import assert_unbiased
 from tests.models import conj, discrete_first
@@ -252,3 +258,61 @@ def test_progress_bar(capsys):
     assert capsys.readouterr().err == ""
     sample_gradients(Trace_ELBO(), model, guide, num_samples=2, progress=True)
     assert "2/2" in capsys.readouterr().err
+
+
+ROWS = torch.linspace(-2.0, 2.0, 50)
+
+
+def batch_model(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 50, subsample=x):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def batch_guide(x):
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 0.2))
+
+
+def batch():
+    return (ROWS[torch.randperm(50)[:5]],)
+
+
+def test_new_minibatch_at_each_draw():
+    """Its noise counts: the variance of the gradient is that of both."""
+    moving = sample_gradients(Trace_ELBO(), batch_model, batch_guide, batch, num_samples=400, seed=0)["loc"]
+    fixed = sample_gradients(Trace_ELBO(), batch_model, batch_guide, (ROWS[:5],), num_samples=400, seed=0)["loc"]
+    # 50 times the mean of 5 of 50 rows, drawn without replacement.
+    of_batches = 50**2 * ROWS.var() / 5 * (1 - 5 / 50)
+    assert (moving.var() - fixed.var()).item() == pytest.approx(of_batches.item(), rel=0.25)
+
+
+def test_all_losses_see_the_same_minibatch():
+    batches = []
+
+    def recorded():
+        batches.append(batch()[0])
+        return (batches[-1],)
+
+    options = dict(num_samples=10, num_burn_in=2, progress=False, train_steps=[3])
+    result = compare(batch_model, batch_guide, ["TraceMeanField_ELBO"], args=recorded, **options)
+    row = result.states[0].losses[1]
+    assert not row.biased and row.detectable_bias < 1.0
+    # Two to see that it follows the seed, one for the traces, three to train; two a draw; memory.
+    assert len(batches) >= 2 + 1 + 3 + 2 * 12
+    drawn = batches[6 : 6 + 24]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[::2], drawn[1::2]))
+    assert not torch.equal(drawn[0], drawn[2])
+    assert check_unbiased("STLTrace_ELBO", batch_model, batch_guide, args=batch, num_samples=50).max_abs_z < 5
+    with pytest.raises(AssertionError, match="biased in loc"):
+        check_unbiased("STLTrace_ELBO", batch_model, batch_guide, args=lambda: (2 * batch()[0],),
+                       reference={"loc": torch.tensor(1e3)}, num_samples=50)
+
+
+def test_minibatches_that_do_not_follow_the_seed():
+    loader = iter(ROWS.split(5))
+    with pytest.raises(ValueError, match=r"args\(\): it returned other values when called again"):
+        sample_gradients(Trace_ELBO(), batch_model, batch_guide, lambda: (next(loader),))
+    with pytest.raises(TypeError, match=r"args\(\): expected it to return a tuple.*got Tensor"):
+        sample_gradients(Trace_ELBO(), batch_model, batch_guide, lambda: ROWS)
+    with pytest.raises(TypeError, match="args: expected a tuple.*for minibatches give a function"):
+        sample_gradients(Trace_ELBO(), batch_model, batch_guide, iter(ROWS.split(5)))

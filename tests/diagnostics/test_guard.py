@@ -523,6 +523,44 @@ def test_optimizers_that_cannot_be_watched(optim):
         GradientGuard(Trace_ELBO()).watch(optim)
 
 
+def test_nan_between_a_parameter_and_its_site():
+    """The branch that torch.where does not take has a derivative all the same."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.5))
+        pyro.sample("z", dist.Normal(torch.where(loc < 0, (-loc).sqrt(), loc), 1.0))
+
+    svi = SVI(model, guide, pyro.optim.Adam({}), GradientGuard(Trace_ELBO()))
+    with pytest.raises(NonFiniteError, match="with respect to parameter 'loc' is nan; it comes from .*torch.where"):
+        svi.step()
+    assert not pyro.param("loc").unconstrained()._backward_hooks
+
+
+def test_nan_between_the_parameter_of_a_module_and_its_site():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self):
+            pyro.sample("z", dist.Normal(torch.where(self.loc < 0, (-self.loc).sqrt(), self.loc), 1.0))
+
+    guide = Guide()
+    guard = GradientGuard(Trace_ELBO())
+    elbo = guard(model, guide)
+    optim = guard.watch(torch.optim.Adam(elbo.parameters()))
+    elbo().backward()
+    with pytest.raises(NonFiniteError, match="with respect to parameter 'guide.loc' is nan"):
+        optim.step()
+    assert not guide.loc._backward_hooks
+
+
 def test_loss_that_is_always_infinite():
     """That of TraceTailAdaptive_ELBO is, and its gradients are finite."""
     loss = TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=0)

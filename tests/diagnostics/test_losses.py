@@ -14,6 +14,7 @@ from pyro_rb.diagnostics.losses import (
     available_losses,
     make_loss,
     make_losses,
+    usage,
 )
 from pyro_rb.infer import DReG_ELBO, STLTrace_ELBO
 
@@ -112,3 +113,18 @@ def test_enumeration_of_the_guide_by_name():
     (exact,) = torch.autograd.grad((q * (q.log() - log_p)).sum(), logits)
     torch.testing.assert_close(gradients[ENUMERATED], exact.expand(4, 3))
     assert gradients[REFERENCE].std(0).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["STLTrace_ELBO:adaptive", "DReG_ELBO:num_particles=8,control_variate_scale=adaptive"])
+def test_usage_makes_the_same_loss(name):
+    imports, call = usage(name).split("; ")
+    namespace = {"SVI": lambda model, guide, optim, loss: loss, "model": None, "guide": None, "optim": None}
+    exec(imports, namespace)
+    made = eval(call, namespace)
+    assert type(made) is type(make_loss(name)) and vars(made).keys() == vars(make_loss(name)).keys()
+    assert made.control_variate_scale == "adaptive" and made.num_particles == make_loss(name).num_particles
+
+
+def test_usage_of_other_losses():
+    assert "config_enumerate(guide), optim, loss=TraceEnum_ELBO())" in usage("TraceEnum_ELBO+config_enumerate")
+    assert usage("MyOwn_ELBO") is None

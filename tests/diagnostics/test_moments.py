@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pyro_rb.diagnostics import stats
-from pyro_rb.diagnostics.moments import RunningMoments
+from pyro_rb.diagnostics.mean_test import one_sample_test
+from pyro_rb.diagnostics.moments import RunningMoments, SkewedMoments
 
 
 def test_running_moments_agree_with_torch():
@@ -48,3 +49,16 @@ def test_variance_of_one_draw_is_undefined():
     assert moments.variance.isnan().all()
     with pytest.raises(ValueError, match=r"need at least 2 draws, got samples of shape \(1, 2\)"):
         stats.total_variance(torch.ones(1, 2))
+
+
+def test_skewness_of_a_stream_is_that_of_all_draws():
+    x = torch.randn(60, 4).exp()
+    x[:, 3] = 2.0  # constant
+    moments = SkewedMoments()
+    for row in x:
+        moments.update(row)
+    torch.testing.assert_close(moments.skewness, one_sample_test(x, torch.zeros(4)).skewness)
+    torch.testing.assert_close(moments.variance, x.double().var(0))
+    assert moments.skewness[3] == 0 and moments.skewness[0] > 0
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        moments.merge(RunningMoments())

@@ -36,6 +36,7 @@ def test_a_clear_case():
     )
     assert found.caveats[0].startswith("This was measured at the parameters as they are only.")
     assert found.progress_time["Trace_ELBO"] == pytest.approx(1.0)
+    assert found.usage is None and "loss=STLTrace_ELBO())" in recommend([state(good("STLTrace_ELBO"))]).usage
 
 
 def test_states_late_in_training_count_more():
@@ -72,6 +73,8 @@ def test_thin_evidence():
     found = recommend([state(good(steps_ratio=0.7, steps_ratio_error=0.3))])
     assert found.loss is None and not found.caveats
     assert "too thin" in found.sentence and "about 14000 of each" in found.sentence
+    found = recommend([state(good(steps_ratio=0.8, steps_ratio_error=0.03))])
+    assert found.loss is None and "Take more gradients, about " in found.sentence
     # The same error matters not where the gain is large, or there is surely none.
     assert recommend([state(good(steps_ratio=0.1, steps_ratio_error=0.2))]).loss == "Good_ELBO"
     assert recommend([state(good(steps_ratio=9.0, steps_ratio_error=2.0))]).loss == "Trace_ELBO"
