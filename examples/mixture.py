@@ -23,6 +23,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.ops.indexing import Vindex
 from tabulate import tabulate
 from tqdm import trange
 
@@ -45,7 +46,7 @@ def model(values):
     locs = pyro.sample("locs", dist.Normal(0.0, 5.0).expand([NUM_COMPONENTS]).to_event(1))
     with pyro.plate("items", len(values)):
         component = pyro.sample("component", dist.Categorical(weights))
-        pyro.sample("values", dist.Normal(locs[component], scale), obs=values)
+        pyro.sample("values", dist.Normal(Vindex(locs)[..., component], scale), obs=values)
 
 
 def guide(values):

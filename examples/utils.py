@@ -166,6 +166,14 @@ def plot_histories(ax, histories, key, ylabel):
     ax.set(xlabel="seconds of training", ylabel=ylabel)
 
 
+def write_table(path, rows):
+    """Rows, dicts with the same keys, as CSV."""
+    with open(path, "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_results(args, results, rows, draw):
     """
     With ``--out PREFIX``: ``PREFIX.json`` with the settings, a table ``PREFIX.csv``, a
@@ -181,8 +189,5 @@ def write_results(args, results, rows, draw):
         settings["threads"] = torch.get_num_threads()
         text = json.dumps({"settings": settings, **results}, indent=1)
         prefix.with_name(prefix.name + ".json").write_text(text + "\n", encoding="utf-8")
-        with open(prefix.with_name(prefix.name + ".csv"), "w", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(prefix.with_name(prefix.name + ".csv"), rows)
         draw().savefig(prefix.with_name(prefix.name + ".png"), dpi=100)
