@@ -67,7 +67,7 @@ def shipped(name, make_guide, guide_name, lr=None):
         make=lambda: (example.model, make_guide(example.model)),
         args=example.make_args(),
         lr=lr or example.learning_rate,
-        seconds=5.0,
+        seconds=4.0,
         objective=vectorized("Trace_ELBO", 10000),
     )
 
@@ -83,9 +83,9 @@ def logistic(make_guide, guide_name):
         title=f"Logistic regression, {guide_name}",
         make=lambda: (model, make_guide(model)),
         args=(),
-        lr=0.02,
-        seconds=5.0,
-        objective=vectorized("Trace_ELBO", 1000),
+        lr=0.01,
+        seconds=4.0,
+        objective=vectorized("Trace_ELBO", 300),
     )
 
 
@@ -98,7 +98,7 @@ def assignments():
         make=lambda: (mixture.model, mixture.guide),
         args=(values,),
         lr=0.03,
-        seconds=5.0,
+        seconds=4.0,
         objective=vectorized(ENUMERATED, 500),
     )
 
@@ -147,7 +147,7 @@ def outliers(num_rows=200, num_groups=10):
         make=make,
         args=(),
         lr=0.02,
-        seconds=5.0,
+        seconds=4.0,
         objective=vectorized(ENUMERATED, 500),
     )
 
@@ -176,7 +176,7 @@ def change_point(num_years=150):
         args=(),
         lr=0.02,
         seconds=4.0,
-        objective=vectorized(ENUMERATED, 40),
+        objective=vectorized(ENUMERATED, 15),
     )
 
 
@@ -203,9 +203,9 @@ def matching(num_items=100, num_values=1000, size=8):
         make=lambda: (model, guide),
         args=(),
         lr=0.05,
-        seconds=6.0,
+        seconds=5.0,
         objective=f"{ENUMERATED}:max_plate_nesting=1",
-        draws=5,
+        draws=2,
     )
 
 
@@ -246,7 +246,7 @@ def topics(num_topics=8, num_words=40, num_documents=20, size=30):
         make=lambda: (model, guide),
         args=(),
         lr=0.03,
-        seconds=5.0,
+        seconds=4.0,
         objective=vectorized(ENUMERATED, 20, max_plate_nesting=2),
     )
 
@@ -275,9 +275,9 @@ def network(batch_size=20, width=30):
         make=lambda: (model, AutoNormal(model, init_scale=0.05)),
         args=(batch_size,),
         lr=0.003,
-        seconds=8.0,
+        seconds=6.0,
         objective="Trace_ELBO",
-        draws=10,
+        draws=5,
         all_args=(None,),
     )
 
@@ -312,7 +312,6 @@ def autoencoder(title, images, seconds, objective, batch_size=100, width=100, co
         lr=1e-3,
         seconds=seconds,
         objective=objective,
-        draws=2,
         all_args=(images, None),
         **options,
     )
@@ -320,13 +319,13 @@ def autoencoder(title, images, seconds, objective, batch_size=100, width=100, co
 
 def elbo_of_digits():
     (images, _), _ = load_mnist(None, 2000, 1, seed=0)
-    return autoencoder("Variational autoencoder, 2000 digits", images, 8.0, "Trace_ELBO")
+    return autoencoder("Variational autoencoder, 2000 digits", images, 7.0, "Trace_ELBO")
 
 
 def bound_of_digits():
     images, _ = vae_iwae.load_digits(None, seed=0)
     title = "Importance-weighted autoencoder, 16 particles"
-    return autoencoder(title, images, 8.0, BOUND, width=50, reference=BOUND)
+    return autoencoder(title, images, 6.0, BOUND, width=50, reference=BOUND)
 
 
 #: By name, a function that makes the case.

@@ -7,16 +7,16 @@ Does a long training run bear out what ``pyro_rb.compare`` recommends?
 For each model: the comparison runs by its defaults, along 1000 training steps. Then models are
 trained by every loss that it has measured and not called biased, for the same CPU time, from the
 same start, by Adam: at the first seed at each of three learning rates, as a loss with less noise
-may take larger steps; at the others at the best of them, and at that of the comparison. All runs
-of a seed take turns. The objective itself is noted along time, with the same random numbers
+may take larger steps; at the others at that of the comparison, and at the better one of the other
+two. All runs of a seed take turns. The objective itself is noted along time, with the same random numbers
 for all, and by enumeration where there are discrete sites::
 
     python examples/recommendations.py --out docs/source/_static/recommend
     python examples/recommendations.py --out docs/source/_static/recommend --again advice
     python examples/recommendations.py --models schools vae
 
-``result.json`` is written after each model; what is in it already is not run again, unless
-``--again advice`` or ``--again training`` asks for it.
+``result.json`` is written after each seed of a model; what is in it already is not run again,
+unless ``--again advice`` or ``--again training`` asks for it.
 
 **The verdict.** What counts for a run is the mean objective over the last quarter of its time, at
 the better of the loss's two learning rates. Losses are compared seed by seed. One beats another if
@@ -133,55 +133,62 @@ class TimedRun(Run):
         self.objective.append(value if math.isfinite(value) else math.inf)
 
 
-def train(case, losses, args, progress):
+def train(case, losses, seed, times, rates, progress):
     """
-    For each loss: the factor of the learning rate that was best at the first seed; and by factor
-    the objective along time, a mean over seeds, its value at the end for each seed, the
-    numbers of steps, and the errors.
+    Trains from one seed by each loss, at each of its learning rates.
+
+    :param list times: CPU times at which the objective is noted.
+    :param dict rates: by loss, names of :data:`FACTORS`.
+    :return: by loss and rate, the objective at these times, the number of steps, and the error.
     """
-    seconds = case.seconds * args.seconds
-    half = args.num_notes // 2
-    times = [0.75 * seconds * (i / half) ** 2 for i in range(half)]
-    times += np.linspace(0.75 * seconds, seconds, args.num_notes - half).tolist()
-    late = slice(half, None)
-    results = {loss: {"best": None, "rates": {}} for loss in losses}
+    runs = {(loss, rate): TimedRun(case, loss, FACTORS[rate], seed) for loss in losses for rate in rates[loss]}
     objective = make_loss(case.objective)
-    for seed in args.seeds:
-        rates = {loss: {"same", part["best"]} if part["best"] else FACTORS for loss, part in results.items()}
-        runs = {(loss, rate): TimedRun(case, loss, FACTORS[rate], seed) for loss in losses for rate in rates[loss]}
-        progress.total += len(times) * len(runs)
-        for until in times:
-            for (loss, _), run in runs.items():
-                run.until(until)
-                run.note(objective)
-                progress.set_postfix_str(f"{loss}, seed {seed}", refresh=False)
-                progress.update()
-        for (loss, rate), run in runs.items():
-            part = results[loss]["rates"].setdefault(rate, {"steps": [], "curves": [], "end": [], "errors": []})
-            part["steps"].append(run.num_steps)
-            part["curves"].append(run.objective)
-            part["end"].append(float(f"{np.mean(run.objective[late]):.9g}"))
-            part["errors"] += [run.error] if run.error else []
-        for part in results.values():
-            part["best"] = part["best"] or min(part["rates"], key=lambda rate: part["rates"][rate]["end"][0])
-    for part in results.values():
-        for by_rate in part["rates"].values():
-            by_rate["curve"] = [float(f"{x:.9g}") for x in np.mean(by_rate.pop("curves"), 0)]
-    return {"times": [round(t, 3) for t in times], "losses": results}
+    progress.reset(len(times) * len(runs))
+    for until in times:
+        for (loss, _), run in runs.items():
+            run.until(until)
+            run.note(objective)
+            progress.set_postfix_str(f"{loss}, seed {seed}", refresh=False)
+            progress.update()
+    results = {loss: {} for loss in losses}
+    for (loss, rate), run in runs.items():
+        curve = [float(f"{x:.9g}") for x in run.objective]
+        results[loss][rate] = {"steps": run.num_steps, "objective": curve, "error": run.error}
+    return results
 
 
-def best_rate(part):
-    """That of a loss, of those at which all seeds were run."""
-    ends = {rate: part["rates"][rate]["end"] for rate in ("same", part["best"])}
-    return min(ends, key=lambda rate: np.mean(ends[rate]))
+def note_times(seconds, num_notes):
+    """Half of them late: these make up what a run attains. The others are denser early."""
+    half = num_notes // 2
+    early = [0.75 * seconds * (i / half) ** 2 for i in range(half)]
+    return [round(t, 4) for t in [*early, *np.linspace(0.75 * seconds, seconds, num_notes - half)]]
+
+
+def end(run):
+    """What a run attains: the mean objective over the last quarter of the time."""
+    return float(np.mean(run["objective"][len(run["objective"]) // 2 :]))
+
+
+def promising(first):
+    """Two learning rates for the other seeds: that of the comparison, and the better of the others."""
+    return {
+        loss: ["same", min(("third", "triple"), key=lambda rate: end(by_rate[rate]))] for loss, by_rate in first.items()
+    }
+
+
+def best_rate(training, loss):
+    """Of the learning rates at which all seeds were run."""
+    runs = [by_loss[loss] for by_loss in training["seeds"].values()]
+    return min(runs[-1], key=lambda rate: np.mean([end(by_rate[rate]) for by_rate in runs]))
 
 
 def scores(training, tuned):
     """The objective at the end for each seed, by loss, at its best rate or at that of the comparison."""
-    return {
-        loss: np.array(part["rates"][best_rate(part) if tuned else "same"]["end"])
-        for loss, part in training["losses"].items()
-    }
+    found = {}
+    for loss in next(iter(training["seeds"].values())):
+        rate = best_rate(training, loss) if tuned else "same"
+        found[loss] = np.array([end(by_loss[loss][rate]) for by_loss in training["seeds"].values()])
+    return found
 
 
 def difference(a, b):
@@ -221,8 +228,8 @@ def time_to(level, times, curve):
 
 
 def best_curve(training, loss):
-    part = training["losses"][loss]
-    return np.array(part["rates"][best_rate(part)]["curve"])
+    rate = best_rate(training, loss)
+    return np.mean([by_loss[loss][rate]["objective"] for by_loss in training["seeds"].values()], 0)
 
 
 def speed_up(training, loss, reference):
@@ -276,7 +283,7 @@ def draw(models):
     """The objective above the lowest value seen, against CPU time, at each loss's best rate."""
     import matplotlib.pyplot as plt
 
-    names = [short(loss) for entry in models.values() for loss in entry["training"]["losses"]]
+    names = [short(loss) for entry in models.values() for loss in entry["losses"]]
     styles = dict(zip(dict.fromkeys(names), STYLES * 2))
     columns = min(4, len(models))
     size = (4.0 * columns, 3.0 * -(-len(models) // columns) + 0.6)
@@ -284,7 +291,7 @@ def draw(models):
     handles = {}
     for ax, (title, entry) in zip(axes.flat, models.items()):
         training, taken = entry["training"], entry["advice"]["loss"]
-        times, curves = training["times"], {loss: best_curve(training, loss) for loss in training["losses"]}
+        times, curves = training["times"], {loss: best_curve(training, loss) for loss in entry["losses"]}
         lowest = min(curve.min() for curve in curves.values())
         for loss, curve in curves.items():
             color, marker = styles[short(loss)]
@@ -309,6 +316,10 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
 
 
+def write_json(path, results):
+    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+
+
 def main(args):
     torch.set_num_threads(1)
     path = args.out / "result.json"
@@ -316,8 +327,6 @@ def main(args):
     results["settings"] = {
         "train_steps": args.train_steps,
         "num_samples": args.num_samples,
-        "seeds": args.seeds,
-        "seconds": args.seconds,
         "factors": FACTORS,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -327,16 +336,22 @@ def main(args):
         entry = results["models"].setdefault(name, {"title": case.title, "lr": case.lr})
         if "advice" not in entry or args.again == "advice":
             entry["advice"] = ask(case, args)
+            write_json(path, results)
+        losses = entry["losses"] = list(entry["advice"]["progress_time"])
         if "training" not in entry or args.again == "training":
-            losses = list(entry["advice"]["progress_time"])
-            with tqdm(total=0, desc=name, mininterval=0.5) as progress:
-                entry["training"] = train(case, losses, args, progress)
-        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    done = {k: results["models"][k] for k in CASES if "training" in results["models"].get(k, {})}
-    rows = [summarise(entry["title"], entry["advice"], entry["training"]) for entry in done.values()]
+            entry["training"] = {"times": note_times(case.seconds * args.seconds, args.num_notes), "seeds": {}}
+        done = entry["training"]["seeds"]
+        for seed in args.seeds:
+            if str(seed) not in done:
+                rates = promising(next(iter(done.values()))) if done else dict.fromkeys(losses, FACTORS)
+                with tqdm(desc=name, mininterval=0.5) as progress:
+                    done[str(seed)] = train(case, losses, seed, entry["training"]["times"], rates, progress)
+                write_json(path, results)
+    entries = [entry for entry in map(results["models"].get, CASES) if entry and "training" in entry]
+    rows = [summarise(entry["title"], entry["advice"], entry["training"]) for entry in entries]
     print(tabulate(rows, headers="keys"))
     write_table(args.out / "table.csv", rows)
-    figure = draw({entry["title"]: entry for entry in done.values()})
+    figure = draw({entry["title"]: entry for entry in entries})
     figure.savefig(args.out / "figure.png", dpi=100)
 
 
