@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_rb.diagnostics import sample_gradients
+from pyro_rb.diagnostics.palette import INK, figure_style
 from pyro_rb.infer import DReG_ELBO
 
 OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "dreg"
@@ -122,23 +123,24 @@ def measure_variance(
 
 
 def draw(numbers: Dict[str, Any], path: Path) -> None:
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for (name, curve), color, marker in zip(numbers["snr"].items(), ["0.35", "C0"], "so"):
-        label = f"{NAMES[name]}, slope {numbers['slope'][name]:.2f}"
-        left.plot(numbers["particles"], curve, marker + "-", color=color, markersize=4, label=label)
-    left.set(xscale="log", yscale="log", xlabel="particles K", ylabel="signal-to-noise ratio")
-    left.set_title(f"location, guide scale {WIDE} x best")
-    styles = {"K = 2": ("C0", "o-"), "K = 8": ("C1", "o-"), "K = 64": ("C2", "o-")}
-    for name, curve in numbers["variance"].items():
-        color, style = styles.get(name, ("C1", "s--"))
-        right.plot(numbers["scale_ratio"], curve, style, color=color, markersize=4, label=name)
-    right.axhline(1, color="0.45", linewidth=1)
-    right.set(xscale="log", yscale="log", xlabel="guide scale / best scale")
-    right.set_ylabel("gradient variance / RenyiELBO")
-    for ax in (left, right):
-        ax.grid(color="0.9")
-        ax.legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=140)
+    with plt.rc_context(figure_style()):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        for (name, curve), color, marker in zip(numbers["snr"].items(), [INK, "C0"], "so"):
+            label = f"{NAMES[name]}, slope {numbers['slope'][name]:.2f}"
+            left.plot(numbers["particles"], curve, marker + "-", color=color, markersize=4, label=label)
+        left.set(xscale="log", yscale="log", xlabel="particles K", ylabel="signal-to-noise ratio")
+        left.set_title(f"location, guide scale {WIDE} x best")
+        styles = {"K = 2": ("C0", "o-"), "K = 8": ("C1", "o-"), "K = 64": ("C2", "o-")}
+        for name, curve in numbers["variance"].items():
+            color, style = styles.get(name, ("C1", "s--"))
+            right.plot(numbers["scale_ratio"], curve, style, color=color, markersize=4, label=name)
+        right.axhline(1, color=INK, linewidth=1)
+        right.set(xscale="log", yscale="log", xlabel="guide scale / best scale")
+        right.set_ylabel("gradient variance / RenyiELBO")
+        for ax in (left, right):
+            ax.grid()
+            ax.legend()
+        fig.savefig(path, dpi=140)
     plt.close(fig)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyro_rb import STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients
+from pyro_rb.diagnostics.palette import INK, figure_style
 
 OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "stl"
 OFFSET = 0.3  # of the guide's locations, in standard deviations of the best guide
@@ -109,20 +110,21 @@ def exact_normal_ratio(r: np.ndarray) -> np.ndarray:
 
 
 def draw(ratios: Sequence[float], panels: Dict[str, Dict[str, list]], path: Path) -> None:
-    fig, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), sharey=True, layout="constrained")
-    for ax, (title, curves) in zip(axes, panels.items()):
-        ax.axhline(1, color="0.45", linewidth=1)
-        ax.text(0.1, 1.15, "Trace_ELBO()", color="0.35", va="bottom", fontsize=8)
-        for (name, curve), color, marker in zip(curves.items(), ["C0", "C1"], "os"):
-            ax.plot(ratios, curve, marker, color=color, markersize=4, label=name)
-        if title == "Normal posterior":
-            fine = np.geomspace(min(ratios), max(ratios), 400)
-            ax.plot(fine, exact_normal_ratio(fine), color="C0", linewidth=1, label="exact")
-        ax.set(title=title, xscale="log", yscale="log", xlabel="guide scale / best scale")
-        ax.grid(color="0.9")
-    axes[0].set_ylabel("gradient variance / Trace_ELBO()")
-    axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=140)
+    with plt.rc_context(figure_style()):
+        fig, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), sharey=True, layout="constrained")
+        for ax, (title, curves) in zip(axes, panels.items()):
+            ax.axhline(1, color=INK, linewidth=1)
+            ax.text(0.1, 1.15, "Trace_ELBO()", va="bottom", fontsize=8)
+            for (name, curve), color, marker in zip(curves.items(), ["C0", "C1"], "os"):
+                ax.plot(ratios, curve, marker, color=color, markersize=4, label=name)
+            if title == "Normal posterior":
+                fine = np.geomspace(min(ratios), max(ratios), 400)
+                ax.plot(fine, exact_normal_ratio(fine), color="C0", linewidth=1, label="exact")
+            ax.set(title=title, xscale="log", yscale="log", xlabel="guide scale / best scale")
+            ax.grid()
+        axes[0].set_ylabel("gradient variance / Trace_ELBO()")
+        axes[0].legend()
+        fig.savefig(path, dpi=140)
     plt.close(fig)
 
 

@@ -43,6 +43,38 @@ class Styles:
         return result.name + (" (biased)" if result.biased else "")
 
 
+def figure_style() -> Dict[str, Any]:
+    """
+    Settings with which figures of your own look as these do, on light and on dark pages:
+    a transparent background, ink and colours of a middle tone.
+
+    :returns: What :func:`matplotlib.rc_context` takes.
+    :rtype: dict
+
+    **Example**
+
+    >>> import matplotlib.pyplot as plt
+    >>> with plt.rc_context(figure_style()):
+    ...     figure, axes = plt.subplots()
+    >>> axes.xaxis.label.get_color()
+    '#7d7d7d'
+    >>> plt.close(figure)
+    """
+    from matplotlib.rcsetup import cycler
+
+    inks = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color", "grid.color")
+    return {
+        **{name: INK for name in inks},
+        "axes.prop_cycle": cycler(color=[color for color, _ in STYLES[1:]]),
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "savefig.facecolor": "none",
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
+
+
 def dress(axes: Any, x_label: str, y_label: str) -> None:
     """Labels, transparent background, and the ink that suits any page."""
     axes.set_xlabel(x_label, color=INK)

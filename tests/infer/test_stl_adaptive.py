@@ -34,14 +34,16 @@ def auto_normal(init_scale, train_steps=0):
     return case
 
 
+# What is measured on each, and how much of Trace_ELBO's variance there may be. Each bound is
+# the ratio of stl.rst within its error, with room for the seed.
 STATES = {
-    "conj, well fitted": lambda: conj(shift=0.1, width=1.0),
-    "conj, too narrow": lambda: conj(shift=0.3, width=0.2),
-    "conj, too wide": lambda: conj(shift=0.3, width=4.0),
-    "two, wide": two,
-    "multivariate": multivariate,
-    "mix, Pyro's default scale": lambda: auto_normal(0.1),
-    "mix, trained": lambda: auto_normal(0.1, 400),
+    "conj, well fitted": (lambda: conj(shift=0.1, width=1.0), None),
+    "conj, too narrow": (lambda: conj(shift=0.3, width=0.2), 0.15),
+    "conj, too wide": (lambda: conj(shift=0.3, width=4.0), 0.25),
+    "two, wide": (two, None),
+    "multivariate": (multivariate, None),
+    "mix, Pyro's default scale": (lambda: auto_normal(0.1), 0.65),
+    "mix, trained": (lambda: auto_normal(0.1, 400), None),
 }
 
 
@@ -55,8 +57,8 @@ def flat(samples):
 
 @pytest.mark.parametrize("name", STATES)
 def test_variance_is_near_the_better_of_both(name):
-    case = STATES[name]()
-    num_samples = 1000
+    make, below = STATES[name]
+    case, num_samples = make(), 1000
     plain = draw_gradients(Trace_ELBO(), case, num_samples, seed=0)
     path = draw_gradients(STLTrace_ELBO(), case, num_samples, seed=0)
     adaptive = draw_gradients(STLTrace_ELBO("adaptive"), case, num_samples, seed=0, num_burn_in=100)
@@ -65,24 +67,8 @@ def test_variance_is_near_the_better_of_both(name):
     squares = [(flat(g) - flat(g).mean(0)).square().sum(-1) for g in (adaptive, best)]
     ratio, error = stats.ratio_of_means(*squares)
     assert ratio + 4 * error < 1.1
-
-
-@pytest.mark.parametrize(
-    "make, below",
-    [
-        # Each ratio is that of stl.rst within its error, with room for the seed.
-        (lambda: conj(shift=0.3, width=0.2), 0.15),
-        (lambda: conj(shift=0.3, width=4.0), 0.25),
-        (lambda: auto_normal(0.1), 0.65),
-    ],
-    ids=["narrow", "wide", "default scale"],
-)
-def test_variance_below_trace_elbo(make, below):
-    case = make()
-    plain = draw_gradients(Trace_ELBO(), case, 1000, seed=0)
-    elbo = STLTrace_ELBO("adaptive")
-    adaptive = draw_gradients(elbo, case, 1000, seed=0, num_burn_in=100)
-    assert_variance_ratio(adaptive, plain, below=below)
+    if below is not None:
+        assert_variance_ratio(adaptive, plain, below=below)
 
 
 @pytest.mark.parametrize("init_scale", [0.1, 1.0])
@@ -90,7 +76,7 @@ def test_cold_start(init_scale):
     # Over many cold starts: the mean square of each of the first 30 gradients, about
     # the true mean, with parameters held fixed.
     case = auto_normal(init_scale)
-    num_starts, num_steps = 40, 30
+    num_starts, num_steps = 30, 30
     plain, adaptive = [], []
     for start in range(num_starts):
         plain.append(flat(draw_gradients(Trace_ELBO(), case, num_steps, seed=start)))
