@@ -42,6 +42,7 @@ class Case:
     :param int draws: How many of its values are averaged.
     :param tuple all_args: Of both, for the objective. Default: ``args``.
     :param str reference: Of the comparison. Default: its own choice.
+    :param tuple losses: To compare. Default: its own choice.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Case:
     draws: int = 1
     all_args: Optional[Tuple[Any, ...]] = None
     reference: Optional[str] = None
+    losses: Optional[Tuple[str, ...]] = None
 
 
 def vectorized(loss, num_particles, max_plate_nesting=1):
@@ -251,7 +253,7 @@ def topics(num_topics=8, num_words=40, num_documents=20, size=30):
     )
 
 
-def network(batch_size=20, width=30):
+def network(batch_size=20, width=30, remark="AutoNormal", losses=None):
     """A Bayesian network with one hidden layer for the digits of scikit-learn, 64 pixels."""
     from sklearn.datasets import load_digits
 
@@ -271,7 +273,7 @@ def network(batch_size=20, width=30):
             pyro.sample("label", dist.Categorical(logits=logits), obs=labels[rows])
 
     return Case(
-        title="Bayesian network on digits, AutoNormal",
+        title=f"Bayesian network on digits, {remark}",
         make=lambda: (model, AutoNormal(model, init_scale=0.05)),
         args=(batch_size,),
         lr=0.003,
@@ -279,6 +281,7 @@ def network(batch_size=20, width=30):
         objective="Trace_ELBO",
         draws=5,
         all_args=(None,),
+        losses=losses,
     )
 
 
@@ -334,6 +337,8 @@ CASES: Dict[str, Callable[[], Case]] = {
     "change_point": change_point,
     "logistic": lambda: logistic(AutoDiagonalNormal, "AutoDiagonalNormal"),
     "network": network,
+    # The comparison leaves it to users to say that rows are independent.
+    "network_local": lambda: network(remark="local mode named", losses=("R2G2_ELBO:local",)),
     "outliers": outliers,
     "vae": elbo_of_digits,
     "matching": matching,

@@ -26,8 +26,8 @@ than 0.01 nats.
 * *not borne out*: the reference beats the loss that was recommended; or it is the reference
   that was recommended, and another loss beats it;
 * *not the best*: it beats the reference, or is no worse, but another loss beats it;
-* *borne out*: it beats the reference, and no loss beats it; or it is the reference, and none does;
-* *within noise*: another loss than the reference was recommended, and neither beats the other;
+* *borne out*: it beats the reference, and no loss beats it; or it is the reference, and is the best;
+* *within noise*: none of these;
 * *no advice*: the comparison said that its evidence is too thin.
 """
 
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from pyro_rb import compare
 from pyro_rb.diagnostics.losses import make_loss
-from pyro_rb.diagnostics.palette import INK, STYLES, dress
+from pyro_rb.diagnostics.palette import STYLES, figure_style
 from utils import Run, write_table
 
 FACTORS = {"third": 1 / 3, "same": 1.0, "triple": 3.0}  # of the learning rate
@@ -68,7 +68,8 @@ def ask(case, args):
     result = compare(
         model,
         guide,
-        args=case.args,
+        case.losses,
+        case.args,
         train_steps=args.train_steps,
         num_samples=args.num_samples,
         num_burn_in=args.num_burn_in,
@@ -213,7 +214,8 @@ def judge(loss, reference, found):
         return "not borne out"
     if ahead:
         return "not the best"
-    return "borne out" if loss == reference or beats(found[loss], found[reference]) else "within noise"
+    is_best = loss == min(found, key=lambda name: found[name].mean())
+    return "borne out" if (is_best and loss == reference) or beats(found[loss], found[reference]) else "within noise"
 
 
 def time_to(level, times, curve):
@@ -286,29 +288,26 @@ def draw(models):
     names = [short(loss) for entry in models.values() for loss in entry["losses"]]
     styles = dict(zip(dict.fromkeys(names), STYLES * 2))
     columns = min(4, len(models))
-    size = (4.0 * columns, 3.0 * -(-len(models) // columns) + 0.6)
-    fig, axes = plt.subplots(-(-len(models) // columns), columns, figsize=size, squeeze=False, layout="constrained")
-    handles = {}
-    for ax, (title, entry) in zip(axes.flat, models.items()):
-        training, taken = entry["training"], entry["advice"]["loss"]
-        times, curves = training["times"], {loss: best_curve(training, loss) for loss in entry["losses"]}
-        lowest = min(curve.min() for curve in curves.values())
-        for loss, curve in curves.items():
-            color, marker = styles[short(loss)]
-            width = 3.0 if loss == taken else 1.2
-            style = dict(color=color, marker=marker, markersize=4, linewidth=width)
-            above = np.where(curve > lowest, curve - lowest, np.nan)
-            (line,) = ax.plot(times[1:], above[1:], **style)
-            handles.setdefault(short(loss), line)
-        ax.set_yscale("log")
-        ax.set_title(title, color=INK, fontsize=10)
-        dress(ax, "CPU time, s", "nats above the lowest")
-    for ax in list(axes.flat)[len(models) :]:
-        ax.set_axis_off()
-    fig.patch.set_alpha(0.0)
-    fig.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9
-    )
+    num_rows = -(-len(models) // columns)
+    with plt.rc_context(figure_style()):
+        size = (3.6 * columns, 2.8 * num_rows + 0.6)
+        fig, axes = plt.subplots(num_rows, columns, figsize=size, squeeze=False, layout="constrained")
+        handles = {}
+        for ax, (title, entry) in zip(axes.flat, models.items()):
+            times, taken = entry["training"]["times"], entry["advice"]["loss"]
+            curves = {loss: best_curve(entry["training"], loss) for loss in entry["losses"]}
+            lowest = min(curve.min() for curve in curves.values())
+            for loss, curve in curves.items():
+                color, marker = styles[short(loss)]
+                above = np.where(curve > lowest, curve - lowest, np.nan)
+                width = 3.0 if loss == taken else 1.2
+                (line,) = ax.plot(times[1:], above[1:], marker, ls="-", color=color, markersize=4, linewidth=width)
+                handles.setdefault(short(loss), line)
+            ax.set(yscale="log", xlabel="CPU time, s", ylabel="nats above the lowest")
+            ax.set_title(title, fontsize=9)
+        for ax in list(axes.flat)[len(models) :]:
+            ax.set_axis_off()
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return fig
 
 
@@ -352,7 +351,7 @@ def main(args):
     print(tabulate(rows, headers="keys"))
     write_table(args.out / "table.csv", rows)
     figure = draw({entry["title"]: entry for entry in entries})
-    figure.savefig(args.out / "figure.png", dpi=100)
+    figure.savefig(args.out / "figure.png", dpi=100, transparent=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ from pyro_rb.infer import RaoBlackwellTopK_ELBO
 MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
 STL, ADAPTIVE = "STLTrace_ELBO", "STLTrace_ELBO:adaptive"
-TOP_K, R2G2 = "RaoBlackwellTopK_ELBO:budget=4", "R2G2_ELBO"
+TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
+R2G2, LOCAL = "R2G2_ELBO", "R2G2_ELBO:local"
 
 
 class Choice(NamedTuple):
@@ -210,6 +211,12 @@ class Chooser:
             self._tried.remove(R2G2)
             reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
             self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
+        loss = self._try(LOCAL)
+        if loss is not None:
+            # Biased if rows are coupled, which no trace shows; so it is never taken unasked.
+            self._tried.remove(LOCAL)
+            if _treated(loss, "local"):
+                self._left_out[LOCAL] = "right only if no row has an effect on another; then name it in losses"
 
     def _choose_top_k(self) -> None:
         if not self.sites.discrete:

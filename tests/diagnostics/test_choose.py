@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro_rb.diagnostics import choose as choose_module
 from pyro_rb.diagnostics import choose_losses, compare
 from pyro_rb.diagnostics.losses import ENUMERATED
+from tests.infer.r2g2_models import net
 from tests.models import conj, discrete_first, mix
 
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
@@ -215,6 +216,9 @@ def test_projected_sites(monkeypatch):
     class R2G2_ELBO(STLTrace_ELBO):
         treatment = "projected (linear)"
 
+        def __init__(self, pre_activations="shared"):
+            super().__init__()
+
         def report(self):
             rows = super().report()
             return type(rows)(row._replace(treatment=self.treatment) for row in rows)
@@ -225,3 +229,17 @@ def test_projected_sites(monkeypatch):
     R2G2_ELBO.treatment = "plain"
     left_out = choose_losses(case.model, case.guide, case.args).left_out
     assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterised draw"
+
+
+def test_local_mode_is_named_where_it_could_be_used():
+    """Whether rows are independent, only the user knows; so it is measured if asked for, and not else."""
+    case = net()
+    choice = choose_losses(case.model, case.guide, case.args)
+    assert "R2G2_ELBO" in choice.losses and "R2G2_ELBO:local" not in choice.losses
+    assert choice.left_out["R2G2_ELBO:local"] == "right only if no row has an effect on another; then name it in losses"
+    result = compare(case.model, case.guide, ["R2G2_ELBO:local"], case.args, **QUICK)
+    assert [row.name for row in result.states[0].losses] == ["Trace_ELBO", "R2G2_ELBO:local"]
+    # Without a linear map there is no such mode, and no word about it.
+    case = conj()
+    choice = choose_losses(case.model, case.guide, case.args)
+    assert "R2G2_ELBO:local" not in {*choice.losses, *choice.left_out}
