@@ -37,9 +37,14 @@ from pyro_rb.diagnostics.losses import (
 )
 from pyro_rb.diagnostics.measure import one_line
 from pyro_rb.diagnostics.parameters import parameters_of, run_traces
-from pyro_rb.diagnostics.sites import latent_sites, read_sites, settle_plates
+from pyro_rb.diagnostics.sites import (
+    enclosing_subsamples,
+    latent_sites,
+    read_sites,
+    settle_plates,
+)
 from pyro_rb.diagnostics.state import preserve_state
-from pyro_rb.infer import RaoBlackwellTopK_ELBO
+from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO
 
 #: Enumeration is tried up to this many joint values, and this many numbers in one tensor.
 MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
@@ -231,6 +236,13 @@ class Chooser:
         elbos = [MEAN_FIELD, GRAPH, ENUMERATED, STL, TOP_K]
         self._left_out = dict.fromkeys(elbos, "the ELBO, another objective")
         name = f"DReG_ELBO:num_particles={loss.num_particles}"
+        plates = enclosing_subsamples(self._traces)
+        if plates and not isinstance(loss, DReG_ELBO):
+            self._left_out[name] = (
+                f"another objective: where {_listed(plates)} subsamples, RenyiELBO multiplies the log weights, "
+                f"not the bound; take {name},control_variate_scale=0.0 as reference, which does not"
+            )
+            return
         self._try(name)
         if name in self._tried:
             self._try(f"{name},control_variate_scale=adaptive")
