@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
+from r2g2_common import cell
 from recommend_models import CASES
 from tabulate import tabulate
 from tqdm import tqdm
@@ -245,9 +246,9 @@ def signed(mean, error):
     """For a table."""
     if not math.isfinite(mean):
         return "broke off"
-    if not math.isfinite(error):
-        return f"{mean:.2g}"
-    return f"{mean:.2g} ± {error:.1g}"
+    if mean == error == 0:
+        return "0"
+    return cell(mean, error if math.isfinite(error) else math.nan, digits=1)
 
 
 def summarise(title, advice, training):
@@ -286,7 +287,8 @@ def draw(models):
     import matplotlib.pyplot as plt
 
     names = [short(loss) for entry in models.values() for loss in entry["losses"]]
-    styles = dict(zip(dict.fromkeys(names), STYLES * 2))
+    dashes = [(color, marker, line) for line in ("-", "--") for color, marker in STYLES]
+    styles = dict(zip(dict.fromkeys(names), dashes))
     columns = min(4, len(models))
     num_rows = -(-len(models) // columns)
     with plt.rc_context(figure_style()):
@@ -294,16 +296,18 @@ def draw(models):
         fig, axes = plt.subplots(num_rows, columns, figsize=size, squeeze=False, layout="constrained")
         handles = {}
         for ax, (title, entry) in zip(axes.flat, models.items()):
+            ax.set_yscale("log", nonpositive="clip")
             times, taken = entry["training"]["times"], entry["advice"]["loss"]
             curves = {loss: best_curve(entry["training"], loss) for loss in entry["losses"]}
             lowest = min(curve.min() for curve in curves.values())
             for loss, curve in curves.items():
-                color, marker = styles[short(loss)]
-                above = np.where(curve > lowest, curve - lowest, np.nan)
-                width = 3.0 if loss == taken else 1.2
-                (line,) = ax.plot(times[1:], above[1:], marker, ls="-", color=color, markersize=4, linewidth=width)
-                handles.setdefault(short(loss), line)
-            ax.set(yscale="log", xlabel="CPU time, s", ylabel="nats above the lowest")
+                color, marker, line = styles[short(loss)]
+                style = dict(color=color, marker=marker, linestyle=line, markersize=4)
+                ax.plot(times[1:], curve[1:] - lowest, linewidth=3.0 if loss == taken else 1.2, **style)
+                handles.setdefault(short(loss), ax.plot([], [], **style)[0])
+            # Where curves meet, what is left is noise.
+            ax.set_ylim(bottom=1e-3 * max(curve[1:].max() - lowest for curve in curves.values()))
+            ax.set(xlabel="CPU time, s", ylabel="nats above the lowest")
             ax.set_title(title, fontsize=9)
         for ax in list(axes.flat)[len(models) :]:
             ax.set_axis_off()
