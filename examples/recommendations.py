@@ -369,10 +369,10 @@ if __name__ == "__main__":
     parser.add_argument("--num-burn-in", type=int, default=100)
     parser.add_argument("--again", choices=["advice", "training"], help="do not take this from result.json")
     parser.add_argument("--out", type=Path, help="folder of result.json, table.csv and figure.png")
-    parser.add_argument("--smoke-test", action="store_true", help="two models and few steps, to a temporary place")
+    parser.add_argument("--smoke-test", action="store_true", help="one model and few steps, to a temporary place")
     parsed = parser.parse_args()
     if parsed.smoke_test:
-        parsed.models, parsed.seeds, parsed.seconds, parsed.num_notes = ["schools", "mixture"], [0, 1], 0.01, 4
+        parsed.models, parsed.seeds, parsed.seconds, parsed.num_notes = ["schools"], [0, 1], 0.01, 4
         parsed.train_steps, parsed.num_samples, parsed.num_burn_in = 2, 4, 2
     if parsed.smoke_test or parsed.out is None:
         with tempfile.TemporaryDirectory() as folder:
