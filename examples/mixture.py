@@ -5,18 +5,15 @@
 A mixture of Gaussians whose assignments are latent, by any loss of Pyro or pyro_rb.
 
 Each item has a discrete latent variable, its component, and the guide has probabilities of
-its own for each. ``Trace_ELBO`` estimates their gradient by the score function, which is
-noisy; ``RaoBlackwellTopK_ELBO`` sums the likeliest components; ``TraceEnum_ELBO`` sums all.
-Compare the losses at the end::
+its own for each. Trace_ELBO estimates their gradient by the score function, which is
+noisy; RaoBlackwellTopK_ELBO sums the likeliest components; TraceEnum_ELBO sums all::
 
-    python examples/mixture.py --loss Trace_ELBO
-    python examples/mixture.py --loss RaoBlackwellTopK_ELBO
-    python examples/mixture.py --loss TraceEnum_ELBO
+    python examples/mixture.py --loss Trace_ELBO RaoBlackwellTopK_ELBO TraceEnum_ELBO
 
-The data are simulated.
+The table gives the ELBO of an item in nats (exact as to the components), the share of items whose
+likeliest component is right, the locations found, and the seconds of training. The data are
+simulated.
 """
-
-import argparse
 
 import pyro
 import pyro.distributions as dist
@@ -24,10 +21,13 @@ import torch
 from pyro.distributions import constraints
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
-from tabulate import tabulate
 from tqdm import trange
 
 from pyro_rb.diagnostics.losses import make_loss
+from utils.command_line import make_parser, restart, run, set_up
+from utils.losses import add_loss_option, mark_for, train_each
+from utils.results import report
+from utils.training import Clock
 
 LOCS, SCALE = (-4.0, -1.0, 1.5, 5.0), 0.7
 WEIGHTS = (0.2, 0.3, 0.3, 0.2)
@@ -68,40 +68,49 @@ def guide(values):
         pyro.sample("component", dist.Categorical(logits=logits))
 
 
-def main(args):
-    torch.set_default_device(args.device)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
-    values, components = simulate(args.num_items)
-    loss = make_loss(args.loss)
-    # This loss sums over the sites that are marked.
-    marked = config_enumerate(guide) if type(loss) is TraceEnum_ELBO else guide
-    num_steps = 20 if args.smoke_test else args.num_steps
-    svi = SVI(model, marked, pyro.optim.Adam({"lr": args.lr}), loss=loss)
-    losses = []
-    steps = trange(num_steps, disable=args.smoke_test)
+def evaluate(values, num_draws=200):
+    """The ELBO of an item, in nats, by the sum over all components."""
+    elbo = TraceEnum_ELBO(num_particles=num_draws, vectorize_particles=True, max_plate_nesting=1)
+    return -elbo.loss(model, config_enumerate(guide), values) / len(values)
+
+
+def train(name, values, components, args):
+    """A new guide by the loss of that name; a row of the table."""
+    restart(args.seed)
+    loss = make_loss(name)
+    svi = SVI(model, mark_for(loss, guide), pyro.optim.Adam({"lr": args.lr}), loss=loss)
+    clock = Clock()
+    steps = trange(args.num_steps, desc=name, leave=False, disable=None)
     for step in steps:
-        losses.append(svi.step(values))
+        with clock:
+            svi.step(values)
         if step % 100 == 0:
-            steps.set_postfix(loss=f"{losses[-1]:.1f}")
-    order = pyro.param("loc").detach().argsort()
-    found = order.argsort()[pyro.param("logits").argmax(-1)]
-    weights = pyro.param("concentration").detach()[order]
-    rows = zip(LOCS, pyro.param("loc").detach()[order].tolist(), WEIGHTS, (weights / weights.sum()).tolist())
-    print(tabulate(rows, ["location", "found", "weight", "found"], floatfmt=".2f"))
-    last = torch.tensor(losses[-max(1, num_steps // 10) :])
-    share = (found == components).double().mean().item()
-    print(f"{args.loss}: {100 * share:.1f}% of the items have the right component")
-    print(f"loss for an item: {last.mean().item() / len(values):.4f}, mean of the last {len(last)} steps")
+            steps.set_postfix(elbo=f"{evaluate(values, 1):.3f}")
+    loc = pyro.param("loc").detach()
+    rank = loc.argsort().argsort()  # components are numbered by location
+    is_right = rank[pyro.param("logits").argmax(-1)] == components
+    return {
+        "loss": name,
+        "ELBO": f"{evaluate(values):.3f}",
+        "right": f"{100 * is_right.double().mean().item():.1f} %",
+        "locations": ", ".join(f"{x:.2f}" for x in loc.sort().values.tolist()),
+        "seconds": f"{clock.seconds:.1f}",
+    }
+
+
+def main(args):
+    set_up(args, num_threads=None)
+    if args.smoke_test:
+        args.num_steps = 20
+    values, components = simulate(args.num_items)
+    rows = train_each(args.loss, train, values, components, args)
+    report(args, rows, true_locations=", ".join(f"{x:.2f}" for x in LOCS))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    parser.add_argument("--loss", default="RaoBlackwellTopK_ELBO", help="as Trace_ELBO:num_particles=4")
-    parser.add_argument("--num-items", type=int, default=300)
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser = make_parser(__doc__)
+    add_loss_option(parser, "RaoBlackwellTopK_ELBO")
+    parser.add_argument("--num-items", type=int, default=300, help="values that are simulated")
+    parser.add_argument("--num-steps", type=int, default=1000, help="of training")
     parser.add_argument("--lr", type=float, default=0.03, help="of Adam")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    run(main, parser)

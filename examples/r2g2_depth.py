@@ -9,7 +9,7 @@ Networks with ReLU and AutoNormal, all layers of one width, locations drawn as H
 (2015) initialise weights, standard deviations ``s / sqrt(width)``. Parameters are held
 fixed; both gradients have the analytic KL divergence. Above 1 is better::
 
-    python examples/r2g2_depth.py --out results
+    python examples/r2g2_depth.py --out depth
 """
 
 from functools import partial
@@ -18,20 +18,15 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from r2g2_common import (
-    BayesianMLP,
-    MeanField,
-    draw_gradients,
-    make_guide,
-    make_parser,
-    save,
-    start,
-    variance_ratio,
-)
 from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
+from pyro_rb.diagnostics.palette import INK
+from utils.command_line import make_parser, run, set_up
+from utils.gradients import draw_gradients, variance_ratio
+from utils.networks import BayesianMLP, MeanField, make_guide
+from utils.results import make_panels, write_results
 
 LOSSES = {"shared": R2G2_ELBO, "local": partial(R2G2_ELBO, "local")}
 
@@ -57,8 +52,8 @@ def measure(depth, s, net, args):
     return ratios
 
 
-def draw(results, plt):
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True, layout="constrained")
+def draw(results):
+    figure, axes = make_panels(1, 2, size=(4, 3.4), sharey=True)
     for ax, part in zip(axes, ("loc", "scale")):
         for name, color in zip(LOSSES, ("C0", "C1")):
             for s, style in zip(sorted({r["s"] for r in results}), ("o-", "s--", "^:", "v-.")):
@@ -68,13 +63,12 @@ def draw(results, plt):
                 depths = [r["depth"] for r in rows]
                 bars = np.array([mean - mean / error, mean * error - mean])
                 ax.errorbar(depths, mean, bars, fmt=style, color=color, markersize=4, label=label)
-        ax.axhline(1, color="0.5", linewidth=1)
+        ax.axhline(1, color=INK, linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="layers", title=f"by the {part}s")
         ax.set_xticks(depths, depths)
         ax.minorticks_off()
-        ax.grid(color="0.9")
     axes[0].set_ylabel("plain variance / variance")
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend()
     return figure
 
 
@@ -86,7 +80,9 @@ def geometric(values):
 
 
 def main(args):
-    start(args)
+    set_up(args)
+    # Networks of the same names live side by side.
+    pyro.settings.set(module_local_params=True)
     pyro.enable_validation(False)  # it takes a third of the time
     if args.smoke_test:
         args.depths, args.num_samples, args.num_nets, args.s = [2, 3], 3, 1, args.s[:1]
@@ -98,7 +94,7 @@ def main(args):
         results.append({"s": s, "depth": depth, "ratios": ratios})
         cells = {name: "{:.2f} x/÷ {:.2f}".format(*geometric(r)) for name, r in ratios.items()}
         table.append({"s": s, "layers": depth, **cells})
-        save(args, "depth", {"results": results}, {"": table}, partial(draw, results))
+        write_results(args, {"results": results}, table, partial(draw, results))
     print(tabulate(table, headers="keys"))
 
 
@@ -110,4 +106,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-samples", type=int, default=80, help="of the gradient")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
-    main(parser.parse_args())
+    run(main, parser)

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import rvrs_logistic
 import torch
-import vae_iwae
+import vae
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import (
@@ -23,7 +23,7 @@ from pyro.infer.autoguide import (
 from pyro.ops.indexing import Vindex
 
 from pyro_rb.diagnostics.models import EXAMPLES
-from utils import load_mnist
+from utils.data import data_of, load_digits, load_mnist
 
 ENUMERATED = "TraceEnum_ELBO+config_enumerate"
 #: An importance-weighted bound, and its number of particles.
@@ -255,9 +255,9 @@ def topics(num_topics=8, num_words=40, num_documents=20, size=30):
 
 def network(batch_size=20, width=30, remark="AutoNormal", losses=None):
     """A Bayesian network with one hidden layer for the digits of scikit-learn, 64 pixels."""
-    from sklearn.datasets import load_digits
-
-    images, labels = (torch.tensor(x) for x in load_digits(return_X_y=True))
+    with data_of("scikit-learn"):
+        from sklearn.datasets import load_digits as load
+    images, labels = (torch.tensor(x) for x in load(return_X_y=True))
     images = images.float() / 16
 
     def layer(name, size_in, size):
@@ -285,8 +285,8 @@ def network(batch_size=20, width=30, remark="AutoNormal", losses=None):
     )
 
 
-class Vae(vae_iwae.Vae):
-    """That of ``vae_iwae.py``, on a few images of all at each step."""
+class Vae(vae.Vae):
+    """That of ``vae.py``, on a few images of all at each step."""
 
     def model(self, images, batch_size):
         pyro.module("decoder", self.decoder)
@@ -305,8 +305,8 @@ class Vae(vae_iwae.Vae):
 
 def autoencoder(title, images, seconds, objective, batch_size=100, width=100, code_size=8, **options):
     def make():
-        vae = Vae(images.shape[1], code_size, width)
-        return vae.model, vae.guide
+        networks = Vae(images.shape[1], code_size, width)
+        return networks.model, networks.guide
 
     return Case(
         title=title,
@@ -327,7 +327,7 @@ def elbo_of_digits():
 
 def bound_of_digits():
     """Without subsampling, with which ``RenyiELBO`` has another objective than ``DReG_ELBO``."""
-    images = vae_iwae.load_digits(None, seed=0)[0][:100]
+    images = load_digits(None, seed=0)[0][:100]
     title = "Importance-weighted autoencoder, 100 digits"
     return autoencoder(title, images, 4.0, BOUND, batch_size=None, width=50, reference=BOUND)
 

@@ -41,15 +41,15 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
-from r2g2_common import cell
 from recommend_models import CASES
 from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import compare
 from pyro_rb.diagnostics.losses import make_loss
-from pyro_rb.diagnostics.palette import STYLES, figure_style
-from utils import Run, write_table
+from pyro_rb.diagnostics.palette import STYLES
+from utils.results import cell, make_panels, write_table
+from utils.training import Run
 
 FACTORS = {"third": 1 / 3, "same": 1.0, "triple": 3.0}  # of the learning rate
 STANDARD_ERRORS, TOLERANCE = 3.0, 0.01  # nats
@@ -284,34 +284,29 @@ def short(name):
 
 def draw(models):
     """The objective above the lowest value seen, against CPU time, at each loss's best rate."""
-    import matplotlib.pyplot as plt
-
     names = [short(loss) for entry in models.values() for loss in entry["losses"]]
     dashes = [(color, marker, line) for line in ("-", "--") for color, marker in STYLES]
     styles = dict(zip(dict.fromkeys(names), dashes))
     columns = min(4, len(models))
-    num_rows = -(-len(models) // columns)
-    with plt.rc_context(figure_style()):
-        size = (3.6 * columns, 2.8 * num_rows + 0.6)
-        fig, axes = plt.subplots(num_rows, columns, figsize=size, squeeze=False, layout="constrained")
-        handles = {}
-        for ax, (title, entry) in zip(axes.flat, models.items()):
-            ax.set_yscale("log", nonpositive="clip")
-            times, taken = entry["training"]["times"], entry["advice"]["loss"]
-            curves = {loss: best_curve(entry["training"], loss) for loss in entry["losses"]}
-            lowest = min(curve.min() for curve in curves.values())
-            for loss, curve in curves.items():
-                color, marker, line = styles[short(loss)]
-                style = dict(color=color, marker=marker, linestyle=line, markersize=4)
-                ax.plot(times[1:], curve[1:] - lowest, linewidth=3.0 if loss == taken else 1.2, **style)
-                handles.setdefault(short(loss), ax.plot([], [], **style)[0])
-            # Where curves meet, what is left is noise.
-            ax.set_ylim(bottom=1e-3 * max(curve[1:].max() - lowest for curve in curves.values()))
-            ax.set(xlabel="CPU time, s", ylabel="nats above the lowest")
-            ax.set_title(title, fontsize=9)
-        for ax in list(axes.flat)[len(models) :]:
-            ax.set_axis_off()
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    fig, panels = make_panels(-(-len(models) // columns), columns, size=(3.6, 3.0))
+    handles = {}
+    for ax, (title, entry) in zip(panels, models.items()):
+        ax.set_yscale("log", nonpositive="clip")
+        times, taken = entry["training"]["times"], entry["advice"]["loss"]
+        curves = {loss: best_curve(entry["training"], loss) for loss in entry["losses"]}
+        lowest = min(curve.min() for curve in curves.values())
+        for loss, curve in curves.items():
+            color, marker, line = styles[short(loss)]
+            style = dict(color=color, marker=marker, linestyle=line, markersize=4)
+            ax.plot(times[1:], curve[1:] - lowest, linewidth=3.0 if loss == taken else 1.2, **style)
+            handles.setdefault(short(loss), ax.plot([], [], **style)[0])
+        # Where curves meet, what is left is noise.
+        ax.set_ylim(bottom=1e-3 * max(curve[1:].max() - lowest for curve in curves.values()))
+        ax.set(xlabel="CPU time, s", ylabel="nats above the lowest")
+        ax.set_title(title, fontsize=9)
+    for ax in panels[len(models) :]:
+        ax.set_axis_off()
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return fig
 
 

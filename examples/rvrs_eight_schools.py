@@ -10,32 +10,38 @@ runs on the equivalent non-centred form. Given the mean ``mu`` and the scale ``t
 effects ``theta`` of the schools are Normal, so the exact values are two-dimensional
 integrals, here sums over a grid. RVRSGuide takes over the guide after half of the steps::
 
-    python examples/rvrs_eight_schools.py --out results
+    python examples/rvrs_eight_schools.py --out eight_schools
 """
 
 import math
-import time
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
-from rvrs_common import elbo, fit, make_parser, report
 
+from pyro_rb.diagnostics.models import (
+    EIGHT_SCHOOLS_EFFECTS,
+    EIGHT_SCHOOLS_ERRORS,
+)
 from pyro_rb.infer import RVRSGuide
+from utils.bounds import elbo
+from utils.command_line import make_parser, restart, run, set_up
+from utils.results import report
+from utils.training import Clock, fit
 
-EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-START = {"mu": EFFECT.mean(), "tau": torch.tensor(5.0), "theta": EFFECT.mean().expand(8)}
+
+def observe(theta):
+    effects = torch.tensor(EIGHT_SCHOOLS_EFFECTS)
+    pyro.sample("effect", dist.Normal(theta, torch.tensor(EIGHT_SCHOOLS_ERRORS)), obs=effects)
 
 
 def centred():
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("effect", dist.Normal(theta, ERROR), obs=EFFECT)
+        observe(pyro.sample("theta", dist.Normal(mu, tau)))
 
 
 def non_centred():
@@ -43,8 +49,7 @@ def non_centred():
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
         unit = pyro.sample("unit", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * unit)
-        pyro.sample("effect", dist.Normal(theta, ERROR), obs=EFFECT)
+        observe(pyro.deterministic("theta", mu + tau * unit))
 
 
 def integrate():
@@ -54,14 +59,14 @@ def integrate():
     mu, log_tau = mus.unsqueeze(-1), log_taus
     tau = log_tau.exp()
     log_p = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(5.0).log_prob(tau) + log_tau
-    for effect, error in zip(EFFECT.double(), ERROR.double()):
+    for effect, error in torch.tensor([EIGHT_SCHOOLS_EFFECTS, EIGHT_SCHOOLS_ERRORS], dtype=torch.float64).T:
         log_p = log_p + dist.Normal(mu, (tau**2 + error**2).sqrt()).log_prob(effect)
     log_cell = math.log((mus[1] - mus[0]) * (log_taus[1] - log_taus[0]))
     log_evidence = log_p.logsumexp((0, 1)).item() + log_cell
     weight = log_p.flatten().softmax(0).reshape(log_p.shape)
-    variance = ERROR[0].double() ** 2
+    variance = EIGHT_SCHOOLS_ERRORS[0] ** 2
     share = tau**2 / (tau**2 + variance)
-    theta = mu + share * (EFFECT[0] - mu)
+    theta = mu + share * (EIGHT_SCHOOLS_EFFECTS[0] - mu)
 
     def moments(x, extra=0.0):
         mean = (weight * x).sum()
@@ -99,9 +104,10 @@ def make_row(name, moments, bound=None, acceptance=None, seconds=None):
 
 
 def run_guide(args, target=None):
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
-    guide = AutoDiagonalNormal(centred, init_loc_fn=init_to_value(values=START))
+    restart(args.seed)
+    centre = torch.tensor(EIGHT_SCHOOLS_EFFECTS).mean()
+    values = {"mu": centre, "tau": torch.tensor(5.0), "theta": centre.expand(8)}
+    guide = AutoDiagonalNormal(centred, init_loc_fn=init_to_value(values=values))
     half = args.num_steps // 2
     num_steps = args.num_steps if target is None else half
     seconds = fit(centred, guide, num_steps=num_steps, lr=args.lr, desc="mean field")
@@ -116,27 +122,25 @@ def run_guide(args, target=None):
 
 
 def run_nuts(args):
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
-    start = time.process_time()
+    restart(args.seed)
     mcmc = MCMC(
         NUTS(non_centred), num_samples=args.num_nuts, warmup_steps=args.num_nuts // 3, disable_progbar=args.smoke_test
     )
-    mcmc.run()
-    seconds = time.process_time() - start
+    with Clock() as clock:
+        mcmc.run()
     draws = mcmc.get_samples()
     draws["theta"] = draws["mu"].unsqueeze(-1) + draws["tau"].unsqueeze(-1) * draws["unit"]
-    return make_row("NUTS", summarise(draws), seconds=seconds)
+    return make_row("NUTS", summarise(draws), seconds=clock.seconds)
 
 
 def main(args):
-    torch.set_num_threads(1)
+    set_up(args)
     if args.smoke_test:
         args.num_steps, args.num_samples, args.num_draws, args.num_nuts = 20, 200, 50, 6
     exact, log_evidence = integrate()
     rows = [run_guide(args), *(run_guide(args, target) for target in args.Z_target)]
     rows += [run_nuts(args), make_row("exact", exact)]
-    report(args, "eight_schools", rows, log_evidence=round(log_evidence, 4))
+    report(args, rows, log_evidence=round(log_evidence, 4))
 
 
 if __name__ == "__main__":
@@ -148,4 +152,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
     parser.add_argument("--num-draws", type=int, default=20_000, help="of which the moments are taken")
     parser.add_argument("--num-nuts", type=int, default=1000, help="draws of NUTS, after a third as many to warm up")
-    main(parser.parse_args())
+    run(main, parser)

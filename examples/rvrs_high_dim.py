@@ -9,17 +9,20 @@ posterior is Normal with correlated neighbours, so the evidence is known, and so
 best ELBO of a mean-field guide. RVRSGuide takes over such a guide after half of the steps;
 where the table says "cold" it trains the guide from the start::
 
-    python examples/rvrs_high_dim.py --out results
+    python examples/rvrs_high_dim.py --out high_dim
 """
 
-import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
-from rvrs_common import elbo, fit, make_parser, report
 
+from pyro_rb.diagnostics.palette import INK
 from pyro_rb.infer import RVRSGuide
+from utils.bounds import elbo
+from utils.command_line import make_parser, restart, run, set_up
+from utils.results import make_panels, report
+from utils.training import fit
 
 
 class Sensors:
@@ -54,8 +57,7 @@ class Sensors:
 
 def train(args, problem, name, target, warm):
     """Returns the guide, milliseconds of a step of its own, and ELBOs along the steps."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
+    restart(args.seed)
     guide = AutoDiagonalNormal(problem.model)
     num_plain = 0 if not warm else args.num_steps // 2
     if num_plain:
@@ -76,17 +78,16 @@ def train(args, problem, name, target, warm):
 
 
 def main(args):
-    torch.set_num_threads(1)
+    set_up(args)
     if args.smoke_test:
         args.num_steps, args.num_samples = 20, 500
-    pyro.set_rng_seed(args.seed)
     problem = Sensors(args.size, args.crosstalk, args.error)
     evidence, best = problem.bounds()
     runs = {"mean field": (None, False)}
     runs.update({f"RVRS, Z = {z}": (z, True) for z in args.Z_target})
     runs[f"RVRS, Z = {args.Z_target[0]}, cold"] = (args.Z_target[0], False)
     rows = []
-    figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    figure, (ax,) = make_panels(1, 1, size=(6.5, 3.6))
     for name, (target, warm) in runs.items():
         guide, ms, curve = train(args, problem, name, target, warm)
         bound, error = elbo(problem.model, guide, args.num_samples, max_plate_nesting=0)
@@ -102,13 +103,13 @@ def main(args):
         )
         ax.plot(*zip(*curve), label=name)
     for value, style, label in ((evidence, "-", "log evidence"), (best, ":", "best mean field")):
-        ax.axhline(value, color="black", linestyle=style, linewidth=0.8, label=label)
+        ax.axhline(value, color=INK, linestyle=style, linewidth=0.8, label=label)
     ax.set(xlabel="step", ylabel="ELBO")
     if not args.smoke_test:
         ax.set_ylim(best - 15, evidence + 2)
     ax.legend(fontsize="small")
     more = {"log_evidence": round(evidence, 3), "best_mean_field": round(best, 3)}
-    report(args, "high_dim", rows, figure, **more)
+    report(args, rows, lambda: figure, **more)
 
 
 if __name__ == "__main__":
@@ -121,4 +122,4 @@ if __name__ == "__main__":
     parser.add_argument("--lr-warm", type=float, default=0.005, help="where RVRSGuide takes over")
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
     parser.add_argument("--num-samples", type=int, default=20_000, help="of which the ELBO is estimated")
-    main(parser.parse_args())
+    run(main, parser)

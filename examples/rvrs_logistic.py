@@ -8,7 +8,7 @@ The data are 100 rows of the breast cancer data of scikit-learn (extra ``example
 all 30 features standardised; weights have a standard normal prior. All guides are trained
 for the same number of steps. RVRSGuide takes over a guide after half of them::
 
-    python examples/rvrs_logistic.py --out results
+    python examples/rvrs_logistic.py --out logistic
 
 Given are the ELBO (for IWAE the bound of 8 draws that it maximises), the running mean of
 the acceptance, and the CPU time of all steps. The log evidence is that of importance
@@ -26,26 +26,25 @@ from pyro.infer.autoguide import (
     AutoIAFNormal,
     AutoMultivariateNormal,
 )
-from rvrs_common import elbo, fit, log_weights, make_parser, mean, report
 
 from pyro_rb.infer import RVRSGuide
+from utils.bounds import elbo, log_weights, mean_of_draws
+from utils.command_line import make_parser, restart, run, set_up
+from utils.data import data_of
+from utils.results import report
+from utils.training import fit
 
 
 def load_data(num_rows, seed):
     """Features ``[num_rows, 30]``, labels ``[num_rows]``."""
-    try:
+    with data_of("scikit-learn"):
         from sklearn.datasets import load_breast_cancer
-    except ImportError as error:
-        raise SystemExit(
-            "The data are those of scikit-learn, which is not installed. Expected the "
-            'extra "examples": pip install "pyro_rb[examples]".'
-        ) from error
     data = load_breast_cancer()
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data.target), generator=generator)[:num_rows]
-    features = torch.tensor(data.data, dtype=torch.float32)[rows]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    rows = torch.randperm(len(data.target), generator=generator, device="cpu")[:num_rows].numpy()
+    features = torch.tensor(data.data[rows], dtype=torch.float32)
     features = (features - features.mean(0)) / features.std(0)
-    return features, torch.tensor(data.target, dtype=torch.float32)[rows]
+    return features, torch.tensor(data.target[rows], dtype=torch.float32)
 
 
 def make_model(features, labels):
@@ -65,10 +64,6 @@ class Experiment:
         self.model = model
         self.rows = []
 
-    def start(self):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(self.args.seed)
-
     def fit(self, name, guide, loss=None, part=1.0, lr=None):
         lr = self.args.lr if lr is None else lr
         num_steps = math.ceil(part * self.args.num_steps)
@@ -82,12 +77,12 @@ class Experiment:
 
     def guide(self, name, make_guide, wanted=(), lr=None):
         """The guide, and around it RVRSGuide for each ``(Z_target, epsilon)`` wanted."""
-        self.start()
+        restart(self.args.seed)
         guide = make_guide(self.model)
         seconds = self.fit(name, guide, lr=lr)
         self.add(name, elbo(self.model, guide, self.args.num_samples), seconds)
         for target, epsilon in wanted:
-            self.start()
+            restart(self.args.seed)
             proposal = make_guide(self.model)
             title = f"RVRS of {name}, Z = {target}, ε = {epsilon:g}"
             seconds = self.fit(name, proposal, part=0.5, lr=lr)
@@ -98,7 +93,7 @@ class Experiment:
         return guide
 
     def iwae(self, num_particles=8):
-        self.start()
+        restart(self.args.seed)
         guide = AutoDiagonalNormal(self.model)
         loss = RenyiELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
         name = f"IWAE of mean field, K = {num_particles}"
@@ -106,7 +101,7 @@ class Experiment:
         weights = log_weights(self.model, guide, self.args.num_samples)
         weights = weights[: len(weights) // num_particles * num_particles]
         bound = weights.reshape(-1, num_particles).logsumexp(-1) - math.log(num_particles)
-        self.add(name, mean(bound), seconds)
+        self.add(name, mean_of_draws(bound), seconds)
 
 
 def make_flow(model):
@@ -114,7 +109,7 @@ def make_flow(model):
 
 
 def main(args):
-    torch.set_num_threads(1)
+    set_up(args)
     if args.smoke_test:
         args.num_steps, args.num_samples = 20, 200
     model = make_model(*load_data(args.num_rows, args.seed))
@@ -128,7 +123,6 @@ def main(args):
     experiment.guide("autoregressive flow", make_flow, lr=args.lr_flow)
     report(
         args,
-        "logistic",
         experiment.rows,
         log_evidence=round(weights.logsumexp(0).item() - math.log(len(weights)), 3),
         effective_sample_size=round(1 / weights.softmax(0).square().sum().item()),
@@ -146,4 +140,4 @@ if __name__ == "__main__":
     parser.add_argument("--epsilon", type=float, default=0.01)
     parser.add_argument("--small-epsilon", type=float, default=1e-4, help="for the last Z_target once more")
     parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
-    main(parser.parse_args())
+    run(main, parser)

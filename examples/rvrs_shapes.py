@@ -10,21 +10,24 @@ reading. All integrals are sums over a grid, fine enough to be exact to the digi
 guides are trained for the same number of steps; RVRSGuide takes over a guide after half of
 them::
 
-    python examples/rvrs_shapes.py --out results
+    python examples/rvrs_shapes.py --out shapes
 """
 
 import math
 from typing import Any, Callable, NamedTuple, Tuple
 
-import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal
-from rvrs_common import fit, log_joint, make_parser, report
 
+from pyro_rb.diagnostics.palette import INK
 from pyro_rb.infer import RVRSGuide
 from pyro_rb.ops.rejection import acceptance
+from utils.bounds import log_joint
+from utils.command_line import make_parser, restart, run, set_up
+from utils.results import make_panels, report
+from utils.training import fit
 
 #: Shares of the posterior inside of the contours.
 LEVELS = (0.99, 0.9, 0.5)
@@ -106,8 +109,8 @@ class Grid:
             low, high = self.points[inside, i].aminmax()
             pad = 0.15 * (high - low)
             getattr(ax, f"set_{axis}lim")((low - pad).item(), (high + pad).item())
-        ax.contour(self.x, self.y, shape, heights, colors="black", linewidths=0.8, linestyles="solid")
-        ax.scatter(*samples.T, s=3, alpha=0.5, color="C0", linewidths=0)
+        ax.contour(self.x.cpu(), self.y.cpu(), shape.cpu(), heights, colors=INK, linewidths=0.8, linestyles="solid")
+        ax.scatter(*samples.T.cpu(), s=3, alpha=0.5, color="C0", linewidths=0)
 
 
 def make_flow(model):
@@ -126,8 +129,7 @@ GUIDES: Any = {
 
 def train(args, model, name):
     make_guide, target = GUIDES[name]
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
+    restart(args.seed)
     guide = make_guide(model)
     half = args.num_steps // 2
     num_steps = args.num_steps if target is None else half
@@ -147,17 +149,17 @@ def draw_samples(guide, num_samples, names):
 
 
 def main(args):
-    torch.set_num_threads(1)
+    set_up(args)
     if args.smoke_test:
         args.num_steps, args.num_draws = 20, 50
     rows = []
-    size = (3 * len(GUIDES), 3.2 * len(PROBLEMS))
-    figure, axes = plt.subplots(len(PROBLEMS), len(GUIDES), figsize=size, layout="constrained")
-    for problem_name, axs in zip(PROBLEMS, axes):
+    figure, axes = make_panels(len(PROBLEMS), len(GUIDES), size=(3, 3.2))
+    axes = iter(axes)
+    for problem_name in PROBLEMS:
         problem = PROBLEMS[problem_name]
         grid = Grid(problem, coarse=4 if args.smoke_test else 1)
         gaps = {}
-        for ax, name in zip(axs, GUIDES):
+        for name, ax in zip(GUIDES, axes):
             guide, seconds = train(args, problem.model, name)
             bound, z, mass = grid.evaluate(guide)
             gaps[name] = grid.log_evidence - bound
@@ -176,7 +178,7 @@ def main(args):
             grid.draw(ax, draw_samples(guide, args.num_draws, grid.names))
             ax.set_title(f"{name}\nKL {gaps[name]:.3f}", fontsize="small")
             ax.set(xlabel=grid.names[0], ylabel=grid.names[1])
-    report(args, "shapes", rows, figure)
+    report(args, rows, lambda: figure)
 
 
 if __name__ == "__main__":
@@ -184,4 +186,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--num-draws", type=int, default=500, help="shown in a panel")
-    main(parser.parse_args())
+    run(main, parser)

@@ -9,23 +9,26 @@ Images come in batches without numbers, so RVRSGuide finds their thresholds anew
 call, from 32 pilot draws. The table has, for images that were not trained on and in nats an
 image, the bound that was trained, and that of 1,000 importance samples from the encoder::
 
-    python examples/rvrs_vae.py --out results
+    python examples/rvrs_vae.py --out vae
 
-The digits are those of ``vae_iwae.py``: 8 x 8 pixels from scikit-learn (extra
-``examples``), or MNIST from the folder ``--data-dir``.
+Networks and digits are those of vae.py: 8 x 8 pixels from scikit-learn (extra "examples"),
+or MNIST from the folder --data-dir.
 """
 
 import math
-import time
 
 import pyro
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
-from rvrs_common import make_parser, report
 from tqdm import tqdm
-from vae_iwae import Vae, evaluate, load_digits
+from vae import Vae
+from vae_iwae import evaluate
 
 from pyro_rb.infer import RVRSGuide
+from utils.command_line import make_parser, restart, run, set_up
+from utils.data import load_digits
+from utils.results import report
+from utils.training import Clock
 
 
 def make_methods(args):
@@ -43,8 +46,7 @@ def make_methods(args):
 def train(name, method, train_images, test_images, args):
     """Trains a new autoencoder. Returns a row of the table."""
     loss, num_particles, target = method
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
+    restart(args.seed)
     vae = Vae(train_images.shape[1], args.code_size, args.width)
     guide = vae.guide
     if target is not None:
@@ -53,12 +55,11 @@ def train(name, method, train_images, test_images, args):
     num_plain = 0 if target is None else math.ceil(args.num_epochs * args.plain)
     optim = pyro.optim.Adam({"lr": args.lr})
     plain, own = SVI(vae.model, vae.guide, optim, Trace_ELBO()), SVI(vae.model, guide, optim, loss)
-    start = time.process_time()
-    for epoch in tqdm(range(args.num_epochs), desc=name, leave=False):
-        svi = plain if epoch < num_plain else own
-        for batch in train_images[torch.randperm(len(train_images))].split(args.batch_size):
-            svi.step(batch)
-    seconds = time.process_time() - start
+    with Clock() as clock:
+        for epoch in tqdm(range(args.num_epochs), desc=name, leave=False):
+            svi = plain if epoch < num_plain else own
+            for batch in train_images[torch.randperm(len(train_images))].split(args.batch_size):
+                svi.step(batch)
     if target is None:
         bound = evaluate(vae, test_images, num_particles)
     else:
@@ -69,13 +70,13 @@ def train(name, method, train_images, test_images, args):
         "own bound": f"{bound:.3f}",
         f"bound, {args.num_test_particles}": f"{evaluate(vae, test_images, args.num_test_particles):.3f}",
         "acceptance": "" if target is None else f"{guide.Z.item():.3f}",
-        "CPU time, s": f"{seconds:.1f}",
+        "CPU time, s": f"{clock.seconds:.1f}",
     }
 
 
 def main(args):
-    torch.set_num_threads(1)
-    train_images, test_images = load_digits(args.data_dir, args.seed)
+    set_up(args)
+    train_images, test_images = (images.to(args.device) for images in load_digits(args.data_dir, args.seed))
     if args.smoke_test:
         train_images, test_images = train_images[:64], test_images[:16]
         args.num_epochs, args.num_test_particles = 2, 10
@@ -83,8 +84,7 @@ def main(args):
         train(name, method, train_images, test_images, args)
         for name, method in make_methods(args).items()
     ]
-    del args.data_dir
-    report(args, "vae", rows)
+    report(args, rows)
 
 
 if __name__ == "__main__":
@@ -99,4 +99,4 @@ if __name__ == "__main__":
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
     parser.add_argument("--num-test-particles", type=int, default=1000)
     parser.add_argument("--data-dir", help="folder with the files of MNIST")
-    main(parser.parse_args())
+    run(main, parser)

@@ -6,29 +6,33 @@ A sparse gamma deep exponential family on images of digits, by any loss of Pyro 
 
 The model is that of Ranganath, Tang, Charlin and Blei (2015), "Deep Exponential Families"
 (https://arxiv.org/abs/1411.2581): three layers of gamma variables with little weight, on top
-of Poisson counts, here the pixels of the 8 x 8 digits of scikit-learn (extra ``examples``),
+of Poisson counts, here the pixels of the 8 x 8 digits of scikit-learn (extra "examples"),
 which are counts from 0 to 16. The guide is a gamma for each variable, with a shape and a mean
 of its own::
 
-    python examples/sparse_gamma_def.py --loss STLTrace_ELBO:adaptive
+    python examples/sparse_gamma_def.py --loss Trace_ELBO STLTrace_ELBO:adaptive
+
+The table gives the ELBO of an image in nats, and the seconds of training.
 
 Gammas with a small shape come so close to zero that a float can no longer tell, and their
-density is then infinite. So values are kept away from zero, and a
-:class:`~pyro_rb.diagnostics.guard.GradientGuard` skips what goes wrong nevertheless, and
-counts it.
+density is then infinite. So values are kept away from zero, and a GradientGuard skips the steps
+that go wrong nevertheless, and counts them.
 """
-
-import argparse
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from torch.nn.functional import softplus
 from tqdm import trange
 
 from pyro_rb import GradientGuard
 from pyro_rb.diagnostics.losses import make_loss
+from utils.command_line import make_parser, restart, run, set_up
+from utils.data import load_counts
+from utils.losses import add_loss_option, train_each
+from utils.results import report
+from utils.training import Clock
 
 SHAPE = 0.1  # of the priors of all layers: sparse
 SMALLEST = 1e-5
@@ -60,7 +64,8 @@ class SparseGammaDEF:
             rate = images.new_full((self.widths[0],), SHAPE)
             for i, weight in enumerate(weights):
                 layer = pyro.sample(f"layer_{i}", Positive(SHAPE, SHAPE / rate.clamp(min=SMALLEST)).to_event(1))
-                rate = layer @ weight
+                # With several particles, weights have a dim of size 1 where images are.
+                rate = layer @ (weight if weight.dim() == 2 else weight.squeeze(-3))
             pyro.sample("pixels", dist.Poisson(rate.clamp(min=SMALLEST)).to_event(1), obs=images)
 
     def guide(self, images):
@@ -80,49 +85,47 @@ class SparseGammaDEF:
         return Positive(shape, shape / softplus(raw_mean).clamp(min=1e-3))
 
 
-def load_counts(num_images):
-    """Pixels of digits, ``[num_images, 64]``."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise SystemExit(
-            "The digits are those of scikit-learn, which is not installed. Expected the extra "
-            '"examples": pip install "pyro_rb[examples]".'
-        ) from error
-    return torch.tensor(load_digits().data[:num_images], dtype=torch.get_default_dtype())
+def evaluate(family, images, num_draws=20):
+    """The ELBO of an image, in nats."""
+    elbo = Trace_ELBO(num_particles=num_draws, vectorize_particles=True, max_plate_nesting=1)
+    return -elbo.loss(family.model, family.guide, images) / len(images)
+
+
+def train(name, images, args):
+    """A new guide by the loss of that name; a row of the table."""
+    restart(args.seed)
+    family = SparseGammaDEF(args.widths, images.shape[1])
+    guard = GradientGuard(make_loss(name), on_bad="skip")
+    optim = pyro.optim.AdagradRMSProp({"eta": args.eta, "t": 0.1})
+    svi = SVI(family.model, family.guide, optim, loss=guard)
+    clock = Clock()
+    steps = trange(args.num_steps, desc=name, leave=False, disable=None)
+    for step in steps:
+        with clock:
+            svi.step(images)
+        if step % 100 == 0:
+            steps.set_postfix(elbo=f"{evaluate(family, images, 1):.1f}")
+    return {
+        "loss": name,
+        "ELBO": f"{evaluate(family, images):.2f}",
+        "steps skipped": guard.num_skipped,
+        "seconds": f"{clock.seconds:.1f}",
+    }
 
 
 def main(args):
+    set_up(args, num_threads=None)
     if args.smoke_test:
         args.num_images, args.num_steps = 50, 10
-    torch.set_default_device(args.device)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
-    images = load_counts(args.num_images).to(args.device)
-    family = SparseGammaDEF(args.widths, images.shape[1])
-    guard = GradientGuard(make_loss(args.loss), on_bad="skip")
-    optim = pyro.optim.AdagradRMSProp({"eta": args.eta, "t": 0.1})
-    svi = SVI(family.model, family.guide, optim, loss=guard)
-    losses = []
-    steps = trange(args.num_steps, disable=args.smoke_test)
-    for step in steps:
-        losses.append(svi.step(images))
-        if step % 20 == 0:
-            steps.set_postfix(loss=f"{losses[-1] / len(images):.1f}")
-    last = torch.tensor(losses[-max(1, args.num_steps // 10) :])
-    mean = last.nanmean().item() / len(images)
-    print(f"{args.loss}: loss for an image {mean:.2f}, mean of the last {len(last)} steps")
-    print(guard.summary())
+    images = torch.tensor(load_counts()[: args.num_images], dtype=torch.get_default_dtype())
+    report(args, train_each(args.loss, train, images, args))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    parser.add_argument("--loss", default="STLTrace_ELBO:adaptive", help="as Trace_ELBO:num_particles=4")
-    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40], help="from the top")
-    parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument("--num-steps", type=int, default=1500)
+    parser = make_parser(__doc__)
+    add_loss_option(parser, "STLTrace_ELBO:adaptive")
+    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40], help="of the layers, from the top")
+    parser.add_argument("--num-images", type=int, default=1000, help="that are fitted")
+    parser.add_argument("--num-steps", type=int, default=1500, help="of training")
     parser.add_argument("--eta", type=float, default=0.5, help="step size of AdagradRMSProp")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    run(main, parser)

@@ -25,7 +25,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
-from utils import make_panels, make_parser, write_results
+from utils.command_line import make_parser, restart, run, set_up
+from utils.results import make_panels, write_results
 
 STARTS = (0.0, -4.0)
 EVERY = 10  # steps, the loss is noted
@@ -75,8 +76,7 @@ class Coins:
 
 
 def draw_gradients(start, elbo, num_samples):
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    restart(0)
     case = Coins(start, num_samples)
     elbo.loss_and_grads(case.model, case.guide)
     return pyro.param("eta").grad
@@ -98,8 +98,7 @@ def measure_variances(start, num_samples):
 
 def descend(start, name, num_steps, num_copies, lr):
     """The loss along gradient descent: mean, 10% and 90% quantile over copies, by step."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    restart(0)
     case, elbo = Coins(start, num_copies), LOSSES[name]()
     guide = config_enumerate(case.guide) if name == "exact sum" else case.guide
     svi = pyro.infer.SVI(case.model, guide, pyro.optim.SGD({"lr": lr}), elbo)
@@ -126,14 +125,13 @@ def draw(variances, curves):
             # At k = 7 the sum is over all: the variance is 0, or what rounding leaves.
             ax.plot(range(7), values[:7], style, markersize=4, label=name)
         ax.set(xlabel="k", ylabel="variance of the gradient", title=f"at eta = {start:g}", yscale="log")
-    axes[0].legend(frameon=False, fontsize=7)
-    axes[3].legend(frameon=False, fontsize=8)
+    axes[0].legend(fontsize=7)
+    axes[3].legend()
     return fig
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.set_default_device(args.device)
+    set_up(args)
     torch.set_default_dtype(torch.float64)
     if args.smoke_test:
         args.num_samples, args.num_copies, args.num_steps = 100, 5, 5
@@ -143,19 +141,19 @@ def main(args):
         for start in STARTS
         for name, values in variances[start].items()
     ]
-    print(tabulate(rows, headers="keys"))
     jobs = list(itertools.product(STARTS, LOSSES))
     curves = {start: {} for start in STARTS}
     for start, name in tqdm(jobs):
         curves[start][name] = descend(start, name, args.num_steps, args.num_copies, args.lr)
+    print(tabulate(rows, headers="keys"))
     results = {"variance": variances, "loss": curves}
     write_results(args, results, rows, lambda: draw(variances, curves))
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, seed=None)
     parser.add_argument("--num-samples", type=int, default=100000, help="of each gradient")
     parser.add_argument("--num-copies", type=int, default=200, help="runs of gradient descent")
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1.0)
-    main(parser.parse_args())
+    run(main, parser)

@@ -27,7 +27,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
-from utils import make_panels, make_parser, write_results
+from utils.command_line import make_parser, restart, run, set_up
+from utils.results import make_panels, write_results
 
 topk = partial(RaoBlackwellTopK_ELBO, max_plate_nesting=2, baseline=None)
 enumeration = partial(TraceEnum_ELBO, max_plate_nesting=2)
@@ -97,8 +98,7 @@ class Mixture:
 
 def fit(name, seed, args):
     """The exact loss at every 10th step, mean over runs."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
+    restart(seed)
     case, elbo = Mixture(args.num_runs), LOSSES[name][1]()
     guide = config_enumerate(case.guide) if name == EXACT else case.guide
     svi = pyro.infer.SVI(case.model, guide, pyro.optim.SGD({"lr": args.lr}), elbo)
@@ -138,13 +138,12 @@ def draw(curves):
             ax.plot(10 * np.arange(len(values)), values, style, label=name)
         ax.set(xlabel="step", ylabel="loss above that by the exact sum, nats")
         ax.set_yscale("symlog", linthresh=0.01)
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend()
     return fig
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.set_default_device(args.device)
+    set_up(args)
     if args.smoke_test:
         args.num_runs, args.num_steps, args.seeds = 2, 10, [0]
     curves = {seed: {} for seed in args.seeds}
@@ -159,9 +158,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, seed=None)
     parser.add_argument("--num-runs", type=int, default=20, help="from each start")
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=0.01, help="of gradient descent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and start")
-    main(parser.parse_args())
+    run(main, parser)

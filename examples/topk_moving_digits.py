@@ -18,29 +18,20 @@ tests. With ``--data-dir`` they are those of MNIST, from its four files in that 
 Losses take turns by epochs. Times are CPU times of the training steps.
 """
 
-import time
 from functools import partial
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
-from tabulate import tabulate
 from torch import nn
 from torch.nn.functional import pad
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
-from utils import (
-    Run,
-    load_mnist,
-    make_digit_parser,
-    make_panels,
-    plot_histories,
-    set_fast_floats,
-    take_turns,
-    write_results,
-)
+from utils.command_line import make_digit_parser, restart, run, set_up
+from utils.data import load_mnist
+from utils.results import draw_histories, report
+from utils.training import Run, end_of, seconds_of_steps, set_fast_floats, take_turns
 
 CANVAS, WINDOW, MARGIN = 68, 28, 14
 BACKGROUND = 0.01  # probability of a pixel that is on
@@ -153,7 +144,7 @@ def warm_up(train_set, args, seed):
     """Parameters from digits whose position is known."""
 
     def make():
-        digit = MovingDigit(args.code_size, args.width, False).to(args.device)
+        digit = MovingDigit(args.code_size, args.width, False)
         return digit.model, digit.guide
 
     run = Run(make, topk(), {"lr": args.lr}, seed)
@@ -164,7 +155,7 @@ def warm_up(train_set, args, seed):
 
 def make_run(name, start, args, seed):
     def make():
-        digit = MovingDigit(args.code_size, args.width, "NVIL" in name).to(args.device)
+        digit = MovingDigit(args.code_size, args.width, "NVIL" in name)
         digit.load_state_dict(start)
         return digit.model, digit.guide
 
@@ -177,8 +168,7 @@ def train(seed, args):
     for digits, _ in load_mnist(args.data_dir, args.num_train, args.num_test, seed):
         pyro.set_rng_seed(seed)
         positions = random_positions(len(digits))
-        canvases = place(digits, positions)
-        sets.append((canvases.to(args.device), positions.to(args.device)))
+        sets.append((place(digits.to(args.device), positions), positions))
     train_set, (canvases, positions) = sets
     start = warm_up(train_set, args, seed)
     runs = {name: make_run(name, start, args, seed) for name in LOSSES}
@@ -196,48 +186,34 @@ def train(seed, args):
 
 
 def enumeration_seconds(args, num, num_steps):
-    """CPU time for one image of a gradient by the sum over all positions, the median."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    digit = MovingDigit(args.code_size, args.width, False).to(args.device)
-    canvases = place(torch.ones(num, WINDOW**2), random_positions(num)).to(args.device)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    times = []
-    for _ in range(num_steps):
-        start = time.process_time()
-        elbo.loss_and_grads(digit.model, config_enumerate(digit.guide), canvases)
-        times.append((time.process_time() - start) / num)
-    return float(np.median(times))
+    """Time for one image of a gradient by the sum over all positions, the median."""
+    restart(0)
+    digit = MovingDigit(args.code_size, args.width, False)
+    canvases = place(torch.ones(num, WINDOW**2), random_positions(num))
+    elbo, guide = TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(digit.guide)
+    step = partial(elbo.loss_and_grads, digit.model, guide, canvases)
+    return seconds_of_steps({"enumeration": step}, num_steps)["enumeration"] / num
 
 
 def make_table(histories, enumeration, args):
     rows = []
     for name in LOSSES:
-        seconds = np.median([note["epoch"] for history in histories for note in history[name]])
-        ends = [history[name][-1] for history in histories]
-        losses = [end["loss"] for end in ends]
+        end = end_of(histories, name)
+        loss = end["loss"]
         rows.append({
             "loss": name,
-            "s / epoch": f"{seconds:.2f}",
-            "negative ELBO": f"{np.mean(losses):.1f}",
-            "lowest, highest": f"{min(losses):.1f}, {max(losses):.1f}",
-            "found": f"{np.mean([end['found'] for end in ends]):.3f}",
+            "s / epoch": f"{end['epoch']:.2f}",
+            "negative ELBO": f"{loss.mean():.1f}",
+            "lowest, highest": f"{loss.min():.1f}, {loss.max():.1f}",
+            "found": f"{end['found'].mean():.3f}",
         })
     num = args.num_train // args.batch_size * args.batch_size
     rows.append({"loss": "sum over all positions, calculated", "s / epoch": f"{num * enumeration:.0f}"})
     return [{key: row.get(key, "") for key in rows[0]} for row in rows]
 
 
-def draw(histories):
-    fig, axes = make_panels(1, 2)
-    plot_histories(axes[0], histories, "loss", "negative ELBO of a test canvas")
-    plot_histories(axes[1], histories, "found", "found within 2 pixels")
-    axes[0].legend(frameon=False, fontsize=8)
-    return fig
-
-
 def main(args):
-    torch.set_num_threads(args.num_threads)
+    set_up(args, args.num_threads)
     set_fast_floats()
     if args.smoke_test:
         args.num_train, args.num_test, args.batch_size = 10, 5, 5
@@ -245,13 +221,9 @@ def main(args):
     histories = [train(seed, args) for seed in args.seeds]
     enumeration = enumeration_seconds(args, *((1, 1) if args.smoke_test else (2, 3)))
     rows = make_table(histories, enumeration, args)
-    print(tabulate(rows, headers="keys"))
-    results = {
-        "rows": rows,
-        "enumeration, s / image": float(f"{enumeration:.3g}"),
-        "seeds": dict(zip(args.seeds, histories)),
-    }
-    write_results(args, results, rows, lambda: draw(histories))
+    more = {"enumeration, s / image": float(f"{enumeration:.3g}"), "seeds": dict(zip(args.seeds, histories))}
+    labels = {"loss": "negative ELBO of a test canvas", "found": "found within 2 pixels"}
+    report(args, rows, lambda: draw_histories(histories, labels), **more)
 
 
 if __name__ == "__main__":
@@ -263,4 +235,4 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--code-size", type=int, default=5)
     parser.add_argument("--width", type=int, default=256, help="of the hidden layers")
-    main(parser.parse_args())
+    run(main, parser)

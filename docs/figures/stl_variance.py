@@ -69,7 +69,9 @@ def poisson_problem() -> Problem:
     return Problem("Poisson counts", lambda z: dist.Poisson(z.exp()), x, loc, scale)
 
 
-def measure(problem: Problem, ratios: Sequence[float], num_samples: int) -> Dict[str, list]:
+def measure(
+    problem: Problem, ratios: Sequence[float], num_samples: int, num_burn_in: int
+) -> Dict[str, list]:
     """Total variance of the gradient at each scale ratio, relative to Trace_ELBO."""
 
     def model() -> None:
@@ -91,7 +93,7 @@ def measure(problem: Problem, ratios: Sequence[float], num_samples: int) -> Dict
         pyro.clear_param_store()
         for name, make_loss in LOSSES.items():
             draws = sample_gradients(
-                make_loss(), model, guide, num_samples=num_samples, num_burn_in=200, seed=0
+                make_loss(), model, guide, num_samples=num_samples, num_burn_in=num_burn_in, seed=0
             )
             curves[name].append(sum(d.double().var(0).sum().item() for d in draws.values()))
     base = curves.pop("Trace_ELBO()")
@@ -133,11 +135,11 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=2000)
     parser.add_argument("--smoke-test", action="store_true", help="few draws, nothing kept")
     args = parser.parse_args()
-    num_points, num_samples = (3, 20) if args.smoke_test else (13, args.num_samples)
+    num_points, num_samples, num_burn_in = (2, 20, 5) if args.smoke_test else (13, args.num_samples, 200)
 
     ratios = np.geomspace(0.1, 10, num_points).round(4).tolist()
     problems = [normal_problem(), poisson_problem()]
-    panels = {p.title: measure(p, ratios, num_samples) for p in problems}
+    panels = {p.title: measure(p, ratios, num_samples, num_burn_in) for p in problems}
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) if args.smoke_test else OUT

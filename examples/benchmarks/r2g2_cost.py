@@ -15,16 +15,14 @@ the medians over turns of the ratios::
 """
 
 import argparse
-import csv
 import json
-import time
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from common import make_parser, medians, ratios, seconds, take_turns, write
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.nn import PyroModule, PyroSample
@@ -32,6 +30,8 @@ from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
 from pyro_rb.ops.projection import project_rows
+from utils.command_line import run, set_up
+from utils.results import write_table
 
 WIDTHS = (64, 128, 256, 512, 1024)
 ROWS = (32, 64, 128, 256)
@@ -57,20 +57,6 @@ class BayesianMLP(PyroModule):
             x = getattr(self, f"layer{i}")(x if i == 0 else torch.relu(x))
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Categorical(logits=x), obs=y)
-
-
-def sync() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    sync()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    sync()
-    return (time.perf_counter() - start) / repeats
 
 
 def layer_calls(width: int, rows: int) -> Dict[str, Callable[[], Any]]:
@@ -135,37 +121,17 @@ def model_calls(model: Any, args: Tuple[torch.Tensor, ...]) -> Dict[str, Callabl
     return {name: call(elbo) for name, elbo in elbos.items()}
 
 
-def take_turns(calls: Dict[str, Callable[[], Any]], turns: int, repeats: int) -> Dict[str, Any]:
+def measure(calls: Dict[str, Callable[[], Any]], turns: int, repeats: int) -> Dict[str, Any]:
     """Ratios to ``plain``: median and quartiles over turns."""
-    times: Dict[str, List[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(turns):
-        for name, call in calls.items():
-            times[name].append(seconds(call, repeats))
-    base = np.array(times["plain"])
-    found: Dict[str, Any] = {"plain, ms": round(1e3 * float(np.median(base)), 3)}
-    for name, values in times.items():
-        if name != "plain":
-            quartiles = np.quantile(np.array(values) / base, [0.5, 0.25, 0.75])
-            found[name] = [round(float(q), 2) for q in quartiles]
-    return found
-
-
-def write(path: str, rows: Dict[str, Dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    with open(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["", *columns])
-        for name, row in rows.items():
-            cells = [row.get(c, "") for c in columns]
-            writer.writerow([name, *(c[0] if isinstance(c, list) else c for c in cells)])
+    steps = {}
+    for name, call in calls.items():
+        seconds(call)  # warms up
+        steps[name] = lambda call=call: call
+    return ratios(take_turns(steps, turns, repeats), "plain", digits=2)
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.num_threads)
-    torch.set_default_device(args.device)
-    pyro.set_rng_seed(args.seed)
+    set_up(args, args.num_threads)
     widths, batches = ((64,), (32,)) if args.smoke_test else (WIDTHS, ROWS)
     turns = 1 if args.smoke_test else args.num_turns
     results: Dict[str, Any] = {"layers": {}, "models": {}}
@@ -173,28 +139,22 @@ def main(args: argparse.Namespace) -> None:
         for rows in batches:
             if rows < width:
                 repeats = 1 if width * rows > 2**14 else 5
-                row = take_turns(layer_calls(width, rows), turns, repeats)
+                row = measure(layer_calls(width, rows), turns, repeats)
                 results["layers"][f"width {width}, {rows} rows"] = row
     for name, model, data in tqdm(list(models())[: 1 if args.smoke_test else None]):
         pyro.clear_param_store()
-        results["models"][name] = take_turns(model_calls(model, data), turns, 3)
+        results["models"][name] = measure(model_calls(model, data), turns, 3)
     print(json.dumps(results, indent=1))
-    if args.json:
-        about = {"threads": args.num_threads, "device": args.device, "turns": turns}
-        with open(args.json, "w") as file:
-            json.dump({**about, "torch": torch.__version__, **results}, file, indent=1)
+    about = {"threads": args.num_threads, "device": args.device, "turns": turns}
+    write(args, {**about, "torch": torch.__version__, **results})
     if args.csv:
         for name in ("layers", "models"):
-            write(f"{args.csv}_{name}.csv", results[name])
+            write_table(f"{args.csv}_{name}.csv", medians(results[name]))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--num-turns", type=int, default=15)
-    parser.add_argument("--num-threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write medians and quartiles to this file")
-    parser.add_argument("--csv", help="write medians to two files with this prefix")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__, csv=False)
+    parser.add_argument("--csv", metavar="PREFIX", help="write medians to PREFIX_layers.csv and PREFIX_models.csv")
+    parser.add_argument("--num-turns", type=int, default=15, help="blocks of steps of each")
+    parser.add_argument("--num-threads", type=int, default=1, help="of PyTorch")
+    run(main, parser)

@@ -12,8 +12,6 @@ each. Parameters are held fixed::
 """
 
 import argparse
-import csv
-import json
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, Tuple
 
@@ -21,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from common import make_parser, write
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_mean
 from pyro.nn import PyroModule, PyroSample
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
 from pyro_rb.diagnostics import sample_gradients
+from utils.command_line import run, set_up
 
 Pair = Tuple[Callable, Callable]
 
@@ -129,11 +129,9 @@ def variances(elbo: R2G2_ELBO, pair: Pair, num_samples: int, seed: int) -> Dict[
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.num_threads)
-    torch.set_default_device(args.device)
+    set_up(args, args.num_threads)
     num_samples = 5 if args.smoke_test else args.num_samples
     results: Dict[str, Dict[str, Any]] = {}
-    pyro.set_rng_seed(args.seed)
     for name, make in tqdm(list(cases())[: 2 if args.smoke_test else None], disable=args.smoke_test):
         pyro.clear_param_store()
         pair = make()
@@ -148,25 +146,13 @@ def main(args: argparse.Namespace) -> None:
                 row[f"{mode}, {kind}"] = round(base[kind] / ours[kind], 2)
         results[name] = row
         print(name, row)
-    if args.json:
-        about = {"samples": num_samples, "seed": args.seed, "torch": torch.__version__}
-        with open(args.json, "w") as file:
-            json.dump({**about, "ratios": results}, file, indent=1)
-    if args.csv:
-        with open(args.csv, "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            columns = list(next(iter(results.values())))
-            writer.writerow(["", *columns])
-            writer.writerows([name, *row.values()] for name, row in results.items())
+    about = {"samples": num_samples, "seed": args.seed, "torch": torch.__version__}
+    rows = [{"": name, **row} for name, row in results.items()]
+    write(args, {**about, "ratios": results}, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--num-samples", type=int, default=300)
-    parser.add_argument("--num-threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write ratios to this file")
-    parser.add_argument("--csv", help="write them to this file as a table")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__)
+    parser.add_argument("--num-samples", type=int, default=300, help="of each gradient")
+    parser.add_argument("--num-threads", type=int, default=1, help="of PyTorch")
+    run(main, parser)

@@ -18,14 +18,15 @@ after 1,000 steps, the mean and the spread of the acceptance from step to step::
     python examples/benchmarks/rvrs_adaptation.py --json adaptation.json
 """
 
-import argparse
 import json
 import math
 
 import torch
+from common import make_parser, write
 from tqdm import tqdm
 
 from pyro_rb.ops.rejection import acceptance, adapt_threshold, solve_threshold
+from utils.command_line import run, set_up
 
 TARGET, EPSILON, NUM_PROPOSALS = 0.33, 0.01, 11
 
@@ -76,10 +77,10 @@ class DualAveraging:
 RULES = {"newton": Newton, "dual averaging": DualAveraging, "gradient": Gradient}
 
 
-def run(rule, spread, error, drift, num_steps, generator):
+def follow(rule, spread, error, drift, num_steps):
     """The acceptance that a long run would have, at each step."""
     def draw(size, t):
-        return spread * torch.randn(size, generator=generator) + drift * t - 70
+        return spread * torch.randn(size) + drift * t - 70
 
     adapter = rule(solve_threshold(draw(4000, 0), TARGET, EPSILON) + error)
     seen = []
@@ -102,22 +103,16 @@ def summarise(seen):
 
 
 def main(args):
-    generator = torch.Generator().manual_seed(args.seed)
+    set_up(args)
     num_steps = 60 if args.smoke_test else 2000
     results = {}
     for name, setting in tqdm(SETTINGS.items(), disable=args.smoke_test):
         results[name] = {
-            rule: summarise(run(RULES[rule], *setting, num_steps, generator)) for rule in RULES
+            rule: summarise(follow(RULES[rule], *setting, num_steps)) for rule in RULES
         }
         print(name, json.dumps(results[name]))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args, results)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write results to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    run(main, make_parser(__doc__, csv=False))

@@ -12,10 +12,8 @@ is that of one thread of the processor, which other programs do not stretch::
     python examples/benchmarks/rvrs_cost.py --json cost.json
 """
 
-import argparse
 import contextlib
 import json
-import time
 import warnings
 from unittest import mock
 
@@ -23,17 +21,15 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from common import make_parser, quartiles, schools, seconds, take_turns, write
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal
 from tqdm import tqdm
 
 from pyro_rb import RVRSGuide
-from pyro_rb.diagnostics.models import (
-    EIGHT_SCHOOLS_EFFECTS,
-    EIGHT_SCHOOLS_ERRORS,
-    eight_schools,
-)
 from pyro_rb.infer import rvrs_guide, rvrs_proposals
+from utils.command_line import restart, run, set_up
+from utils.training import Clock
 
 BLOCK = 10
 
@@ -71,29 +67,11 @@ class Logistic:
             pyro.sample("y", dist.Bernoulli(logits=logits), obs=self.y)
 
 
-def schools():
-    eight_schools(torch.tensor(EIGHT_SCHOOLS_EFFECTS), torch.tensor(EIGHT_SCHOOLS_ERRORS))
-
-
 def cases():
     yield "one latent", one
     yield "logistic regression, 17 features", Logistic()
     yield "the same, one proposal at a time", Logistic(is_vectorised=False)
-    yield "eight schools", schools
-
-
-def clock():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def seconds(svi, num_steps):
-    start = clock()
-    for _ in range(num_steps):
-        svi.step()
-    return (clock() - start) / num_steps
+    yield "eight schools", schools()
 
 
 def make(model, proposal, **options):
@@ -102,14 +80,10 @@ def make(model, proposal, **options):
     return guide, svi
 
 
-def quartiles(x):
-    return [round(float(q), 3) for q in np.quantile(x, [0.5, 0.25, 0.75])]
-
-
 def measure(model, args, fit_steps):
     proposal = AutoDiagonalNormal(model, init_scale=0.3)
     base = SVI(model, proposal, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    seconds(base, fit_steps)
+    seconds(base.step, fit_steps)
     base = SVI(model, proposal, pyro.optim.Adam({"lr": 1e-4}), Trace_ELBO())
     pairs = {}
     for num_samples in args.num_samples:
@@ -117,12 +91,9 @@ def measure(model, args, fit_steps):
         # RVRSGuide warns of the model that cannot be vectorised.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            seconds(pairs[num_samples][1], 20 if not args.smoke_test else 2)
-    times = {name: [] for name in ["base", *pairs]}
-    for _ in range(args.num_blocks):
-        times["base"].append(seconds(base, BLOCK))
-        for num_samples, (_, svi) in pairs.items():
-            times[num_samples].append(seconds(svi, BLOCK))
+            seconds(pairs[num_samples][1].step, 20 if not args.smoke_test else 2)
+    svis = {"base": base, **{num_samples: svi for num_samples, (_, svi) in pairs.items()}}
+    times = take_turns({name: lambda svi=svi: svi.step for name, svi in svis.items()}, args.num_blocks, BLOCK)
     base_times = np.array(times["base"])
     result = {"base, ms": round(1e3 * float(np.median(base_times)), 3)}
     for num_samples, (guide, svi) in pairs.items():
@@ -149,56 +120,43 @@ def proposed(guide, svi, num_steps):
         return accepted
 
     with mock.patch.object(type(guide), "_sample", counted):
-        seconds(svi, num_steps)
+        seconds(svi.step, num_steps)
     total = num_steps * guide.num_samples
     return [round(needed / total, 2), round(made / total, 2)]
 
 
 def shares(svi, num_steps):
-    spent = dict.fromkeys(PARTS, 0.0)
+    clocks = {name: Clock() for name in PARTS}
 
-    def timed(name, fn):
+    def timed(clock, fn):
         def wrapper(*args, **kwargs):
-            start = time.process_time()
-            try:
+            with clock:
                 return fn(*args, **kwargs)
-            finally:
-                spent[name] += time.process_time() - start
 
         return wrapper
 
     with contextlib.ExitStack() as stack:
         for name, (owner, attribute) in PARTS.items():
-            fn = timed(name, getattr(owner, attribute))
+            fn = timed(clocks[name], getattr(owner, attribute))
             stack.enter_context(mock.patch.object(owner, attribute, fn))
-        start = time.process_time()
-        seconds(svi, num_steps)
-        total = time.process_time() - start
-    return {name: round(x / total, 3) for name, x in spent.items()}
+        total = seconds(svi.step, num_steps)
+    return {name: round(clock.seconds / total, 3) for name, clock in clocks.items()}
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.set_default_device(args.device)
+    set_up(args)
     if args.smoke_test:
         args.num_blocks, args.num_samples = 1, [2]
     results = {"torch": torch.__version__, "pyro": pyro.__version__, "device": args.device}
     for name, model in tqdm(list(cases()), disable=args.smoke_test):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(args.seed)
+        restart(args.seed)
         results[name] = measure(model, args, 10 if args.smoke_test else 1000)
         print(name, json.dumps(results[name]))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args, results)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--num-blocks", type=int, default=40)
-    parser.add_argument("--num-samples", type=int, nargs="+", default=[2, 8, 32, 128])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write results to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__, csv=False)
+    parser.add_argument("--num-blocks", type=int, default=40, help="of 10 steps of each")
+    parser.add_argument("--num-samples", type=int, nargs="+", default=[2, 8, 32, 128], help="accepted draws of a step")
+    run(main, parser)

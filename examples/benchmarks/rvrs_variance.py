@@ -11,23 +11,19 @@ and ``rho`` times the score::
     python examples/benchmarks/rvrs_variance.py --json variance.json
 """
 
-import argparse
 import json
 
 import pyro
 import pyro.distributions as dist
 import torch
+from common import make_parser, schools, write
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal
 from tqdm import tqdm
 
 from pyro_rb import RVRSGuide
-from pyro_rb.diagnostics.models import (
-    EIGHT_SCHOOLS_EFFECTS,
-    EIGHT_SCHOOLS_ERRORS,
-    eight_schools,
-)
 from pyro_rb.ops.rejection import acceptance
+from utils.command_line import restart, run, set_up
 
 
 def one():
@@ -49,13 +45,9 @@ def logistic(num_features):
     return model
 
 
-def schools():
-    eight_schools(torch.tensor(EIGHT_SCHOOLS_EFFECTS), torch.tensor(EIGHT_SCHOOLS_ERRORS))
-
-
 def cases(smoke_test):
     yield "one latent", one
-    yield "eight schools, 10 latents", schools
+    yield "eight schools, 10 latents", schools()
     for num_features in (3, 17) if smoke_test else (17, 50):
         yield f"logistic regression, {num_features} latents", logistic(num_features)
 
@@ -90,8 +82,7 @@ def gradients(guide, num_draws):
 
 
 def measure(model, epsilon, Z_target, args):
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
+    restart(args.seed)
     proposal = AutoDiagonalNormal(model, init_scale=0.3)
     num_steps, num_draws = (5, 4) if args.smoke_test else (800, args.num_draws)
     svi = SVI(model, proposal, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
@@ -112,8 +103,7 @@ def measure(model, epsilon, Z_target, args):
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
+    set_up(args)
     results = {}
     settings = [(1e-4, 0.33), (0.01, 0.33), (0.1, 0.33), (0.01, 0.1)]
     for name, model in tqdm(list(cases(args.smoke_test)), disable=args.smoke_test):
@@ -121,15 +111,10 @@ def main(args):
             key = f"{name}, epsilon = {epsilon:g}, Z = {Z_target}"
             results[key] = measure(model, epsilon, Z_target, args)
             print(key, json.dumps(results[key]))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args, results)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--num-draws", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write results to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__, csv=False)
+    parser.add_argument("--num-draws", type=int, default=400, help="of each gradient")
+    run(main, parser)

@@ -13,13 +13,13 @@ ratio and the ratio at the 10th and 30th step::
     python examples/benchmarks/stl_variance.py --csv variance.csv
 """
 
-import argparse
-import csv
 from functools import partial
+from itertools import islice
 
 import pyro
 import pyro.distributions as dist
 import torch
+from common import make_parser, write
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from pyro_rb import STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients, stats
 from pyro_rb.diagnostics.models import EXAMPLES
+from utils.command_line import run, set_up
 
 X = (0.5, -1.2, 2.0, 0.3)
 
@@ -98,12 +99,12 @@ def ratio(a, b, mean=None):
     return stats.ratio_of_means(*squares)
 
 
-def measure(model, guide, args, num_samples, num_starts):
+def measure(model, guide, args, num_samples, num_starts, num_burn_in):
     draw = partial(flat_gradients, model=model, guide=guide, args=args)
     plain = draw(Trace_ELBO(), num_samples=num_samples, seed=0)
     path = draw(STLTrace_ELBO(), num_samples=num_samples, seed=0)
     adaptive = STLTrace_ELBO("adaptive")
-    adapted = draw(adaptive, num_samples=num_samples, seed=0, num_burn_in=100)
+    adapted = draw(adaptive, num_samples=num_samples, seed=0, num_burn_in=num_burn_in)
     starts = [
         [draw(make(), num_samples=30, seed=seed) for seed in range(num_starts)]
         for make in (partial(STLTrace_ELBO, "adaptive"), Trace_ELBO)
@@ -120,25 +121,19 @@ def measure(model, guide, args, num_samples, num_starts):
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.set_default_device(args.device)
     torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(args.seed)
-    num_samples, num_starts, num_steps = args.num_samples, args.num_starts, args.train_steps
+    set_up(args)
+    num_samples, num_starts, num_burn_in, num_states = args.num_samples, args.num_starts, 100, 16
     if args.smoke_test:
-        num_samples, num_starts, num_steps = 4, 2, 1
+        num_samples, num_starts, num_burn_in, num_states, args.train_steps = 4, 1, 5, 5, 1
     rows = []
-    for name, model, guide, model_args in tqdm(states(num_steps), total=16):
-        row = measure(model, guide, model_args, num_samples, num_starts)
+    for name, model, guide, model_args in tqdm(islice(states(args.train_steps), num_states), total=num_states):
+        row = measure(model, guide, model_args, num_samples, num_starts, num_burn_in)
         rows.append({"": name, **{key: cell(*value) for key, value in row.items()}})
         tqdm.write(str(rows[-1]))
         if guide.__class__ is partial:
             pyro.clear_param_store()
-    if args.csv:
-        with open(args.csv, "w") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    write(args, rows, rows)
 
 
 def cell(value, error):
@@ -146,12 +141,8 @@ def cell(value, error):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--num-samples", type=int, default=2000)
-    parser.add_argument("--num-starts", type=int, default=40)
-    parser.add_argument("--train-steps", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", help="write the table to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__)
+    parser.add_argument("--num-samples", type=int, default=2000, help="of each gradient")
+    parser.add_argument("--num-starts", type=int, default=40, help="of the adaptive loss")
+    parser.add_argument("--train-steps", type=int, default=1000, help="before a second measurement")
+    run(main, parser)

@@ -11,16 +11,15 @@ of the run to the fourth was above the tolerance::
     python examples/benchmarks/stop_rule.py --json stop.json --csv stop.csv
 """
 
-import argparse
-import csv
-import json
 import math
 
 import numpy as np
+from common import make_parser, write
 from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import StopRule
+from utils.command_line import run
 
 TOLERANCE = 0.1  # in units of the standard deviation of the noise
 
@@ -91,22 +90,13 @@ def main(args):
             result = measure(curve, make_noise, args.num_runs, args.num_steps)
             rows.append({"noise": noise, "progress": name, **result})
     print(tabulate(rows, headers="keys"))
-    if args.json:
-        with open(args.json, "w") as file:
-            settings = {"num_runs": args.num_runs, "num_steps": args.num_steps, "tolerance": TOLERANCE}
-            json.dump({"settings": settings, "rows": rows}, file, indent=1)
-    if args.csv:
-        with open(args.csv, "w") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    settings = {"num_runs": args.num_runs, "num_steps": args.num_steps, "tolerance": TOLERANCE}
+    cells = [{k: "" if v is None else v for k, v in row.items()} for row in rows]
+    write(args, {"settings": settings, "rows": rows}, cells)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    parser.add_argument("--num-runs", type=int, default=200)
-    parser.add_argument("--num-steps", type=int, default=30000)
-    parser.add_argument("--json", help="write the table and the settings to this file")
-    parser.add_argument("--csv", help="write the table to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__, seed=None, device=False)
+    parser.add_argument("--num-runs", type=int, default=200, help="of each kind, one for each seed")
+    parser.add_argument("--num-steps", type=int, default=30000, help="of a run, if it is not stopped")
+    run(main, parser)

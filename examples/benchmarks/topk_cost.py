@@ -14,22 +14,21 @@ growth of memory at the first step::
     python examples/benchmarks/topk_cost.py --json cost.json --csv cost.csv
 """
 
-import argparse
-import csv
 import json
 import multiprocessing
 import resource
-import time
 from functools import partial
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from common import gradient, make_parser, quartiles, seconds, write
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from tqdm import tqdm
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
+from utils.command_line import restart, run, set_up
 
 WINDOW = 28
 SIZES = {10: (2, 5), 100: (10, 10), 1000: (25, 40), 4624: (68, 68)}
@@ -97,24 +96,12 @@ class MovingDigit:
             pyro.sample("code", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def seconds(elbo, model, guide, num_steps):
-    start = time.perf_counter()
-    for _ in range(num_steps):
-        with pyro.poutine.trace(param_only=True) as capture:
-            elbo.loss_and_grads(model, guide)
-        for site in capture.trace.nodes.values():
-            site["value"].unconstrained().grad = None
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def memory(make, model, guide):
     """Growth in MB, of a process of its own, while it makes a first step."""
 
     def run(connection):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds(make(), model, guide, 1)
+        gradient(make(), model, guide)
         connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
     context = multiprocessing.get_context("fork")
@@ -134,28 +121,26 @@ def measure(case, num_blocks, block, with_memory):
     if with_memory:
         for name, make in LOSSES.items():
             result[name]["memory, MB"] = memory(make, case.model, guides[name])
-    elbos = {name: make() for name, make in LOSSES.items()}
+    steps = {name: partial(gradient, make(), case.model, guides[name]) for name, make in LOSSES.items()}
     times = {name: [] for name in LOSSES}
+    # Not call by call: memory goes back and forth between enumeration and the others.
     for _ in range(num_blocks):
-        for name, elbo in elbos.items():
-            seconds(elbo, case.model, guides[name], 1)  # memory goes back and forth
-            times[name].append(seconds(elbo, case.model, guides[name], block) / block)
+        for name, step in steps.items():
+            step()
+            times[name].append(seconds(step, block) / block)
     base = np.array(times["enumeration"])
     for name, spent in times.items():
-        gain = np.quantile(base / np.array(spent), [0.5, 0.25, 0.75])
         result[name]["ms"] = round(1e3 * float(np.median(spent)), 2)
-        result[name]["gain"] = [round(float(q), 2) for q in gain]
+        result[name]["gain"] = quartiles(base / np.array(spent), digits=2)
     return result
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.set_default_device(args.device)
+    set_up(args)
     sizes = args.sizes or ([10, 100] if args.smoke_test else list(SIZES))
     results = {}
     for size in tqdm(sizes, disable=args.smoke_test):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(args.seed)
+        restart(args.seed)
         case = MovingDigit(*SIZES[size], hidden=args.hidden)
         Trace_ELBO().loss(case.model, case.guide)  # makes the parameters
         num_blocks = 1 if args.smoke_test else args.num_blocks
@@ -164,27 +149,20 @@ def main(args):
         with_memory = args.device == "cpu" and not args.smoke_test
         results[size] = measure(case, num_blocks, block, with_memory)
         print(size, json.dumps(results[size], indent=1))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
-    if args.csv:
-        with open(args.csv, "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            columns = [name for name in LOSSES if name != "enumeration"]
-            writer.writerow(["K", "enumeration, ms", *columns])
-            for size, row in results.items():
-                gains = [row[c]["gain"][0] for c in columns]
-                writer.writerow([size, row["enumeration"]["ms"], *gains])
+    rows = [
+        {
+            "K": size,
+            "enumeration, ms": row["enumeration"]["ms"],
+            **{name: row[name]["gain"][0] for name in LOSSES if name != "enumeration"},
+        }
+        for size, row in results.items()
+    ]
+    write(args, results, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", choices=list(SIZES))
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--num-blocks", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write all figures to this file")
-    parser.add_argument("--csv", help="write the medians of the gains to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", choices=list(SIZES), help="numbers K of positions")
+    parser.add_argument("--hidden", type=int, default=256, help="units of the hidden layers")
+    parser.add_argument("--num-blocks", type=int, default=20, help="of steps of each loss")
+    run(main, parser)

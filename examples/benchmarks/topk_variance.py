@@ -12,18 +12,18 @@ the variances of all elements of the gradient::
     python examples/benchmarks/topk_variance.py --json variance.json --csv variance.csv
 """
 
-import argparse
-import csv
 import json
 
 import pyro
 import pyro.distributions as dist
 import torch
+from common import make_parser, write
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from tqdm import tqdm
 
 from pyro_rb.diagnostics import gradient_moments
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
+from utils.command_line import run, set_up
 
 NESTING = {"max_plate_nesting": 1}
 
@@ -76,8 +76,7 @@ def losses(num):
 
 
 def main(args):
-    torch.set_num_threads(1)
-    torch.set_default_device(args.device)
+    set_up(args)
     torch.set_default_dtype(torch.float64)
     samples = 5 if args.smoke_test else args.num_samples
     results = {"num_samples": samples}
@@ -96,25 +95,15 @@ def main(args):
                 rows.setdefault(name, {})[num] = float(f"{variance:.4g}")
         results[guide] = rows
         print(guide, json.dumps(rows, indent=1))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
-    if args.csv:
-        with open(args.csv, "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            columns = [(guide, num) for guide in ("tempered", "misled") for num in (2, 4)]
-            writer.writerow(["", *(f"{guide}, {num}" for guide, num in columns)])
-            for name in list(results["tempered"])[1:]:
-                cells = [results[guide][name].get(num, "") for guide, num in columns]
-                writer.writerow([name, *cells])
+    columns = [(guide, num) for guide in ("tempered", "misled") for num in (2, 4)]
+    rows = [
+        {"": name, **{f"{guide}, {num}": results[guide][name].get(num, "") for guide, num in columns}}
+        for name in list(results["tempered"])[1:]
+    ]
+    write(args, results, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--num-samples", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write the variances to this file")
-    parser.add_argument("--csv", help="write a table of them to this file")
-    parser.add_argument("--smoke-test", action="store_true")
-    main(parser.parse_args())
+    parser = make_parser(__doc__)
+    parser.add_argument("--num-samples", type=int, default=2000, help="of each gradient")
+    run(main, parser)

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from pyro_rb.diagnostics.blame import BadNumber, get_rng_state
@@ -169,11 +169,15 @@ class GradientGuard(ELBO):
         except _ERRORS as caught:
             error = caught
         parameters = seen.tensors
-        if error is None and is_finite_loss(loss) and are_finite(grads_of(parameters.values())):
+        if error is None and self._is_finite(loss) and are_finite(grads_of(parameters.values())):
             self._in_a_row = 0
             return loss
         self._handle(call, parameters, error)
         return loss
+
+    def _is_finite(self, loss: Any) -> bool:
+        # TraceTailAdaptive_ELBO has gradients only: the loss that it returns is always infinite.
+        return isinstance(self.wrapped, TraceTailAdaptive_ELBO) or is_finite_loss(loss)
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         """
@@ -198,7 +202,7 @@ class GradientGuard(ELBO):
                 loss = self.wrapped.differentiable_loss(model, guide, *args, **kwargs)
         except _ERRORS as caught:
             error = caught
-        if error is None and is_finite_loss(loss):
+        if error is None and self._is_finite(loss):
             if not self._is_watching:
                 self._in_a_row = 0
             return loss

@@ -64,7 +64,7 @@ def enclosing_subsamples(traces: Tuple[poutine.Trace, poutine.Trace]) -> List[st
 
     :param traces: Of guide and model.
     """
-    sites = [s for t in traces for s in t.nodes.values() if s["type"] == "sample"]
+    sites: List[Any] = [s for t in traces for s in t.nodes.values() if s["type"] == "sample"]
     subsampled = {s["name"] for s in sites if site_is_subsample(s) and len(s["value"]) < s["fn"].size}
     held = [{f.name for f in s["cond_indep_stack"]} for s in sites if not site_is_subsample(s)]
     return sorted(name for name in subsampled if all(name in names for names in held))

@@ -90,7 +90,7 @@ def check_unbiased(
     :param int seed: Seed, between 0 and 2**32 - 1.
     :param dict parameters: Unconstrained tensors by name. Default: all.
     :param bool progress: Whether to show a progress bar.
-    :returns: A :class:`BiasCheck`.
+    :returns: A :class:`~pyro_rb.diagnostics.bias_check.BiasCheck`.
     :raises ~pyro_rb.diagnostics.bias.BiasError: An :class:`AssertionError` that names the
         parameter and coordinate, the z-score, the size of the bias, and the smallest bias
         that would have been seen.

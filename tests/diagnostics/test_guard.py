@@ -19,6 +19,7 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
@@ -520,3 +521,16 @@ def test_loop_that_warns():
 def test_optimizers_that_cannot_be_watched(optim):
     with pytest.raises(TypeError, match="(?s)that takes no closure, got .*SVI needs no watch"):
         GradientGuard(Trace_ELBO()).watch(optim)
+
+
+def test_loss_that_is_always_infinite():
+    """That of TraceTailAdaptive_ELBO is, and its gradients are finite."""
+    loss = TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=0)
+    guard = GradientGuard(loss)
+    svi = SVI(normal_model, normal_guide(), adam(), loss=guard)
+    assert svi.step() == math.inf
+    assert (guard.num_steps, guard.num_skipped) == (1, 0)
+    assert pyro.param("loc").item() != 0.5
+    svi = SVI(model_with(lambda z: z * math.nan), normal_guide(), adam(), loss=guard)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        svi.step()

@@ -1,0 +1,15 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What the examples share.
+
+* ``command_line``: options, one-line errors, the start of a script
+* ``losses``: the option ``--loss``, and why a loss does not apply
+* ``data``: digits, and what is said where a package with data is missing
+* ``training``: clocks, and training runs that take turns
+* ``bounds``: ELBOs with a standard error
+* ``gradients``: draws of gradients, and ratios of their variances
+* ``networks``: a Bayesian network and its guides
+* ``results``: tables, and files of results
+"""
