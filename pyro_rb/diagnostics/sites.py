@@ -58,6 +58,18 @@ def read_sites(traces: Tuple[poutine.Trace, poutine.Trace]) -> Sites:
     )
 
 
+def enclosing_subsamples(traces: Tuple[poutine.Trace, poutine.Trace]) -> List[str]:
+    """
+    Names of the plates that subsample and hold all sites, observed ones too.
+
+    :param traces: Of guide and model.
+    """
+    sites: List[Any] = [s for t in traces for s in t.nodes.values() if s["type"] == "sample"]
+    subsampled = {s["name"] for s in sites if site_is_subsample(s) and len(s["value"]) < s["fn"].size}
+    held = [{f.name for f in s["cond_indep_stack"]} for s in sites if not site_is_subsample(s)]
+    return sorted(name for name in subsampled if all(name in names for names in held))
+
+
 def settle_plates(loss: Any, traces: Tuple[poutine.Trace, poutine.Trace]) -> None:
     """
     Tells a :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` how deep the plates are

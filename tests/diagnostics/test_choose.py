@@ -14,6 +14,7 @@ from pyro_rb.diagnostics import check_unbiased
 from pyro_rb.diagnostics import choose as choose_module
 from pyro_rb.diagnostics import choose_losses, compare
 from pyro_rb.diagnostics.losses import ENUMERATED
+from tests.infer.r2g2_models import net
 from tests.models import conj, discrete_first, mix
 
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
@@ -261,6 +262,9 @@ def test_projected_sites(monkeypatch):
     class R2G2_ELBO(STLTrace_ELBO):
         treatment = "projected (linear)"
 
+        def __init__(self, pre_activations="shared"):
+            super().__init__()
+
         def report(self):
             rows = super().report()
             return type(rows)(row._replace(treatment=self.treatment) for row in rows)
@@ -273,3 +277,49 @@ def test_projected_sites(monkeypatch):
     R2G2_ELBO.treatment = "plain"
     left_out = choose_losses(case.model, case.guide, case.args).left_out
     assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterised draw"
+
+
+def test_local_mode_is_named_where_it_could_be_used():
+    """Whether rows are independent, only the user knows; so it is measured if asked for, and not else."""
+    case = net()
+    choice = choose_losses(case.model, case.guide, case.args)
+    assert "R2G2_ELBO" in choice.losses and "R2G2_ELBO:local" not in choice.losses
+    assert choice.left_out["R2G2_ELBO:local"] == "right only if no row has an effect on another; then name it in losses"
+    result = compare(case.model, case.guide, ["R2G2_ELBO:local"], case.args, **QUICK)
+    assert [row.name for row in result.states[0].losses] == ["Trace_ELBO", "R2G2_ELBO:local"]
+    # Without a linear map there is no such mode, and no word about it.
+    case = conj()
+    choice = choose_losses(case.model, case.guide, case.args)
+    assert "R2G2_ELBO:local" not in {*choice.losses, *choice.left_out}
+
+
+def test_bounds_of_a_subsample():
+    """RenyiELBO raises the weights to a power where a plate around everything subsamples; DReG_ELBO does not."""
+    data = torch.linspace(-1.0, 1.0, 8)
+
+    def model(size):
+        with pyro.plate("data", len(data), subsample_size=size) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data[rows])
+
+    def guide(size):
+        loc = pyro.param("loc", torch.zeros(len(data)))
+        with pyro.plate("data", len(data), subsample_size=size) as rows:
+            pyro.sample("z", dist.Normal(loc[rows], 1.0))
+
+    usual, name = "RenyiELBO:alpha=0,num_particles=4", "DReG_ELBO:num_particles=4"
+    adaptive = f"{name},control_variate_scale=adaptive"
+    assert choose_losses(model, guide, (None,), reference=usual).losses == [name, adaptive]
+    choice = choose_losses(model, guide, (4,), reference=usual)
+    assert not choice.losses
+    assert choice.left_out[name] == (
+        "another objective: where 'data' subsamples, RenyiELBO multiplies the log weights, not the bound; take "
+        "DReG_ELBO:num_particles=4,control_variate_scale=0.0 as reference, which does not"
+    )
+    reference = f"{name},control_variate_scale=0.0"
+    assert choose_losses(model, guide, (4,), reference=reference).losses == [name, adaptive]
+    # And so it is: with the same draws, the one loss is biased beside the one reference only.
+    sizes = {**QUICK, "num_samples": 400}
+    row = compare(model, guide, [name], (4,), reference=reference, **sizes).states[0].losses[1]
+    assert row.name == name and not row.biased
+    assert compare(model, guide, [name], (4,), reference=usual, **sizes).states[0].losses[1].biased
