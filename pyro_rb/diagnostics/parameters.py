@@ -55,6 +55,11 @@ def current_args(args: Arguments) -> Sequence:
     The positional arguments of model and guide for one step: ``args`` or what it returns.
 
     :raises TypeError: If that is no tuple.
+
+    **Example**
+
+    >>> current_args(lambda: (1, 2))
+    (1, 2)
     """
     given = args() if callable(args) else args
     if not isinstance(given, (tuple, list)):
@@ -160,7 +165,14 @@ def parameters_of(
 
 
 def module_parameters(*functions: Callable) -> Dict[str, Tensor]:
-    """Parameters of model and guide as modules, as ``model.weight`` and so on."""
+    """
+    Parameters of model and guide as modules, as ``model.weight`` and so on.
+
+    **Example**
+
+    >>> list(module_parameters(nn.Linear(2, 1), lambda: None))
+    ['model.weight', 'model.bias']
+    """
     found: Dict[str, Tensor] = {}
     for role, function in zip(("model", "guide"), functions):
         owner = getattr(function, "__self__", function)

@@ -77,9 +77,9 @@ def draw_fit(found: Fit) -> Any:
 
 def _panel() -> Any:
     require_matplotlib()
-    from matplotlib.figure import Figure
+    from pyro_rb.diagnostics.figure import NotebookFigure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = NotebookFigure(figsize=(6.4, 4.2), layout="constrained")
     figure.patch.set_alpha(0.0)
     return figure, figure.subplots()
 

@@ -228,7 +228,14 @@ class Comparison:
 
 
 def finite(value: Any) -> Any:
-    """The same with None in place of numbers that are not finite, as JSON has none."""
+    """
+    The same with None in place of numbers that are not finite, as JSON has none.
+
+    **Example**
+
+    >>> finite({"loss": math.inf, "draws": (1.0, 2.0)})
+    {'loss': None, 'draws': [1.0, 2.0]}
+    """
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
