@@ -263,12 +263,10 @@ def summarise(title, advice, training):
     return {
         "model": title,
         "recommended": short(loss) if loss else "none",
-        "predicted time": f"{predicted:.2g}",
-        "measured time": f"{speed_up(training, taken, reference):.2g}",
+        "time predicted, measured": f"{predicted:.2g}, {speed_up(training, taken, reference):.2g}",
         "gain, nats": signed(*difference(found[reference], found[taken])),
-        "best": short(best),
-        "behind, nats": signed(*difference(found[taken], found[best])),
         "rank": f"{order.index(taken) + 1} of {len(order)}",
+        "behind the best, nats": "" if best == taken else signed(*difference(found[taken], found[best])),
         "verdict": judge(loss, reference, found),
         "at the same rate": judge(loss, reference, same),
     }
@@ -287,8 +285,8 @@ def draw(models):
     names = [short(loss) for entry in models.values() for loss in entry["losses"]]
     dashes = [(color, marker, line) for line in ("-", "--") for color, marker in STYLES]
     styles = dict(zip(dict.fromkeys(names), dashes))
-    columns = min(4, len(models))
-    fig, panels = make_panels(-(-len(models) // columns), columns, size=(3.6, 3.0))
+    columns = min(2, len(models))
+    fig, panels = make_panels(-(-len(models) // columns), columns, size=(3.6, 2.4))
     handles = {}
     for ax, (title, entry) in zip(panels, models.items()):
         ax.set_yscale("log", nonpositive="clip")
@@ -303,10 +301,10 @@ def draw(models):
         # Where curves meet, what is left is noise.
         ax.set_ylim(bottom=1e-3 * max(curve[1:].max() - lowest for curve in curves.values()))
         ax.set(xlabel="CPU time, s", ylabel="nats above the lowest")
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=8)
     for ax in panels[len(models) :]:
         ax.set_axis_off()
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     return fig
 
 
@@ -350,7 +348,7 @@ def main(args):
     print(tabulate(rows, headers="keys"))
     write_table(args.out / "table.csv", rows)
     figure = draw({entry["title"]: entry for entry in entries})
-    figure.savefig(args.out / "figure.png", dpi=100, transparent=True)
+    figure.savefig(args.out / "figure.png", dpi=120)
 
 
 if __name__ == "__main__":
