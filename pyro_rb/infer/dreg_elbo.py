@@ -6,6 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from pyro.infer import RenyiELBO
+from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 
 from pyro_rb.infer.importance_bound import (
@@ -15,9 +16,10 @@ from pyro_rb.infer.importance_bound import (
     check_reparameterized,
     compute_bound,
 )
-from pyro_rb.infer.tapped import TappedMixin, grads
+from pyro_rb.infer.path_mixin import PathGradientMixin, grads
+from pyro_rb.infer.report import Row, Summary
 from pyro_rb.ops.graph import leaves
-from pyro_rb.poutine import SharedSubsampleMessenger
+from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
 
 
 class _Path(NamedTuple):
@@ -33,7 +35,7 @@ class _Path(NamedTuple):
         return sum(terms + self.rest)
 
 
-class DReG_ELBO(TappedMixin, RenyiELBO):
+class DReG_ELBO(PathGradientMixin, RenyiELBO):
     r"""
     The importance-weighted bound [1], that is :class:`~pyro.infer.RenyiELBO` with
     ``alpha=0``, with the doubly reparameterized gradient [2]: its signal-to-noise ratio
@@ -143,7 +145,7 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
             raise ValueError(
                 f"Invalid num_particles: {num_particles!r}. Expected a positive int."
             )
-        self._init_tap(control_variate_scale)
+        self._init_scales(control_variate_scale)
         super().__init__(
             alpha=0,
             num_particles=num_particles,
@@ -151,6 +153,24 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
             **kwargs,
         )
         self.retain_graph = retain_graph
+
+    def _get_trace(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Tuple[Trace, Trace]:
+        tap = TapMessenger(self._known_sites, self._obstacle())
+        model_trace, guide_trace = super()._get_trace(model, tap(guide), args, kwargs)
+        tap.path.raise_if_edited()
+        guide_trace.tap = tap  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():
+            self._scales = {}
+            self._latest = Summary(
+                [
+                    Row(name, None if tap.drawn_by.get(name) else self.otherwise, tap.reasons.get(name, ""))
+                    for name in guide_trace.stochastic_nodes
+                ],
+                self._scales,
+            )
+        return model_trace, guide_trace
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """

@@ -4,7 +4,7 @@
 """Analytic entropies and expected log priors of Gaussian guide sites, in traces."""
 
 import math
-from typing import Any, List, Optional, Set
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from pyro.distributions import constraints
@@ -13,24 +13,26 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine import Trace
 from torch.distributions import kl_divergence
 
+from pyro_rb.infer.report import SiteReport
+from pyro_rb.infer.util import sample_sites
 from pyro_rb.ops.gaussian import strip_independent
-from pyro_rb.poutine import R2G2Messenger
-from pyro_rb.poutine.gaussian_site import View
+from pyro_rb.poutine import Projection
+from pyro_rb.poutine.gaussian_site import GaussianSite, View
 
 
 def compute_log_prob(
-    model_trace: Trace, guide_trace: Trace, handler: R2G2Messenger
+    model_trace: Trace, guide_trace: Trace, projection: Projection, order: Sequence[str]
 ) -> Set[str]:
     """
     Computes the log densities and score parts of traces that have none so far. Of the
-    guide sites that a handler drew, and of the model's sites whose prior allows it, means
+    guide sites that a projection drew, and of the model's sites whose prior allows it, means
     take the place of values in the terms that are differentiated. ``log_prob`` has the
     values where score functions are multiplied with it.
 
     :return: names of the guide sites of which a log prior has no formula.
     """
     drawn: List[Any] = []
-    for name, ours in handler.sites.items():
+    for name, ours in projection.sites.items():
         site: Any = guide_trace.nodes[name]
         drawn.append(site)
         entropy = ours.draw.entropy(len(site["fn"].batch_shape))
@@ -46,21 +48,22 @@ def compute_log_prob(
 
     left = set()
     latest = -1
+    position = {name: i for i, name in enumerate(order)}
     for name, site in model_trace.iter_stochastic_nodes():
-        view = handler.find(site["value"])
-        order = handler.order.get(name if view is None else view.site.name)
-        if view is not None and order is not None:
+        view = projection.find(site["value"])
+        place = position.get(name if view is None else view.site.name)
+        if view is not None and place is not None:
             expected = None
             # The prior depends on earlier sites, which must not depend on this noise.
-            if latest < order or (latest == order and _is_apart(view, site["fn"])):
+            if latest < place or (latest == place and _is_apart(view, site["fn"])):
                 expected = _expected_log_prob(name, site["fn"], view, guide_trace)
             if expected is None:
                 left.add(view.site.name)
             else:
                 _put(site, expected)
                 drawn.append(site)
-        if order is not None:
-            latest = max(latest, order)
+        if place is not None:
+            latest = max(latest, place)
     model_trace.compute_log_prob()
     if has_score_function:
         with torch.no_grad():
@@ -125,3 +128,37 @@ def _strip_support(fn: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def note_uses(
+    model_trace: Trace, guide_trace: Trace, projection: Projection
+) -> None:
+    """Notes what can be seen of a run after it is over."""
+    terms: Dict[Tuple[str, str], Any] = {}
+    for name, site in sample_sites(model_trace):
+        terms["model", name] = (site["value"], [site["log_prob_sum"]])
+    has_score_function = False
+    for name, site in sample_sites(guide_trace):
+        parts = site["score_parts"]
+        terms["guide", name] = (site["value"], [parts.score_function, parts.entropy_term])
+        if not is_identically_zero(parts.score_function):
+            has_score_function = True
+    projection.note_hidden_uses(terms)
+    if has_score_function:
+        projection.note_score_functions()
+
+
+def describe(site: GaussianSite, has_analytic_kl: bool) -> SiteReport:
+    treatment = "plain"
+    if site.projected is not None:
+        treatment = " and ".join(sorted(set(site.treatments.values())))
+        if isinstance(site.projected, torch.Tensor):
+            share = site.projected.double().mean().item()
+            if share < 1.0:
+                treatment += f" ({100 * share:.0f} %)"
+    reasons = list(site.treatments) + site.reasons
+    if not reasons:
+        reasons = ["not used"]
+    if not has_analytic_kl:
+        reasons.append("log prior not analytic")
+    return SiteReport(site.name, treatment, "; ".join(reasons))

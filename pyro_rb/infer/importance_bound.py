@@ -78,7 +78,7 @@ class Surrogate:
         for name, log_q in run.log_q.items():
             # In a loop, a particle may lack dimensions of size 1 that others have.
             own = weight.reshape(log_q.shape)
-            draw = Draw(name, run.tap.values[name], log_q, own, run.event_dims[name])
+            draw = Draw(name, run.tap.path.values[name], log_q, own, run.event_dims[name])
             self.draws.append(draw)
 
     @contextmanager
@@ -86,7 +86,7 @@ class Surrogate:
         """Within, nothing flows through a draw into what it was made of."""
         with ExitStack() as gates:
             for tap in self._taps:
-                gates.enter_context(tap.closed())
+                gates.enter_context(tap.path.closed())
             yield
 
     def partials_of_kept(self) -> List[torch.Tensor]:
@@ -126,7 +126,7 @@ def _compute_run(model_trace: Any, guide_trace: Any, dims: Set[int]) -> _Run:
         kept = kept + sum_to(site["log_prob"], dims)
     for name, site in sample_sites(guide_trace):
         term = sum_to(site["log_prob"], dims)
-        if name in tap.values:
+        if name in tap.path.values:
             log_q[name] = term
         else:
             kept = kept - term

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import List, NamedTuple
+from typing import Any, List, Mapping, NamedTuple
 
 from tabulate import tabulate
 
@@ -30,3 +30,26 @@ class Report(List[SiteReport]):
     def _repr_html_(self) -> str:
         """The table as notebooks show it."""
         return tabulate(self, headers=SiteReport._fields, tablefmt="html")
+
+
+class Row(NamedTuple):
+    site: str
+    #: None for a path gradient; else anything that prints as the treatment.
+    treatment: Any
+    reason: str
+
+
+class Summary(NamedTuple):
+    """What is kept of a particle for the report. Holds no graph."""
+
+    rows: List[Row]
+    #: Of the score of each site with a path gradient.
+    scales: Mapping[str, float]
+
+    def report(self) -> Report:
+        found = Report()
+        for name, treatment, reason in self.rows:
+            if treatment is None:
+                treatment = f"path gradient, c = {self.scales[name]:.3g}"
+            found.append(SiteReport(name, str(treatment), reason))
+        return found

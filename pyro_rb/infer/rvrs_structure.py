@@ -262,13 +262,13 @@ def _check_deltas(
                 "draw: a point estimate, as by AutoDelta, leaves nothing to accept or "
                 "reject. In local mode, local sites must be drawn inside of the plate."
             )
-    stop = {value.grad_fn for value in tap.values.values()}
+    stop = {value.grad_fn for value in tap.path.values.values()}
     for name, site in guide_run.sites.items():
         if site.log_prob is None:
             continue
         if ((torch.as_tensor(site.scale) - 1).abs() > 1e-6).any():
             raise _scaled(name, site.scale)
-        if name in tap.values:
+        if name in tap.path.values:
             continue
         for x in (site.log_prob, site.value):
             if x.requires_grad and (x.grad_fn is None or any(leaves(x, stop))):

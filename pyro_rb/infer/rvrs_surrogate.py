@@ -5,6 +5,7 @@
 The gradient of the ELBO of an RVRSGuide, from the proposals that were accepted.
 """
 
+from contextlib import ExitStack
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -88,20 +89,17 @@ def _through_draws(
     values: List[torch.Tensor] = []
     taps = [r.tap for r in accepted.rounds if r.tap is not None]
     for tap in taps:
-        tap.raise_if_edited()
-        values.extend(tap.values.values())
+        tap.path.raise_if_edited()
+        values.extend(tap.path.values.values())
     zero = weight.new_zeros(weight.shape[1:])
     log_q = cat([r.log_q for r in accepted.rounds])
     if not (values and log_q.requires_grad):
         return zero
-    for tap in taps:
-        tap.close()
-    try:
+    with ExitStack() as gates:
+        for tap in taps:
+            gates.enter_context(tap.path.closed())
         root = (weight * log_q.gather(0, accepted.position)).sum()
         grads = torch.autograd.grad(root, values, retain_graph=True, allow_unused=True)
-    finally:
-        for tap in taps:
-            tap.open()
     terms = [
         proposer.sum_to_batch(grad * value)
         for grad, value in zip(grads, values)

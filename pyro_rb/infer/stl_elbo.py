@@ -1,60 +1,12 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Dict, Iterator, Tuple, Union
+from typing import Any, Union
 
-import torch
-from pyro.infer import Trace_ELBO
-from pyro.poutine import Trace
-
-from pyro_rb.infer.tapped import TappedMixin, grads
-from pyro_rb.ops.graph import leaves
-from pyro_rb.poutine import TapMessenger
+from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
 
 
-def _compute_log_q(guide_trace: Trace, tap: TapMessenger) -> Dict[str, torch.Tensor]:
-    """The scaled and masked log density of each tapped site, a scalar."""
-    sites = {name: guide_trace.nodes[name] for name in tap.values}
-    # A site with plain score parts has the log density for its entropy term.
-    return {name: site["log_prob_sum"] for name, site in sites.items()}
-
-
-def _replace_entropy_terms(
-    guide_trace: Trace, tap: TapMessenger, scales: Dict[str, float]
-) -> None:
-    """
-    Puts ``(1 - c) log q + <c d log q / dz, z>`` in the place of each tapped site's
-    entropy term, with the derivative at fixed parameters and draws, and detached.
-    """
-    log_q = {
-        name: term
-        for name, term in _compute_log_q(guide_trace, tap).items()
-        if term.requires_grad
-    }
-    if not any(scales[name] for name in log_q):
-        return
-    weights = None
-    if any(scales[name] != 1.0 for name in log_q):
-        weights = [torch.full_like(term, scales[name]) for name, term in log_q.items()]
-    partials: Any = [None] * len(tap.values)
-    if log_q:
-        with tap.closed():
-            partials = torch.autograd.grad(
-                list(log_q.values()),
-                list(tap.values.values()),
-                weights,
-                retain_graph=True,
-                allow_unused=True,
-            )
-    for (name, z), partial in zip(tap.values.items(), partials):
-        entropy_term = z.new_zeros(()) if partial is None else (partial * z).sum()
-        if name in log_q and scales[name] != 1.0:
-            entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - scales[name])
-        site = guide_trace.nodes[name]
-        site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
-
-
-class STLTrace_ELBO(TappedMixin, Trace_ELBO):
+class STLTrace_ELBO(RaoBlackwell_ELBO):
     r"""
     A :class:`~pyro.infer.Trace_ELBO` that sticks the landing [1]: it drops the score
     of the reparameterised guide sites, whose mean is zero, or as much of it as pays.
@@ -131,42 +83,9 @@ class STLTrace_ELBO(TappedMixin, Trace_ELBO):
     https://arxiv.org/abs/1703.09194
     """
 
-    otherwise = "as Trace_ELBO"
+    _strategies = ("path",)
 
     def __init__(
-        self, control_variate_scale: Union[float, str] = 1.0, **kwargs: Any
+        self, *args: Any, control_variate_scale: Union[float, str] = "adaptive", **kwargs: Any
     ) -> None:
-        self._init_tap(control_variate_scale)
-        super().__init__(**kwargs)
-
-    def _get_traces(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Iterator[Tuple[Trace, Trace]]:
-        last = 1 if self.vectorize_particles else self.num_particles
-        traces = super()._get_traces(model, guide, args, kwargs)
-        for index, (model_trace, guide_trace) in enumerate(traces, start=1):
-            # All particles of a step use what was learned before the step.
-            guide_trace.may_learn = index == last
-            yield model_trace, guide_trace
-
-    def _differentiable_loss_particle(
-        self, model_trace: Trace, guide_trace: Any
-    ) -> Tuple[Any, Any]:
-        compute = super()._differentiable_loss_particle
-        tap = guide_trace.tap
-        if not tap.values:
-            return compute(model_trace, guide_trace)
-        log_q = _compute_log_q(guide_trace, tap)
-        draws = {z.grad_fn for z in tap.values.values()}
-        is_due = self._find_scales(log_q, draws, guide_trace.may_learn)
-        _replace_entropy_terms(guide_trace, tap, self._scales)
-        loss, surrogate = compute(model_trace, guide_trace)
-        if is_due:
-
-            def compute_scores(parameters: Any) -> Any:
-                with tap.closed():
-                    return grads(sum(log_q.values()), parameters)
-
-            leaves_of = {name: list(leaves(term, draws)) for name, term in log_q.items()}
-            self._learn(leaves_of, surrogate, compute_scores)
-        return loss, surrogate
+        super().__init__(*args, control_variate_scale=control_variate_scale, **kwargs)

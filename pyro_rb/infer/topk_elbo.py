@@ -1,96 +1,14 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-import math
-import queue
-import re
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Optional
 
-import torch
-from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
-from pyro.infer.util import torch_backward, torch_item
-from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
-from pyro.util import warn_if_nan
 
-from pyro_rb.infer.report import Report, SiteReport
-from pyro_rb.infer.topk_surrogate import (
-    compute_elbo,
-    compute_surrogate,
-    has_own_baseline,
-)
-from pyro_rb.ops.topk import Slots
-from pyro_rb.poutine import TopKMessenger, TopKModelMessenger, TopKOptions
-
-BASELINES = (None, "loo", "reinforce+")
-_SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
+from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
 
 
-class _Treated(NamedTuple):
-    """What was done at a latent site, and why."""
-
-    site: str
-    treatment: str
-    reason: str
-    slots: Optional[Slots] = None
-    dim: int = 0
-
-    def report(self) -> SiteReport:
-        treatment = self.treatment
-        if self.slots is not None:
-            top, sampled = (x.sum(self.dim).double() for x in self.slots[2:])
-            mass = (self.slots.log_weight.exp() * self.slots.is_sampled).sum(self.dim)
-            treatment = (
-                f"{treatment}, k = {top.mean().item():.3g}, n = {sampled.mean().item():.3g}, "
-                f"complement {mass.mean().item():.3g}"
-            )
-        return SiteReport(self.site, treatment, self.reason)
-
-
-@contextmanager
-def _hint(handler: TopKMessenger) -> Iterator[None]:
-    """Names the sites that were enumerated in errors that they may have caused."""
-    try:
-        yield
-    except (IndexError, RuntimeError, TypeError, ValueError) as e:
-        names = [site.name for site in handler.enumerated]
-        is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
-        text = str(e).split("Trace Shapes:")[0]
-        if not (is_known and names and _SHAPES.search(text)) or "{'topk'" in text:
-            raise
-        raise type(e)(
-            f"{e}\nThe values of the guide sites {names} have one more dim on the left, "
-            "for the values that are looked at. If the model or guide cannot do with "
-            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
-            "infer={'topk': 0} at the site."
-        ) from e
-
-
-def _summarize(guide_trace: Trace, handler: TopKMessenger) -> List[_Treated]:
-    enumerated = {site.name for site in handler.enumerated}
-    rows = []
-    for name in guide_trace.stochastic_nodes:
-        site: Any = guide_trace.nodes[name]
-        infer = site["infer"]
-        reason = handler.reasons.get(name, "")
-        treatment = "as TraceEnum_ELBO"
-        if name in enumerated:
-            # A replay around the loss comes after the handler, and puts its own options.
-            if infer.get("enumerate") is None:
-                reason = "its value was supplied, not drawn"
-            else:
-                treatment = "top-k" if "_topk" in infer else "exact"
-        if has_own_baseline(site):
-            reason += ", infer={'baseline': ...}"
-        slots, dim = infer.get("_topk"), infer.get("_enumerate_dim", 0)
-        rows.append(_Treated(name, treatment, reason, slots, dim))
-    return rows
-
-
-class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
+class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     r"""
     A :class:`~pyro.infer.TraceEnum_ELBO` that sums the most likely values of discrete
     guide sites, and samples the others [1]. The objective is that of ``TraceEnum_ELBO``
@@ -183,8 +101,12 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
     https://arxiv.org/abs/1810.04777
     """
 
+    _strategies = ("topk",)
+    otherwise = "as TraceEnum_ELBO"
+
     def __init__(
         self,
+        *args: Any,
         k: Optional[int] = None,
         num_samples: Optional[int] = None,
         budget: Optional[int] = None,
@@ -192,130 +114,12 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
         max_evaluations: int = 2**16,
         **kwargs: Any,
     ) -> None:
-        self.options = TopKOptions.make(k, num_samples, budget)
-        if baseline not in BASELINES:
-            raise ValueError(
-                f"Invalid baseline: {baseline!r}. Expected one of {BASELINES}."
-            )
-        if not isinstance(max_evaluations, int) or max_evaluations < 1:
-            raise ValueError(
-                f"Invalid max_evaluations: {max_evaluations!r}. Expected an int >= 1."
-            )
-        self.baseline = baseline
-        self.max_evaluations = max_evaluations
-        kwargs.setdefault("strict_enumeration_warning", False)
-        super().__init__(**kwargs)
-        self._latest: Optional[List[_Treated]] = None
-
-    def _get_traces(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Iterator[Tuple[Trace, Trace]]:
-        if isinstance(poutine.unwrap(guide), Messenger):
-            raise NotImplementedError(
-                "RaoBlackwellTopK_ELBO does not support GuideMessenger"
-            )
-        if self.max_plate_nesting == math.inf:
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
-        if self.vectorize_particles:
-            # Before the handlers, so that each particle has draws of its own.
-            guide = self._vectorized_num_particles(guide)
-            model = self._vectorized_num_particles(model)
-        # The allocator of dims is shared: the model takes dims left of the guide's.
-        handler = TopKMessenger(
-            self.options,
-            first_available_dim=-1 - self.max_plate_nesting,
-            probe=self.baseline == "reinforce+",
-            max_evaluations=self.max_evaluations,
+        super().__init__(
+            *args,
+            k=k,
+            num_samples=num_samples,
+            budget=budget,
+            baseline=baseline,
+            max_evaluations=max_evaluations,
+            **kwargs,
         )
-        model = TopKModelMessenger(handler)(model)
-        traces: Any = queue.LifoQueue()
-        guide = poutine.queue(
-            handler(guide),
-            traces,
-            escape_fn=iter_discrete_escape,
-            extend_fn=iter_discrete_extend,
-        )
-        for _ in range(1 if self.vectorize_particles else self.num_particles):
-            traces.put(Trace())
-            while not traces.empty():
-                with _hint(handler):
-                    pair = self._get_trace(model, guide, args, kwargs)
-                self._latest = _summarize(pair[1], handler)
-                yield pair
-
-    def _surrogates(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Iterator[Tuple[Any, Trace, Trace]]:
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            if torch.is_grad_enabled():
-                elbo = compute_surrogate(model_trace, guide_trace, self.baseline)
-            else:
-                elbo = compute_elbo(model_trace, guide_trace)
-            yield elbo / self.num_particles, model_trace, guide_trace
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """
-        :return: an estimate of the loss, minus the ELBO. It does not depend on
-            ``baseline`` other than by the random numbers that ``"reinforce+"`` takes.
-        """
-        traces = self._get_traces(model, guide, args, kwargs)
-        elbo = sum(torch_item(compute_elbo(*pair)) for pair in traces)
-        loss = -elbo / self.num_particles
-        warn_if_nan(loss, "loss")
-        return loss
-
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        :return: an estimate of the loss, minus the ELBO, a scalar tensor. Its first
-            derivatives are estimates of those of the loss; higher ones are not.
-        """
-        elbo: Any = 0.0
-        for particle, _, _ in self._surrogates(model, guide, args, kwargs):
-            elbo = elbo + particle
-        loss = -elbo
-        warn_if_nan(loss, "loss")
-        return loss
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """
-        :return: an estimate of the loss, minus the ELBO. Estimates of its gradient are
-            added to the ``.grad`` of the parameters.
-        """
-        loss: Any = 0.0
-        for elbo, model_trace, guide_trace in self._surrogates(model, guide, args, kwargs):
-            loss -= torch_item(elbo)
-            nodes: List[Any] = [*model_trace.nodes.values(), *guide_trace.nodes.values()]
-            if any(site["type"] == "param" for site in nodes):
-                # Sites that are enumerated in a loop share a graph.
-                shares_graph = any("_enum_total" in site.get("infer", {}) for site in nodes)
-                torch_backward(-elbo, retain_graph=shares_graph or self.retain_graph)
-        warn_if_nan(loss, "loss")
-        return loss
-
-    def _trace_enum(self) -> TraceEnum_ELBO:
-        return TraceEnum_ELBO(
-            num_particles=self.num_particles,
-            max_plate_nesting=self.max_plate_nesting,
-            strict_enumeration_warning=self.strict_enumeration_warning,
-        )
-
-    def compute_marginals(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``TraceEnum_ELBO.compute_marginals``, with plain draws from the guide."""
-        return self._trace_enum().compute_marginals(model, guide, *args, **kwargs)
-
-    def sample_posterior(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``TraceEnum_ELBO.sample_posterior``, with plain draws from the guide."""
-        return self._trace_enum().sample_posterior(model, guide, *args, **kwargs)
-
-    def report(self) -> Report:
-        """
-        :return: a row for each latent site of the guide, from the last trace that was
-            run: its name, the treatment, and the reason for it. Prints as a table.
-        :raises RuntimeError: before the first step or loss.
-        """
-        if self._latest is None:
-            raise RuntimeError(
-                "report() tells what was done at the last step, and there was none. "
-                "Expected a step, or a loss, before it: call SVI.step() first."
-            )
-        return Report(row.report() for row in self._latest)

@@ -10,6 +10,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
 import torch
 from pyro import poutine
 from pyro.infer.traceenum_elbo import (
+    _check_tmc_elbo_constraint,
     _compute_dice_elbo,
     _compute_model_factors,
     shared_intermediates,
@@ -20,6 +21,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -28,6 +30,7 @@ from pyro.util import (
     check_if_enumerated,
     check_model_guide_match,
     check_site_shape,
+    check_traceenum_requirements,
     get_rng_state,
     set_rng_state,
 )
@@ -129,6 +132,11 @@ def compute_baseline(
     return torch.as_tensor(baseline), loss
 
 
+def is_guide_messenger(guide: Any) -> bool:
+    """Whether a guide runs the model inside of itself."""
+    return isinstance(poutine.unwrap(guide), Messenger)
+
+
 def get_traces(
     model: Any, guide: Any, args: Tuple, kwargs: Dict[str, Any], max_plate_nesting: Any
 ) -> Tuple[Trace, Trace]:
@@ -136,22 +144,35 @@ def get_traces(
     Runs a guide, and a model against it: ``pyro.infer.enum.get_importance_trace`` up to
     where it computes log densities.
     """
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    replayed = poutine.replay(model, trace=guide_trace)
-    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    if is_guide_messenger(guide):
+        guide(*args, **kwargs)
+        model_trace, guide_trace = poutine.unwrap(guide).get_traces()
+    else:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
-def check_shapes(model_trace: Trace, guide_trace: Trace, max_plate_nesting: Any) -> None:
-    """What ``Trace_ELBO`` checks of traces with log densities, if validation is on."""
+def check_traces(
+    model_trace: Trace, guide_trace: Trace, max_plate_nesting: Any, enumerates: bool
+) -> None:
+    """
+    What ``Trace_ELBO``, or ``TraceEnum_ELBO``, checks of traces with log densities, if
+    validation is on.
+    """
     if is_validation_enabled():
         for trace in (model_trace, guide_trace):
             for site in trace.nodes.values():
                 if site["type"] == "sample":
                     check_site_shape(site, max_plate_nesting)
-        check_if_enumerated(guide_trace)
+        if enumerates:
+            check_traceenum_requirements(model_trace, guide_trace)
+            _check_tmc_elbo_constraint(model_trace, guide_trace)
+        else:
+            check_if_enumerated(guide_trace)
 
 
 def get_generators() -> Any:

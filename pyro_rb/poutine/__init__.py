@@ -1,23 +1,27 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from pyro_rb.poutine.draw_messenger import DrawMessenger, Strategy
 from pyro_rb.poutine.frames_messenger import FramesMessenger
+from pyro_rb.poutine.path_gradient import PathGradient, TapMessenger
 from pyro_rb.poutine.projected_use import ProjectionOptions
+from pyro_rb.poutine.projection_strategy import Projection
 from pyro_rb.poutine.proposal_messenger import ProposalMessenger
-from pyro_rb.poutine.r2g2_messenger import R2G2Messenger
 from pyro_rb.poutine.shared_subsample_messenger import SharedSubsampleMessenger
-from pyro_rb.poutine.tap_messenger import TapMessenger
-from pyro_rb.poutine.topk_messenger import TopKMessenger, TopKModelMessenger
 from pyro_rb.poutine.topk_options import TopKOptions
+from pyro_rb.poutine.topk_strategy import TopK, TopKModelMessenger
 
 __all__ = [
+    "DrawMessenger",
     "FramesMessenger",
+    "PathGradient",
+    "Projection",
     "ProposalMessenger",
     "ProjectionOptions",
-    "R2G2Messenger",
     "SharedSubsampleMessenger",
+    "Strategy",
     "TapMessenger",
-    "TopKMessenger",
+    "TopK",
     "TopKModelMessenger",
     "TopKOptions",
 ]

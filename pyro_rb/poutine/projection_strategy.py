@@ -4,11 +4,10 @@
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.gaussian import GaussianDraw, find_family
 from pyro_rb.ops.graph import iter_reached
+from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
 from pyro_rb.poutine.gaussian_site import (
     Elements,
     GaussianSite,
@@ -22,15 +21,14 @@ from pyro_rb.poutine.linear_use_mode import LinearUseMode
 from pyro_rb.poutine.projected_use import ProjectionOptions
 
 
-class R2G2Messenger(Messenger):
+class Projection(Strategy):
     """
     Draws the Gaussian sites of a guide, and conditions their noise on the results of the
-    linear functions that guide and model use them in.
+    linear functions that guide and model use them in, while :attr:`mode` is on.
 
-    Wrap the guide by :meth:`guide` and the model by :meth:`model`, and run them once,
-    under :func:`pyro.poutine.trace`. What was done is in :attr:`sites`. If a site is
-    ``violated``, the gradients of the run are biased: run again, with the same random
-    numbers and the ``violated`` elements among the ``plain`` ones.
+    What was done is in :attr:`sites`. If a site is ``violated``, the gradients of the run
+    are biased: run again, with the same random numbers and the ``violated`` elements
+    among the ``plain`` ones.
 
     :param ProjectionOptions options: how to project.
     :param plain: by name and shape, elements of sites that are not to be projected.
@@ -41,10 +39,9 @@ class R2G2Messenger(Messenger):
         >>> import pyro, pyro.distributions as dist
         >>> x, loc = torch.ones(1, 2), torch.zeros(2, requires_grad=True)
         >>> scale = torch.ones(2, requires_grad=True)
-        >>> def guide():
-        ...     return pyro.sample("w", dist.Normal(loc, scale).to_event(1))
-        >>> handler = R2G2Messenger(ProjectionOptions())
-        >>> z = handler.guide(lambda: x @ guide())()
+        >>> projection = Projection(ProjectionOptions())
+        >>> with DrawMessenger([projection]), projection.mode:
+        ...     z = x @ pyro.sample("w", dist.Normal(loc, scale).to_event(1))
         >>> z.sum().backward()
         >>> bool(scale.grad[0] == scale.grad[1])  # each is the mean of the two
         True
@@ -56,76 +53,48 @@ class R2G2Messenger(Messenger):
         plain: Optional[Mapping[Tuple, Plain]] = None,
         reason: str = "",
     ) -> None:
-        super().__init__()
-        self._mode = LinearUseMode(options, reason)
+        #: Watches the functions of PyTorch.
+        self.mode = LinearUseMode(options, reason)
         self._plain = {} if plain is None else plain
-        self._draws_here = False
         self._pending: Dict[str, GaussianSite] = {}
-        #: Sites of the guide that this handler drew, by name.
-        self.sites = self._mode.sites
-        #: What it did not draw, and why.
-        self.reasons: Dict[str, str] = {}
-        #: Names in the order of the guide.
-        self.order: Dict[str, int] = {}
+        #: Sites of the guide that were drawn here, by name.
+        self.sites = self.mode.sites
         self._projected_in_guide: Dict[str, Elements] = {}
 
-    def guide(self, fn: Callable) -> Callable:
-        """Wraps the guide."""
+    def draw(self, msg: Any, handler: DrawMessenger) -> str:
+        name, fn = msg["name"], msg["fn"]
+        if find_family(fn) is None:
+            raise Declined("not Gaussian")
+        draw = GaussianDraw(fn)
+        msg["value"] = draw.value
+        if not draw.value.requires_grad and torch.is_grad_enabled():
+            raise Declined("depends on no parameter")
+        plain = self._plain.get((name, draw.shape), Plain(None, ""))
+        self._pending[name] = GaussianSite(name, draw, plain)
+        return ""
+
+    def accept(self, msg: Any) -> bool:
+        site = self._pending.pop(msg["name"])
+        if msg["value"] is not site.draw.value:  # by a handler around this one
+            return False
+        self.mode.add_site(site, msg["value"])
+        return True
+
+    def watch(self, fn: Callable, is_guide: bool = False) -> Callable:
+        """Wraps guide or model, so that uses of the values are seen in it."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._draws_here = True
-            try:
-                with self, self._mode:
-                    return fn(*args, **kwargs)
-            finally:
-                self._draws_here = False
-                self._projected_in_guide = {
-                    name: site.projected for name, site in self.sites.items()
-                }
-
-        return run
-
-    def model(self, fn: Callable) -> Callable:
-        """Wraps the model."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self._mode:
-                return fn(*args, **kwargs)
+            with self.mode:
+                result = fn(*args, **kwargs)
+            if is_guide:
+                self._projected_in_guide = {n: s.projected for n, s in self.sites.items()}
+            return result
 
         return run
 
     def find(self, value: Any) -> Optional[View]:
         """What is known of a tensor: the site, and which of its elements it shows."""
-        return self._mode.find(value)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not self._draws_here or msg["is_observed"] or site_is_subsample(msg):
-            return
-        name, fn = msg["name"], msg["fn"]
-        self.order[name] = len(self.order)
-        if msg["done"] or msg["value"] is not None:
-            self.reasons[name] = "its value was supplied, not drawn"
-        elif msg["infer"].get("_do_not_trace"):
-            self.reasons[name] = "its density is that of another site"
-        elif find_family(fn) is None:
-            self.reasons[name] = "not Gaussian"
-        else:
-            draw = GaussianDraw(fn)
-            if not draw.value.requires_grad and torch.is_grad_enabled():
-                self.reasons[name] = "depends on no parameter"
-            else:
-                plain = self._plain.get((name, draw.shape), Plain(None, ""))
-                self._pending[name] = GaussianSite(name, draw, plain)
-            msg["value"] = draw.value
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        site = self._pending.pop(msg["name"], None)
-        if site is None:
-            return
-        if msg["value"] is site.draw.value:
-            self._mode.add_site(site, msg["value"])
-        else:  # by a handler around this one
-            self.reasons[msg["name"]] = "its value was supplied, not drawn"
+        return self.mode.find(value)
 
     def note_hidden_uses(self, terms: Mapping[Any, Tuple[Any, List[Any]]]) -> None:
         """
@@ -136,7 +105,7 @@ class R2G2Messenger(Messenger):
         """
         nodes = {
             (v.tensor.grad_fn, v.tensor.output_nr): v
-            for v in self._mode.views
+            for v in self.mode.views
             if v.tensor.grad_fn is not None
         }
         seen: set = set()

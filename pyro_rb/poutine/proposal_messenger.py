@@ -10,7 +10,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_rb.poutine.tap_messenger import TapMessenger
+from pyro_rb.poutine.path_gradient import TapMessenger
 
 #: Name of the dim of the proposals in ``cond_indep_stack``.
 PROPOSALS = "_rvrs_proposals"

@@ -13,6 +13,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.topk import Slots, select_slots
+from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
 from pyro_rb.poutine.topk_options import TopKOptions
 from pyro_rb.poutine.topk_table import GatherCategorical, NoTable, Table, find_table
 
@@ -44,11 +45,7 @@ class _Enumerated(NamedTuple):
     counters: Dict[str, int]  # of the sequential plates around it
 
 
-class _Plain(Exception):
-    """Says why a site is left as it is."""
-
-
-class TopKMessenger(EnumMessenger):
+class TopK(Strategy):
     """
     Puts, at discrete sites of a guide, the ``k`` most likely values and draws from the
     others in the place of one draw, along an enumeration dim.
@@ -56,11 +53,9 @@ class TopKMessenger(EnumMessenger):
     The :class:`~pyro_rb.ops.topk.Slots` of a site, laid out as its ``log_prob``, are in
     ``msg["infer"]["_topk"]``. Where there are no more categories than slots, all are
     enumerated, and there are no ``Slots``. A site with ``infer={"enumerate": ...}`` keeps
-    the meaning that Pyro gives it. :attr:`reasons` tells about each latent site.
+    the meaning that Pyro gives it.
 
     :param TopKOptions options: for sites without ``infer={"topk": ...}``.
-    :param int first_available_dim: as for
-        :class:`~pyro.poutine.enum_messenger.EnumMessenger`.
     :param bool probe: whether each site gets one more slot, for a draw from the whole
         distribution that has nearly no weight.
     :param int max_evaluations: the largest cartesian product of slots.
@@ -68,42 +63,27 @@ class TopKMessenger(EnumMessenger):
         followed; if its table or the product of slots is too large.
 
     >>> import pyro, pyro.distributions as dist
-    >>> with TopKMessenger(TopKOptions(k=1), first_available_dim=-1):
+    >>> with DrawMessenger([TopK(TopKOptions(k=1))], first_available_dim=-1):
     ...     int(pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))[0])
     2
     """
 
     def __init__(
-        self,
-        options: TopKOptions,
-        first_available_dim: int,
-        probe: bool = False,
-        max_evaluations: int = 2**16,
+        self, options: TopKOptions, probe: bool = False, max_evaluations: int = 2**16
     ) -> None:
-        super().__init__(first_available_dim)
         self.options = options
         self.probe = probe
         self.max_evaluations = max_evaluations
-        #: Latent sites, with what there is to say of the treatment.
-        self.reasons: Dict[str, str] = {}
+        self.first_available_dim = -1
         self.enumerated: List[_Enumerated] = []
 
-    def __enter__(self) -> Any:
-        self.reasons = {}
+    def begin(self) -> None:
         self.enumerated = []
-        return super().__enter__()
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if _is_drawn(msg):
-            try:
-                self._enumerate(msg)
-                return
-            except _Plain as e:
-                self.reasons[msg["name"]] = str(e)
-        super()._pyro_sample(msg)
-
-    def _enumerate(self, msg: Any) -> None:
+    def draw(self, msg: Any, handler: DrawMessenger) -> str:
         name, fn = msg["name"], msg["fn"]
+        assert handler.first_available_dim is not None
+        self.first_available_dim = handler.first_available_dim
         options = self._find_options(msg)
         table = self._find_table(msg)
         slots = None
@@ -114,7 +94,7 @@ class TopKMessenger(EnumMessenger):
         self._check_room(num_slots, counters)
         self.check_product(name, fn.batch_shape, num_slots)
 
-        self.reasons[name] = f"{num_slots} of {table.num_categories} values"
+        reason = f"{num_slots} of {table.num_categories} values"
         if options.num_slots < table.num_categories:
             is_adaptive = options.budget is not None
             k = options.num_slots - 1 if is_adaptive else options.k
@@ -123,14 +103,14 @@ class TopKMessenger(EnumMessenger):
             )
             msg["fn"] = _Chosen(fn, table.values(slots.category))
             if self.probe:
-                self.reasons[name] += ", one of them for the baseline"
+                reason += ", one of them for the baseline"
         elif table.is_truncated:
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
             msg["fn"] = _Chosen(fn, table.values(index.reshape(shape)))
         msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
         try:
-            super()._pyro_sample(msg)
+            handler.enumerate(msg)
         finally:
             msg["fn"] = fn
         dim = msg["infer"]["_enumerate_dim"]
@@ -138,13 +118,14 @@ class TopKMessenger(EnumMessenger):
             msg["fn"] = GatherCategorical.of(fn)
             msg["infer"]["_topk"] = Slots(*(_move_slots(x, dim) for x in slots))
         self.enumerated.append(_Enumerated(name, dim, num_slots, counters))
+        return reason
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"
         asked = infer.get("topk")
         if "enumerate" in infer and (asked is None or infer["enumerate"] is not None):
             if asked is None:
-                raise _Plain(f"infer={{'enumerate': {infer['enumerate']!r}}}")
+                raise Declined(f"infer={{'enumerate': {infer['enumerate']!r}}}")
             raise ValueError(
                 f"Found infer={{'enumerate': {infer['enumerate']!r}, 'topk': {asked!r}}}"
                 f"{where}. Expected one of the two: 'enumerate' for all values, or 'topk' "
@@ -163,9 +144,9 @@ class TopKMessenger(EnumMessenger):
         else:
             options = TopKOptions.make(k=asked, default=self.options, where=where)
             if options.k == 0:
-                raise _Plain("infer={'topk': 0}")
+                raise Declined("infer={'topk': 0}")
         if options.num_slots == 1 and not self.probe:
-            raise _Plain("one evaluation")
+            raise Declined("one evaluation")
         return options
 
     def _find_table(self, msg: Any) -> Table:
@@ -174,7 +155,7 @@ class TopKMessenger(EnumMessenger):
             table = find_table(msg["fn"])
         except NoTable as e:
             if asked is None:
-                raise _Plain(str(e)) from None
+                raise Declined(str(e)) from None
             raise ValueError(
                 f"Found infer={{'topk': {asked!r}}} at guide site '{name}', whose values "
                 f"cannot be listed: {e}. Remove the option, or set {{'topk': 0}}."
@@ -185,12 +166,12 @@ class TopKMessenger(EnumMessenger):
                 "Set infer={'topk': 0} there for a plain draw."
             ) from None
         if table.num_categories == 1:
-            raise _Plain("one value")
+            raise Declined("one value")
         return table
 
     def _check_room(self, num_slots: int, counters: Dict[str, int]) -> None:
         if any(-site.dim >= MAX_DIMS for site in self.enumerated):
-            raise _Plain("no tensor dim is left")
+            raise Declined("no tensor dim is left")
         # Iterations of a sequential plate do not depend on one another, and sites that
         # share a dim, as steps of a Markov chain do, are summed one after the other.
         sizes: Dict[int, int] = {}
@@ -199,7 +180,7 @@ class TopKMessenger(EnumMessenger):
                 sizes[site.dim] = max(site.num_slots, sizes.get(site.dim, 1))
         joint = math.prod(sizes.values())
         if joint > 1 and joint * num_slots > MAX_JOINT:
-            raise _Plain(f"with earlier sites there might be more than {MAX_JOINT} terms")
+            raise Declined(f"with earlier sites there might be more than {MAX_JOINT} terms")
 
     def check_product(self, name: str, shape: torch.Size, num_slots: int = 1) -> None:
         """
@@ -208,7 +189,6 @@ class TopKMessenger(EnumMessenger):
         :param num_slots: its own slots, if they are not yet in the shape.
         :raises ValueError: if the shape has too many slots of several sites.
         """
-        assert self.first_available_dim is not None
         num_enum_dims = max(0, len(shape) + self.first_available_dim + 1)
         product = num_slots * math.prod(shape[:num_enum_dims])
         if product <= self.max_evaluations:
@@ -231,21 +211,21 @@ class TopKMessenger(EnumMessenger):
 
 class TopKModelMessenger(EnumMessenger):
     """
-    The handler of the model that runs after a guide with a :class:`TopKMessenger`. It
+    The handler of the model that runs after a guide with :class:`TopK` sites. It
     bounds the cartesian product of slots, and makes Categorical priors cheap.
 
-    :param TopKMessenger guide: the handler of the guide.
+    :param TopK guide: the strategy of the guide.
 
     >>> import pyro, pyro.distributions as dist
-    >>> handler = TopKMessenger(TopKOptions(k=1), first_available_dim=-1)
-    >>> with handler:
+    >>> topk = TopK(TopKOptions(k=1))
+    >>> with DrawMessenger([topk], first_available_dim=-1):
     ...     z = pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
-    >>> with TopKModelMessenger(handler), pyro.poutine.condition(data={"z": z}):
+    >>> with TopKModelMessenger(topk), pyro.poutine.condition(data={"z": z}):
     ...     pyro.sample("z", dist.Categorical(torch.ones(3))).shape
     torch.Size([2])
     """
 
-    def __init__(self, guide: TopKMessenger) -> None:
+    def __init__(self, guide: TopK) -> None:
         super().__init__()
         self._guide = guide
 
@@ -256,17 +236,6 @@ class TopKModelMessenger(EnumMessenger):
             if any(msg["name"] == site.name for site in self._guide.enumerated):
                 msg["fn"] = GatherCategorical.of(msg["fn"])
         super()._pyro_sample(msg)
-
-
-def _is_drawn(msg: Any) -> bool:
-    return not (
-        msg["done"]
-        or msg["is_observed"]
-        or msg["value"] is not None
-        or msg["infer"].get("_do_not_trace")
-        or site_is_subsample(msg)
-        or not isinstance(msg["fn"], TorchDistributionMixin)
-    )
 
 
 def _sequential_counters(msg: Any) -> Dict[str, int]:

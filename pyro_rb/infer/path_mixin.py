@@ -1,23 +1,18 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-What losses with path gradients share: a tap on the guide's draws, a scale for the
-control variate, and a report.
-"""
+"""What losses with path gradients share."""
 
 import math
 import numbers
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
-from pyro.poutine import Trace
 
-from pyro_rb.infer.report import Report, SiteReport
+from pyro_rb.infer.report import Report, Summary
 from pyro_rb.infer.util import is_replayed
 from pyro_rb.ops.control_variate import AdaptiveScale
 from pyro_rb.ops.graph import share_leaves
-from pyro_rb.poutine import TapMessenger
 
 Grads = Dict[torch.Tensor, torch.Tensor]
 
@@ -46,23 +41,23 @@ def grads(term: Any, parameters: Sequence[torch.Tensor]) -> Grads:
     }
 
 
-class TappedMixin:
+class PathGradientMixin:
     """
-    Base class, to be named before the one of Pyro: attaches to each guide trace the
-    :class:`~pyro_rb.poutine.tap_messenger.TapMessenger` that it was made under, as ``tap``.
+    Base class, to be named before the one of Pyro: taps the draws of the guide, has scales
+    for their scores, and a report.
     """
 
-    #: Says in the report how a site without a path gradient is treated.
+    #: Says in the report how a site is treated that is left to Pyro.
     otherwise: str
     control_variate_scale: Union[float, str]
 
-    def _init_tap(self, control_variate_scale: Any) -> None:
+    def _init_scales(self, control_variate_scale: Any) -> None:
         self.control_variate_scale = check_scale(control_variate_scale)
         self._adaptive = AdaptiveScale()
         self._known_sites: Dict[Tuple, Tuple] = {}
-        # Of the last particle: reasons by site, and scales of those with a path gradient.
-        self._reasons: Optional[Dict[str, str]] = None
+        #: Of the last particle, for each site with a path gradient.
         self._scales: Dict[str, float] = {}
+        self._latest: Optional[Summary] = None
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_known_sites": {}}
@@ -74,62 +69,29 @@ class TappedMixin:
             it. Prints as a table.
         :raises RuntimeError: before the first such particle was run.
         """
-        if self._reasons is None:
+        if self._latest is None:
             raise RuntimeError(
                 "report() tells what was done at the last step, and there was none. "
                 "Expected a step, or a loss, before it: call SVI.step() first."
             )
-        return Report(
-            SiteReport(
-                name,
-                (
-                    f"path gradient, c = {self._scales[name]:.3g}"
-                    if name in self._scales
-                    else self.otherwise
-                ),
-                reason,
-            )
-            for name, reason in self._reasons.items()
-        )
+        return self._latest.report()
 
-    def _get_trace(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Tuple[Trace, Trace]:
-        get_trace: Callable = super()._get_trace  # type: ignore[misc]
-        tap = TapMessenger(self._known_sites)
+    def _obstacle(self) -> str:
+        """Why no draw is to be tapped; empty if they are."""
         if not torch.is_grad_enabled():
-            # No gradient to treat: the report stays as it was.
-            model_trace, guide_trace = get_trace(model, guide, args, kwargs)
-            guide_trace.tap = tap
-            return model_trace, guide_trace
-        self._scales = {}
-        obstacle = self._obstacle()
-        if obstacle is not None:
-            model_trace, guide_trace = get_trace(model, guide, args, kwargs)
-            self._reasons = dict.fromkeys(guide_trace.stochastic_nodes, obstacle)
-        elif torch.jit.is_tracing():
+            return "no gradient"
+        if self.control_variate_scale == 0.0:
+            return "control_variate_scale is 0"
+        if is_replayed():
+            return "a replay around the loss may supply its value"
+        if torch.jit.is_tracing():
             # The partial derivatives of one draw would be baked in as constants.
             raise NotImplementedError(
                 f"{type(self).__name__} was called inside of torch.jit.trace, which does "
                 "not record the derivatives that it takes. Expected a call outside; to "
                 "compile a loss, use JitTrace_ELBO or control_variate_scale=0.0."
             )
-        else:
-            with tap:
-                model_trace, guide_trace = get_trace(
-                    tap.bypass(model), guide, args, kwargs
-                )
-            tap.raise_if_edited()
-            self._reasons = tap.reasons
-        guide_trace.tap = tap
-        return model_trace, guide_trace
-
-    def _obstacle(self) -> Optional[str]:
-        if self.control_variate_scale == 0.0:
-            return "control_variate_scale is 0"
-        if is_replayed():
-            return "a replay around the loss may supply its value"
-        return None
+        return ""
 
     def _find_scales(
         self,
@@ -145,16 +107,16 @@ class TappedMixin:
         :param may_learn: whether this counts as a step.
         """
         if isinstance(self.control_variate_scale, float):
-            self._scales = dict.fromkeys(log_q, self.control_variate_scale)
+            self._scales.update(dict.fromkeys(log_q, self.control_variate_scale))
             return False
         variates = {
             name: self._adaptive.find(term, stop) for name, term in log_q.items()
         }
         # Without a parameter there is no score, and any scale gives the same.
-        self._scales = {
-            name: 1.0 if variate is None else variate.scale
+        self._scales.update(
+            (name, 1.0 if variate is None else variate.scale)
             for name, variate in variates.items()
-        }
+        )
         return may_learn and any(
             [variate.is_due() for variate in set(variates.values()) if variate]
         )

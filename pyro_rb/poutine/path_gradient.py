@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from pyro.distributions import Delta, Distribution
@@ -10,8 +10,6 @@ from pyro.distributions.torch_distribution import (
     ExpandedDistribution,
     MaskedDistribution,
 )
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.score_identity import (
     base_dists,
@@ -20,6 +18,7 @@ from pyro_rb.ops.score_identity import (
     support_can_move,
     support_moves,
 )
+from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
 
 # Either the default or one that only forwards to the distribution inside.
 _PLAIN_SCORE_PARTS = (
@@ -30,7 +29,7 @@ _PLAIN_SCORE_PARTS = (
 )
 
 
-class _Gate:
+class Gate:
     """Shared by the taps of one run. Knows no tensor, lest graphs live in cycles."""
 
     is_open = True
@@ -40,7 +39,7 @@ class _Tap(torch.autograd.Function):
     """The identity. Its gradient passes while the gate is open."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, gate: _Gate) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, gate: Gate) -> torch.Tensor:
         ctx.gate = gate
         # A view could not be checked for in-place edits; a copy counts its own.
         return value.clone()
@@ -54,7 +53,7 @@ class _FuncTap(_Tap):
     """The same in the form that torch.func asks for, which costs three times as much."""
 
     @staticmethod
-    def forward(value: torch.Tensor, gate: _Gate) -> torch.Tensor:  # type: ignore[override]
+    def forward(value: torch.Tensor, gate: Gate) -> torch.Tensor:  # type: ignore[override]
         return value.clone()
 
     @staticmethod
@@ -62,14 +61,14 @@ class _FuncTap(_Tap):
         _, ctx.gate = inputs
 
 
-def _tap(value: torch.Tensor, gate: _Gate) -> torch.Tensor:
+def _tap(value: torch.Tensor, gate: Gate) -> torch.Tensor:
     try:
         return _Tap.apply(value, gate)
     except RuntimeError:  # inside of torch.func
         return _FuncTap.apply(value, gate)
 
 
-class TapMessenger(Messenger):
+class PathGradient(Strategy):
     """
     Passes each reparameterised draw of a guide through an identity with a gate, the
     "tap", so that one graph gives both partial and total derivatives.
@@ -80,80 +79,78 @@ class TapMessenger(Messenger):
     fixed draws.
 
     A draw is tapped where the mean of its score is zero and where a tap can be put
-    in; :attr:`reasons` says why or why not, for each latent site. Requirements on a
-    tapped site: it is drawn from its own ``fn`` (neither observed nor replayed);
-    ``fn.has_rsample``; the draw requires grad; no :class:`~pyro.distributions.Delta`
-    inside; the default ``score_parts``; a support that does not depend on a
-    parameter; a ``log_prob`` that does not remember its draw.
+    in. Requirements on a tapped site: ``fn.has_rsample``; the draw requires grad; no
+    :class:`~pyro.distributions.Delta` inside; the default ``score_parts``; a support
+    that does not depend on a parameter; a ``log_prob`` that does not remember its draw.
 
-    The messenger must be OUTSIDE of :func:`pyro.poutine.trace`, as traces record
-    values on their way out::
-
-        with TapMessenger() as tap:
-            trace = pyro.poutine.trace(guide).get_trace()
-
-    :param dict known: what earlier taps found out about the sites, to be shared by
-        the taps of one estimator. Defaults to nothing.
-
-    Example::
-
-        >>> import pyro
-        >>> from pyro.distributions import Normal
-        >>> loc = torch.zeros(2, requires_grad=True)
-        >>> def guide():
-        ...     return pyro.sample("z", Normal(loc, 1.0).to_event(1))
-        >>> with TapMessenger() as tap:
-        ...     trace = pyro.poutine.trace(guide).get_trace()
-        >>> total = trace.nodes["z"]["value"].sum()
-        >>> torch.autograd.grad(total, loc, retain_graph=True)
-        (tensor([1., 1.]),)
-        >>> with tap.closed():
-        ...     torch.autograd.grad(total, loc, allow_unused=True)
-        (None,)
+    :param dict known: what earlier runs found out about the sites. Defaults to nothing.
+    :param str obstacle: why nothing is to be tapped, if so.
     """
 
-    def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None) -> None:
-        super().__init__()
-        self._gate = _Gate()
+    def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None, obstacle: str = "") -> None:
+        self.gate = Gate()
         #: Latent sites that were tapped, with the value that went on.
         self.values: Dict[str, torch.Tensor] = {}
-        #: All latent sites, with what there is to say of the treatment.
-        self.reasons: Dict[str, str] = {}
         self._known = {} if known is None else known
-        self._supplied: Set[str] = set()
-        self._is_on = True
+        self._obstacle = obstacle
+        self._tapped: Dict[int, torch.Tensor] = {}  # keeps them, lest an id be used again
+
+    def begin(self) -> None:
+        self.values = {}
+
+    def draw(self, msg: Any, handler: DrawMessenger) -> str:
+        name, fn = msg["name"], msg["fn"]
+        if self._obstacle:
+            raise Declined(self._obstacle)
+        if not fn.has_rsample:
+            raise Declined("not reparameterised, keeps its score function")
+        if msg["value"] is None:
+            msg["value"] = fn(*msg["args"], **msg["kwargs"])
+        reason = self.inspect(name, fn, msg["value"])
+        msg["value"] = self.tap(name, msg["value"])
+        return reason
+
+    def inspect(self, name: str, fn: Any, value: Any) -> str:
+        """
+        :return: what there is to say of a draw that can be tapped.
+        :raises Declined: with the reason why it cannot.
+        """
+        if not (isinstance(value, torch.Tensor) and value.requires_grad):
+            raise Declined("depends on no parameter")
+        layers = list(base_dists(fn))
+        key = (name, *map(type, layers), *map(type, flat_transforms(fn)))
+        if key not in self._known:
+            self._known[key] = _inspect(fn, layers, value)
+        can_be_tapped, support_can_move, reason = self._known[key]
+        if support_can_move and support_moves(fn):
+            raise Declined("its support depends on a parameter")
+        if not can_be_tapped:
+            raise Declined(reason)
+        return reason
+
+    def tap(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        self.values[name] = value = _tap(value, self.gate)
+        self._tapped[id(value)] = value
+        return value
+
+    def accept(self, msg: Any) -> bool:
+        name, value = msg["name"], msg["value"]
+        if value is not self.values[name]:
+            del self.values[name]
+            # The guide starts from a partial trace, for each value of an enumerated site.
+            if self._tapped.get(id(value)) is not value:
+                return False
+            self.values[name] = value
+        return True
 
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Closes the gate for the duration of a ``with`` block."""
-        self.close()
+        self.gate.is_open = False
         try:
             yield
         finally:
-            self.open()
-
-    def close(self) -> None:
-        """Closes the gate, until :meth:`open`."""
-        self._gate.is_open = False
-
-    def open(self) -> None:
-        """Opens the gate."""
-        self._gate.is_open = True
-
-    def bypass(self, fn: Callable) -> Callable:
-        """
-        Returns ``fn`` with the tap turned off while it runs: a model that runs
-        inside of the tap keeps its values.
-        """
-
-        def untapped(*args: Any, **kwargs: Any) -> Any:
-            self._is_on = False
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                self._is_on = True
-
-        return untapped
+            self.gate.is_open = True
 
     def raise_if_edited(self) -> None:
         """
@@ -169,34 +166,31 @@ class TapMessenger(Messenger):
                     f"as `{name}.add_(1)` by `{name} = {name} + 1`."
                 )
 
-    def _pyro_sample(self, msg: Any) -> None:
-        # Handlers inside have had their turn: a value set by now is no draw of fn.
-        if self._is_on and msg["value"] is not None:
-            self._supplied.add(msg["name"])
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not self._is_on or msg["is_observed"]:
-            return
-        name, fn, value = msg["name"], msg["fn"], msg["value"]
-        if msg["infer"].get("_do_not_trace") or site_is_subsample(msg):
-            return
-        if name in self._supplied:
-            reason = "its value was supplied, not drawn"
-        elif not fn.has_rsample:
-            reason = "not reparameterised, keeps its score function"
-        elif not (isinstance(value, torch.Tensor) and value.requires_grad):
-            reason = "depends on no parameter"
-        else:
-            layers = list(base_dists(fn))
-            key = (name, *map(type, layers), *map(type, flat_transforms(fn)))
-            if key not in self._known:
-                self._known[key] = _inspect(fn, layers, value)
-            can_be_tapped, support_can_move, reason = self._known[key]
-            if support_can_move and support_moves(fn):
-                reason = "its support depends on a parameter"
-            elif can_be_tapped:
-                msg["value"] = self.values[name] = _tap(value, self._gate)
-        self.reasons[name] = reason
+class TapMessenger(DrawMessenger):
+    """
+    A handler that takes path gradients where it can, see :class:`PathGradient`.
+
+    :param dict known: what earlier runs found out about the sites. Defaults to nothing.
+    :param str obstacle: why nothing is to be tapped, if so.
+
+    Example::
+
+        >>> import pyro
+        >>> from pyro.distributions import Normal
+        >>> loc = torch.zeros(2, requires_grad=True)
+        >>> with TapMessenger() as tap:
+        ...     total = pyro.sample("z", Normal(loc, 1.0).to_event(1)).sum()
+        >>> torch.autograd.grad(total, loc, retain_graph=True)
+        (tensor([1., 1.]),)
+        >>> with tap.path.closed():
+        ...     torch.autograd.grad(total, loc, allow_unused=True)
+        (None,)
+    """
+
+    def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None, obstacle: str = "") -> None:
+        self.path = PathGradient(known, obstacle)
+        super().__init__([self.path])
 
 
 def _inspect(fn: Any, layers: List[Any], value: torch.Tensor) -> Tuple[bool, bool, str]:

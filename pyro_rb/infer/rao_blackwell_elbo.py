@@ -1,0 +1,268 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+import queue
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
+from pyro.infer.util import torch_backward, torch_item
+from pyro.poutine import Trace
+from pyro.util import warn_if_nan
+
+from pyro_rb.infer.path_mixin import PathGradientMixin, grads
+from pyro_rb.infer.hint import hint
+from pyro_rb.infer.run import Run
+from pyro_rb.infer.surrogate import path_terms
+from pyro_rb.infer.util import (
+    check_traces,
+    get_generators,
+    get_traces,
+    is_guide_messenger,
+    set_generators,
+)
+from pyro_rb.infer.weights import compute_elbo, needs_weights, weigh, without_value
+from pyro_rb.ops.graph import leaves
+from pyro_rb.ops.projection import SOLVERS
+from pyro_rb.poutine import (
+    PathGradient,
+    Projection,
+    ProjectionOptions,
+    TopK,
+    TopKOptions,
+)
+
+BASELINES = (None, "loo", "reinforce+")
+PRE_ACTIVATIONS = ("auto", "shared", "local", None)
+
+
+class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
+    #: Which strategies sites are offered to, in this order.
+    _strategies: Tuple[str, ...] = ("topk", "projection", "path")
+    #: Says in the report how a site is treated that no strategy accepts.
+    otherwise = "as Trace_ELBO"
+
+    def __init__(
+        self,
+        *args: Any,
+        k: Optional[int] = None,
+        num_samples: Optional[int] = None,
+        budget: Optional[int] = None,
+        baseline: Optional[str] = "loo",
+        draws: int = 2,
+        control_variate_scale: Union[float, str] = "adaptive",
+        pre_activations: Optional[str] = "auto",
+        solver: str = "auto",
+        max_evaluations: int = 2**16,
+        num_steps: Optional[int] = None,
+        **kwargs: Any,
+    ) -> None:
+        self.options = TopKOptions.make(k, num_samples, budget)
+        self.baseline = baseline
+        self.max_evaluations = max_evaluations
+        self.pre_activations = pre_activations
+        self.solver = solver
+        self.num_steps = num_steps
+        self._init_scales(control_variate_scale)
+        self._steps_done = 0
+        self._makes_gradients = False
+        # By name and shape of a site. An entry that is out of date costs variance only.
+        self._plain: Dict[Tuple, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _enumerates(self) -> bool:
+        return "topk" in self._strategies
+
+    # -- Traces ------------------------------------------------------------------
+
+    def _get_traces(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Iterator[Tuple[Trace, Trace]]:
+        if self.max_plate_nesting == math.inf and (self._enumerates or self.vectorize_particles):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+        if self.vectorize_particles:
+            # Before the handlers, so that each particle has draws of its own.
+            guide = self._vectorized_num_particles(guide)
+            model = self._vectorized_num_particles(model)
+        num_runs = 1 if self.vectorize_particles else self.num_particles
+        for index in range(num_runs):
+            path = PathGradient(self._known_sites, self._obstacle())
+            starts: Any = queue.LifoQueue()
+            starts.put(Trace())
+            while not starts.empty():
+                pair = self._get_trace_from(starts, path, model, guide, args, kwargs)
+                # All particles of a step use what was learned before the step.
+                pair[1].run.may_learn = index == num_runs - 1 and starts.empty()
+                yield pair
+
+    def _get_trace_from(
+        self, starts: Any, path: PathGradient, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Tuple[Trace, Trace]:
+        """
+        :param starts: partial traces of the guide, of sites that are enumerated in a loop.
+        """
+        saved, generators = list(starts.queue), get_generators()
+        while True:
+            run = self._make_run(path, guide)
+            found = None
+            try:
+                with hint(run.topk):
+                    found = self._run(run, starts, model, guide, args, kwargs)
+            except Exception:
+                # A derivative of what was projected may be the cause.
+                if not run.is_void:
+                    raise
+            if found is not None and not run.is_void:
+                if self._makes_gradients or run.projection is None:
+                    self._latest = run.summarize(found[1], self.otherwise)
+                found[1].run = run  # type: ignore[attr-defined]
+                return found
+            # Nothing of this run is kept. The next has the same noise, so that what the
+            # run depends on, its branches and the use that made it void, stays the same.
+            assert run.projection is not None
+            self._plain.update(run.projection.violated)
+            set_generators(generators)
+            starts.queue[:] = saved
+
+    def _run(
+        self, run: Run, starts: Any, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Tuple[Trace, Trace]:
+        guide = run.guide(guide)
+        if self._enumerates:
+            guide = poutine.queue(
+                guide, starts, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
+            )
+        else:
+            starts.get()
+        nesting = self.max_plate_nesting
+        model_trace, guide_trace = get_traces(run.model(model), guide, args, kwargs, nesting)
+        run.compute_densities(model_trace, guide_trace)
+        check_traces(model_trace, guide_trace, nesting, self._enumerates)
+        if self._enumerates:
+            guide_trace.pack_tensors()
+            model_trace.pack_tensors(guide_trace.plate_to_symbol)
+        path = run.path
+        if path is not None:
+            path.raise_if_edited()
+        return model_trace, guide_trace
+
+    def _make_run(self, path: PathGradient, guide: Any) -> Run:
+        topk = projection = None
+        first_available_dim = None
+        if self._enumerates:
+            first_available_dim = -1 - self.max_plate_nesting
+            topk = TopK(self.options, self.baseline == "reinforce+", self.max_evaluations)
+        if "projection" in self._strategies and not is_guide_messenger(guide):
+            reason = ""
+            if not self._makes_gradients:
+                reason = "no gradient"
+            elif self.num_steps is not None and self._steps_done >= self.num_steps:
+                reason = f"schedule (num_steps={self.num_steps})"
+            options = ProjectionOptions(self.pre_activations, self.solver)
+            projection = Projection(options, self._plain, reason)
+        return Run(
+            topk, projection, path if "path" in self._strategies else None, first_available_dim
+        )
+
+    # -- The surrogate --------------------------------------------------------------
+
+    def _differentiable_loss_particle(
+        self, model_trace: Trace, guide_trace: Any
+    ) -> Tuple[Any, Any]:
+        if self._enumerates and needs_weights(model_trace, guide_trace):
+            return self._weighted_particle(model_trace, guide_trace)
+        path = guide_trace.run.path
+        if path is None or not path.values:
+            return super()._differentiable_loss_particle(model_trace, guide_trace)
+        # A site with plain score parts has the log density for its entropy term.
+        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in path.values}
+        is_due = self._choose_scales(log_q, guide_trace.run)
+        terms = path_terms(log_q, path, self._scales)
+        for name, z in path.values.items():
+            entropy_term = terms.get(name, z.new_zeros(()))
+            if self._scales[name] != 1.0:
+                entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
+            site = guide_trace.nodes[name]
+            site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
+        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        if is_due:
+            self._learn_scales(log_q, path, surrogate)
+        return loss, surrogate
+
+    def _choose_scales(self, log_q: Mapping[str, torch.Tensor], run: Run) -> bool:
+        """Returns whether to learn from this particle."""
+        draws = {z.grad_fn for z in run.path.values.values()}
+        self._scales = run.scales
+        return self._find_scales(log_q, draws, run.may_learn)
+
+    def _learn_scales(
+        self, log_q: Mapping[str, torch.Tensor], path: PathGradient, surrogate: torch.Tensor
+    ) -> None:
+        def compute_scores(parameters: Any) -> Any:
+            with path.closed():
+                return grads(sum(log_q.values()), parameters)
+
+        draws = {z.grad_fn for z in path.values.values()}
+        leaves_of = {name: list(leaves(term, draws)) for name, term in log_q.items()}
+        self._learn(leaves_of, surrogate, compute_scores)
+
+    def _weighted_particle(self, model_trace: Trace, guide_trace: Any) -> Tuple[Any, Any]:
+        path = guide_trace.run.path
+        draws = {} if path is None else path.values
+        weighted = weigh(model_trace, guide_trace, self.baseline, draws)
+        surrogate = weighted.surrogate
+        if path is not None and draws:
+            log_q = {name: weighted.log_q[name] for name in draws if name in weighted.log_q}
+            is_due = self._choose_scales(log_q, guide_trace.run)
+            # The scores of all others are left out, as their mean is zero.
+            scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
+            for name, term in log_q.items():
+                if scales[name] != 1.0:
+                    surrogate = surrogate - without_value((1.0 - scales[name]) * term)
+            for term in path_terms(weighted.log_q, path, scales).values():
+                surrogate = surrogate - without_value(term)
+            if is_due:
+                self._learn_scales(log_q, path, -surrogate)
+        return -torch_item(weighted.elbo), -surrogate
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._step():
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = 0.0
+        with self._step():
+            for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+                particle, surrogate = self._differentiable_loss_particle(model_trace, guide_trace)
+                loss += particle / self.num_particles
+                nodes: List[Any] = [*model_trace.nodes.values(), *guide_trace.nodes.values()]
+                if any(site["type"] == "param" for site in nodes):
+                    # Sites that are enumerated in a loop share a graph.
+                    shares_graph = any("_enum_total" in site.get("infer", {}) for site in nodes)
+                    retain_graph = shares_graph or self.retain_graph
+                    torch_backward(surrogate / self.num_particles, retain_graph=retain_graph)
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        if not self._enumerates:
+            return super().loss(model, guide, *args, **kwargs)
+        traces = self._get_traces(model, guide, args, kwargs)
+        elbo = sum(torch_item(compute_elbo(*pair)) for pair in traces)
+        loss = -elbo / self.num_particles
+        warn_if_nan(loss, "loss")
+        return loss
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        self._makes_gradients = True
+        try:
+            yield
+        finally:
+            self._makes_gradients = False
+        self._steps_done += 1

@@ -1,0 +1,116 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+One run of guide and model: which strategies draw the sites, and the traces that come out.
+"""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+
+from pyro.poutine import Trace
+
+from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
+from pyro_rb.infer.report import Row, Summary
+from pyro_rb.infer.weights import has_own_baseline
+from pyro_rb.ops.topk import Slots
+from pyro_rb.poutine import (
+    DrawMessenger,
+    PathGradient,
+    Projection,
+    TopK,
+    TopKModelMessenger,
+)
+
+
+class Run:
+    """
+    The strategies of one particle, in the order in which a site is offered to them.
+
+    :param topk: for discrete sites; None leaves them to Pyro.
+    :param projection: for Gaussian sites; None leaves them to the next.
+    :param path: for reparameterised sites; None leaves them to Pyro.
+    :param int first_available_dim: for enumeration; None if nothing is enumerated.
+    """
+
+    def __init__(
+        self,
+        topk: Optional[TopK] = None,
+        projection: Optional[Projection] = None,
+        path: Optional[PathGradient] = None,
+        first_available_dim: Optional[int] = None,
+    ) -> None:
+        self.topk, self.projection, self.path = topk, projection, path
+        strategies: List[Any] = [s for s in (topk, projection, path) if s is not None]
+        self.handler = DrawMessenger(strategies, first_available_dim)
+        #: The scale of the score that is left out, for each site with a path gradient.
+        self.scales: Dict[str, float] = {}
+        self.may_learn = True
+        self._not_analytic: Set[str] = set()
+
+    @property
+    def is_void(self) -> bool:
+        """Whether it must be made again, with the same random numbers."""
+        return self.projection is not None and bool(self.projection.violated)
+
+    def guide(self, fn: Callable) -> Callable:
+        """Wraps the guide."""
+        fn = self.handler(fn)
+        return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
+
+    def model(self, fn: Callable) -> Callable:
+        """Wraps the model."""
+        if self.topk is not None:
+            fn = TopKModelMessenger(self.topk)(fn)
+        return fn if self.projection is None else self.projection.watch(fn)
+
+    def compute_densities(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Computes log densities and score parts, which the traces have not so far."""
+        if self.projection is None:
+            model_trace.compute_log_prob()
+            guide_trace.compute_score_parts()
+            return
+        self._not_analytic = compute_log_prob(
+            model_trace, guide_trace, self.projection, list(self.handler.drawn_by)
+        )
+        note_uses(model_trace, guide_trace, self.projection)
+
+    def summarize(self, guide_trace: Trace, otherwise: str) -> Summary:
+        """
+        :param otherwise: what is said of sites that are left to Pyro.
+        """
+        rows: List[Row] = []
+        for name in guide_trace.stochastic_nodes:
+            site: Any = guide_trace.nodes[name]
+            strategy = self.handler.drawn_by.get(name)
+            treatment: Any = otherwise
+            reason = self.handler.reasons.get(name, "")
+            if strategy is None:
+                view = None if self.projection is None else self.projection.find(site["value"])
+                if view is not None:
+                    treatment, reason = f"as {view.site.name}", "shows its value"
+            elif strategy is self.topk:
+                treatment = _Slots(site["infer"].get("_topk"), site["infer"]["_enumerate_dim"])
+            elif strategy is self.projection:
+                ours = self.projection.sites[name]
+                _, treatment, reason = describe(ours, name not in self._not_analytic)
+            else:
+                treatment = None  # its scale is not known yet
+            if has_own_baseline(site):
+                reason += ", infer={'baseline': ...}"
+            rows.append(Row(name, treatment, reason))
+        return Summary(rows, self.scales)
+
+
+class _Slots(NamedTuple):
+    slots: Optional[Slots]
+    dim: int
+
+    def __str__(self) -> str:
+        if self.slots is None:
+            return "exact"
+        top, sampled = (x.sum(self.dim).double() for x in self.slots[2:])
+        mass = (self.slots.log_weight.exp() * self.slots.is_sampled).sum(self.dim)
+        return (
+            f"top-k, k = {top.mean().item():.3g}, n = {sampled.mean().item():.3g}, "
+            f"complement {mass.mean().item():.3g}"
+        )

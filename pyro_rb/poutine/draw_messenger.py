@@ -1,0 +1,120 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import site_is_subsample
+
+SUPPLIED = "its value was supplied, not drawn"
+
+
+class Declined(Exception):
+    """Says why a strategy leaves a site to the next one."""
+
+
+class Strategy:
+    """How to draw a latent site of a guide. One object serves one run of guide and model."""
+
+    def begin(self) -> None:
+        """Is called whenever the guide starts, from the beginning or from a partial trace."""
+
+    def draw(self, msg: Any, handler: "DrawMessenger") -> str:
+        """
+        Puts a value in ``msg["value"]``.
+
+        :return: what there is to say of it in the report.
+        :raises Declined: with the reason, if the site is not for this strategy.
+        """
+        raise NotImplementedError
+
+    def accept(self, msg: Any) -> bool:
+        """
+        Is called with a site that it drew, when all handlers had their turn.
+
+        :return: whether the value is still the one that was drawn.
+        """
+        return True
+
+
+class DrawMessenger(EnumMessenger):
+    """
+    Draws each latent site of a guide by the first of some strategies that accepts it, at
+    the time when it is drawn, so that all other handlers see the value that the model gets.
+
+    Sites that none accepts are left to Pyro, and so are those whose value was supplied.
+
+    :param strategies: in the order in which they are asked.
+    :param int first_available_dim: as for
+        :class:`~pyro.poutine.enum_messenger.EnumMessenger`. None (default) if no site is
+        to be enumerated.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with DrawMessenger([]) as handler:
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> handler.drawn_by
+    {'z': None}
+    """
+
+    def __init__(
+        self, strategies: Sequence[Strategy], first_available_dim: Optional[int] = None
+    ) -> None:
+        super().__init__(first_available_dim)
+        self.strategies = strategies
+        #: Latent sites in the order of the guide, with the strategy that drew them.
+        self.drawn_by: Dict[str, Optional[Strategy]] = {}
+        #: What there is to say of each.
+        self.reasons: Dict[str, str] = {}
+
+    def __enter__(self) -> Any:
+        self.drawn_by, self.reasons = {}, {}
+        for strategy in self.strategies:
+            strategy.begin()
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not _is_latent(msg):
+            self.enumerate(msg)
+            return
+        name = msg["name"]
+        self.drawn_by[name] = None
+        if msg["done"] or msg["value"] is not None:
+            self.reasons[name] = SUPPLIED
+            self.enumerate(msg)
+            return
+        reasons: List[str] = []
+        for strategy in self.strategies:
+            try:
+                self.reasons[name] = strategy.draw(msg, self)
+                self.drawn_by[name] = strategy
+                return
+            except Declined as e:
+                reasons.append(str(e))
+        self.reasons[name] = "; ".join(filter(None, reasons))
+        self.enumerate(msg)
+
+    def enumerate(self, msg: Any) -> None:
+        """What :class:`~pyro.poutine.enum_messenger.EnumMessenger` does at a site."""
+        if self.first_available_dim is not None:
+            super()._pyro_sample(msg)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        strategy = self.drawn_by.get(msg["name"])
+        if strategy is not None and not strategy.accept(msg):
+            self.drawn_by[msg["name"]] = None
+            self.reasons[msg["name"]] = SUPPLIED
+        if self.first_available_dim is not None:
+            # It takes the `.data` of values, which is no use of them.
+            with torch._C.DisableTorchFunction():
+                super()._pyro_post_sample(msg)
+
+
+def _is_latent(msg: Any) -> bool:
+    return not (
+        msg["is_observed"]
+        or site_is_subsample(msg)
+        or msg["infer"].get("_do_not_trace")
+        or not isinstance(msg["fn"], TorchDistributionMixin)
+    )
