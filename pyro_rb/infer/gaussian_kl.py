@@ -33,6 +33,8 @@ def compute_log_prob(
     """
     drawn: List[Any] = []
     for name, ours in projection.sites.items():
+        if projection.leaves_to_path(ours):
+            continue
         site: Any = guide_trace.nodes[name]
         drawn.append(site)
         entropy = ours.draw.entropy(len(site["fn"].batch_shape))
@@ -52,7 +54,7 @@ def compute_log_prob(
     for name, site in model_trace.iter_stochastic_nodes():
         view = projection.find(site["value"])
         place = position.get(name if view is None else view.site.name)
-        if view is not None and place is not None:
+        if view is not None and place is not None and not projection.leaves_to_path(view.site):
             expected = None
             # The prior depends on earlier sites, which must not depend on this noise.
             if latest < place or (latest == place and _is_apart(view, site["fn"])):
@@ -65,7 +67,7 @@ def compute_log_prob(
         if place is not None:
             latest = max(latest, place)
     model_trace.compute_log_prob()
-    if has_score_function:
+    if has_score_function and not projection.has_path:
         with torch.no_grad():
             for site in drawn:
                 value = site["fn"].log_prob(site["value"])

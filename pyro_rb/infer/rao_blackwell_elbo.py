@@ -164,7 +164,8 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
             elif self.num_steps is not None and self._steps_done >= self.num_steps:
                 reason = f"schedule (num_steps={self.num_steps})"
             options = ProjectionOptions(self.pre_activations, self.solver)
-            projection = Projection(options, self._plain, reason)
+            own_path = path if "path" in self._strategies else None
+            projection = Projection(options, self._plain, reason, own_path)
         return Run(
             topk, projection, path if "path" in self._strategies else None, first_available_dim
         )
@@ -176,22 +177,25 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
     ) -> Tuple[Any, Any]:
         if self._enumerates and needs_weights(model_trace, guide_trace):
             return self._weighted_particle(model_trace, guide_trace)
-        path = guide_trace.run.path
-        if path is None or not path.values:
+        run: Run = guide_trace.run
+        names = run.path_sites
+        if not names:
             return super()._differentiable_loss_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
-        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in path.values}
-        is_due = self._choose_scales(log_q, guide_trace.run)
-        terms = path_terms(log_q, path, self._scales)
-        for name, z in path.values.items():
-            entropy_term = terms.get(name, z.new_zeros(()))
-            if self._scales[name] != 1.0:
-                entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
+        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in names}
+        is_due = self._choose_scales(log_q, run)
+        terms = path_terms(log_q, run.path, self._scales)
+        for name, z in run.path.values.items():
             site = guide_trace.nodes[name]
+            entropy_term = terms.get(name, z.new_zeros(()))
+            if name not in log_q:  # analytic
+                entropy_term = entropy_term + site["score_parts"].entropy_term.sum()
+            elif self._scales[name] != 1.0:
+                entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
             site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         if is_due:
-            self._learn_scales(log_q, path, surrogate)
+            self._learn_scales(log_q, run.path, surrogate)
         return loss, surrogate
 
     def _choose_scales(self, log_q: Mapping[str, torch.Tensor], run: Run) -> bool:
@@ -212,22 +216,22 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         self._learn(leaves_of, surrogate, compute_scores)
 
     def _weighted_particle(self, model_trace: Trace, guide_trace: Any) -> Tuple[Any, Any]:
-        path = guide_trace.run.path
-        draws = {} if path is None else path.values
-        weighted = weigh(model_trace, guide_trace, self.baseline, draws)
+        run: Run = guide_trace.run
+        names = run.path_sites
+        weighted = weigh(model_trace, guide_trace, self.baseline, names)
         surrogate = weighted.surrogate
-        if path is not None and draws:
-            log_q = {name: weighted.log_q[name] for name in draws if name in weighted.log_q}
-            is_due = self._choose_scales(log_q, guide_trace.run)
+        if run.path is not None and run.path.values:
+            log_q = {name: weighted.log_q[name] for name in names if name in weighted.log_q}
+            is_due = self._choose_scales(log_q, run)
             # The scores of all others are left out, as their mean is zero.
             scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
             for name, term in log_q.items():
                 if scales[name] != 1.0:
                     surrogate = surrogate - without_value((1.0 - scales[name]) * term)
-            for term in path_terms(weighted.log_q, path, scales).values():
+            for term in path_terms(weighted.log_q, run.path, scales).values():
                 surrogate = surrogate - without_value(term)
             if is_due:
-                self._learn_scales(log_q, path, -surrogate)
+                self._learn_scales(log_q, run.path, -surrogate)
         return -torch_item(weighted.elbo), -surrogate
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:

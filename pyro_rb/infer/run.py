@@ -52,6 +52,14 @@ class Run:
         """Whether it must be made again, with the same random numbers."""
         return self.projection is not None and bool(self.projection.violated)
 
+    @property
+    def path_sites(self) -> List[str]:
+        """Sites whose score is left out, or a part of it."""
+        if self.path is None:
+            return []
+        ours = {} if self.projection is None else self.projection.sites
+        return [n for n in self.path.values if n not in ours or ours[n].projected is None]
+
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
         fn = self.handler(fn)
@@ -90,7 +98,7 @@ class Run:
                     treatment, reason = f"as {view.site.name}", "shows its value"
             elif strategy is self.topk:
                 treatment = _Slots(site["infer"].get("_topk"), site["infer"]["_enumerate_dim"])
-            elif strategy is self.projection:
+            elif strategy is self.projection and name not in self.path_sites:
                 ours = self.projection.sites[name]
                 _, treatment, reason = describe(ours, name not in self._not_analytic)
             else:

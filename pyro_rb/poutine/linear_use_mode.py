@@ -54,8 +54,15 @@ class LinearUseMode(TorchFunctionMode):
         super().__init__()
         self._options = options
         self._reason = reason
+        #: Whether linear uses are projected, or only noted.
+        self.projects = True
         self.sites: Dict[str, GaussianSite] = {}
         self._views: Dict[int, View] = {}  # keeps the tensors, lest an id be used again
+
+    def forget(self) -> None:
+        """Forgets all sites."""
+        self.sites.clear()
+        self._views.clear()
 
     def add_site(self, site: GaussianSite, value: torch.Tensor) -> None:
         """Starts to watch the value of a site."""
@@ -124,7 +131,8 @@ class LinearUseMode(TorchFunctionMode):
         views = {i: v for i, v in enumerate(map(self.find, call.args)) if v is not None}
         if len(views) < len(found):
             return f"non-linear use ({_name(func)})"
-        return self._reason or project_use(call, views, self._options)
+        reason = self._reason or ("" if self.projects else "used in the guide")
+        return reason or project_use(call, views, self._options)
 
     def _view(
         self, func: Callable, name: str, args: Tuple, kwargs: Any, parent: View

@@ -18,6 +18,7 @@ from pyro_rb.poutine.gaussian_site import (
     without,
 )
 from pyro_rb.poutine.linear_use_mode import LinearUseMode
+from pyro_rb.poutine.path_gradient import PathGradient
 from pyro_rb.poutine.projected_use import ProjectionOptions
 
 
@@ -33,6 +34,8 @@ class Projection(Strategy):
     :param ProjectionOptions options: how to project.
     :param plain: by name and shape, elements of sites that are not to be projected.
     :param str reason: why nothing is to be projected, if so.
+    :param path: taps the draws, for what is not projected. Then nothing is projected in the
+        guide. None (default) taps nothing.
 
     Example::
 
@@ -52,10 +55,12 @@ class Projection(Strategy):
         options: ProjectionOptions,
         plain: Optional[Mapping[Tuple, Plain]] = None,
         reason: str = "",
+        path: Optional[PathGradient] = None,
     ) -> None:
         #: Watches the functions of PyTorch.
         self.mode = LinearUseMode(options, reason)
         self._plain = {} if plain is None else plain
+        self._path = path
         self._pending: Dict[str, GaussianSite] = {}
         #: Sites of the guide that were drawn here, by name.
         self.sites = self.mode.sites
@@ -69,21 +74,39 @@ class Projection(Strategy):
         msg["value"] = draw.value
         if not draw.value.requires_grad and torch.is_grad_enabled():
             raise Declined("depends on no parameter")
+        reason = ""
+        if self._path is not None:
+            reason = self._path.inspect(name, fn, draw.value)
+            msg["value"] = draw.value = self._path.tap(name, draw.value)
         plain = self._plain.get((name, draw.shape), Plain(None, ""))
         self._pending[name] = GaussianSite(name, draw, plain)
-        return ""
+        return reason
+
+    def begin(self) -> None:
+        self.mode.forget()
 
     def accept(self, msg: Any) -> bool:
         site = self._pending.pop(msg["name"])
+        is_tapped = self._path is not None and self._path.accept(msg)
         if msg["value"] is not site.draw.value:  # by a handler around this one
-            return False
+            return is_tapped
         self.mode.add_site(site, msg["value"])
         return True
+
+    @property
+    def has_path(self) -> bool:
+        """Whether what is not projected has a path gradient."""
+        return self._path is not None
+
+    def leaves_to_path(self, site: GaussianSite) -> bool:
+        """Whether a site has a path gradient, since none of it was projected."""
+        return self.has_path and site.projected is None
 
     def watch(self, fn: Callable, is_guide: bool = False) -> Callable:
         """Wraps guide or model, so that uses of the values are seen in it."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            self.mode.projects = self._path is None or not is_guide
             with self.mode:
                 result = fn(*args, **kwargs)
             if is_guide:
