@@ -132,7 +132,7 @@ def chain(num: int) -> Case:
     return case(model, guide, num)
 
 
-def regression(num: int, bias: float = 1.0) -> Case:
+def regression(num: int) -> Case:
     """Linear weights, a switch of five values for each row, and a LogNormal scale."""
     x, y, steps = fixed(4, 12, seed=1), fixed(4, seed=2), 1.5 * fixed(5, seed=3)
 
@@ -149,7 +149,7 @@ def regression(num: int, bias: float = 1.0) -> Case:
         loc = parameter(num, "loc", 0.3 * fixed(1, 12, seed=4))
         scale = positive(num, "scale", 0.5 * (0.3 * fixed(1, 12, seed=5)).exp())
         log_tau = parameter(num, "log_tau", torch.full((1,), 0.4))
-        tau_scale = positive(num, "tau_scale", torch.full((1,), 0.3))
+        tau_scale = positive(num, "tau_scale", torch.full((1,), 0.15))
         logits = parameter(num, "logits", 0.7 * fixed(4, 5, seed=6))
         with replicates(num, -2):
             pyro.sample("w", dist.Normal(loc, scale).to_event(1))
