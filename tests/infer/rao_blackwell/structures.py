@@ -1,0 +1,281 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+More models that carry their exact gradients: what Pyro's models and guides may be made of,
+beside those of :mod:`.models`, of which the functions are.
+"""
+
+from typing import Any, Dict, Optional
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from tests.cases import Case
+from tests.infer.rao_blackwell.models import (
+    Problem,
+    X,
+    case,
+    data,
+    fixed,
+    parameter,
+    pick,
+    positive,
+    replicates,
+)
+
+SUBSETS = ((0, 1), (0, 2), (1, 2))
+OBSERVED = (True, False, True, True, False)
+
+
+def subsampled(num: int, subset: Optional[int] = None) -> Case:
+    """
+    z -> y in a plate of 3 of which 2 are looked at. Without a subset, all three.
+
+    :param int subset: which of :data:`SUBSETS`.
+    """
+    x = torch.tensor(X[:3])
+
+    def items() -> Any:
+        return pyro.plate("data", 3, subsample=None if subset is None else torch.tensor(SUBSETS[subset]), dim=-1)
+
+    def model(num: int) -> None:
+        with poutine.scale(scale=1.7), replicates(num, -2), items() as i:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            y = pyro.sample("y", dist.Categorical(logits=fixed(4, seed=1) * z.unsqueeze(-1)))
+            with poutine.scale(scale=0.5):
+                pyro.sample("x", dist.Normal(z + pick(fixed(4, seed=2), y), 0.8), obs=x[i])
+
+    def guide(num: int) -> None:
+        loc, scale = parameter(num, "loc", 0.5 * fixed(3, seed=3)), positive(num, "scale", torch.full((3,), 0.8))
+        bias = parameter(num, "bias", 0.7 * fixed(3, 4, seed=4))
+        slope = parameter(num, "slope", 0.5 * fixed(3, 4, seed=5))
+        with poutine.scale(scale=1.7), replicates(num, -2), items() as i:
+            z = pyro.sample("z", dist.Normal(loc[:, i], scale[:, i]))
+            pyro.sample("y", dist.Categorical(logits=bias[:, i] + slope[:, i] * z.unsqueeze(-1)))
+
+    return case(model, guide, num)
+
+
+def partly_observed(num: int) -> Case:
+    """Labels and data of which some are missing, by ``obs_mask``."""
+    x, labels, seen = torch.tensor(X), torch.tensor([2, 0, 1, 3, 0]), torch.tensor(OBSERVED)
+    locs = 1.5 * fixed(4, seed=1)
+
+    def model(num: int) -> None:
+        with replicates(num, -2), data():
+            y = pyro.sample("y", dist.Categorical(logits=fixed(4, seed=2)), obs=labels, obs_mask=seen)
+            z = pyro.sample("z", dist.Normal(pick(locs, y), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.8), obs=x, obs_mask=seen.flip(0))
+
+    def guide(num: int) -> None:
+        logits, loc = parameter(num, "logits", 0.7 * fixed(5, 4, seed=3)), parameter(num, "loc", fixed(5, 4, seed=4))
+        scale, slope = positive(num, "scale", torch.full((5,), 0.8)), parameter(num, "slope", 0.5 * fixed(5, seed=5))
+        with replicates(num, -2), data():
+            with poutine.mask(mask=~seen):
+                y = pyro.sample("y_unobserved", dist.Categorical(logits=logits))
+            y = torch.where(seen, labels, y)
+            z = pyro.sample("z", dist.Normal(pick(loc, y), scale))
+            with poutine.mask(mask=~seen.flip(0)):
+                pyro.sample("x_unobserved", dist.Normal(slope * z, scale))
+
+    return case(model, guide, num)
+
+
+def model_enumerated(num: int) -> Case:
+    """z and k in the guide, and between them and the data a site that the model sums out."""
+    x = torch.tensor(X)
+
+    def model(num: int) -> None:
+        table = parameter(num, "table", fixed(1, 4, 3, seed=1))
+        with replicates(num, -2), data():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Categorical(logits=torch.zeros(4)))
+            logits = torch.stack([pick(table[..., i], k) for i in range(3)], -1)
+            logits = logits + z.unsqueeze(-1) * fixed(3)
+            y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z + pick(fixed(3, seed=2), y), 0.8), obs=x)
+
+    def guide(num: int) -> None:
+        loc, scale = parameter(num, "loc", 0.5 * fixed(5, seed=3)), positive(num, "scale", torch.full((5,), 0.8))
+        bias = parameter(num, "bias", 0.7 * fixed(5, 4, seed=4))
+        slope = parameter(num, "slope", 0.5 * fixed(5, 4, seed=5))
+        with replicates(num, -2), data():
+            z = pyro.sample("z", dist.Normal(loc, scale))
+            pyro.sample("k", dist.Categorical(logits=bias + slope * z.unsqueeze(-1)))
+
+    return case(model, guide, num)
+
+
+def hidden_markov(num: int) -> Case:
+    """Three steps of a chain of discrete states in ``markov``, and a common shift of the data."""
+    locs = 1.5 * fixed(3, seed=1)
+
+    def model(num: int) -> None:
+        moves = parameter(num, "moves", fixed(3, 3, seed=2))
+        with replicates(num, -1):
+            shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+            s: Any = torch.tensor(0)
+            for t in pyro.markov(range(3)):
+                logits = torch.stack([pick(moves[..., i], s) for i in range(3)], -1)
+                s = pyro.sample(f"s_{t}", dist.Categorical(logits=logits))
+                pyro.sample(f"x_{t}", dist.Normal(shift + pick(locs, s), 0.8), obs=torch.tensor(X[t]))
+
+    def guide(num: int) -> None:
+        loc, scale = parameter(num, "loc", torch.tensor(0.3)), positive(num, "scale", torch.tensor(0.7))
+        table = parameter(num, "table", 0.7 * fixed(3, 3, 3, seed=3))
+        slope = parameter(num, "slope", 0.5 * fixed(3, seed=4))
+        with replicates(num, -1):
+            shift = pyro.sample("shift", dist.Normal(loc, scale))
+            s: Any = torch.tensor(0)
+            for t in pyro.markov(range(3)):
+                logits = torch.stack([pick(table[:, t, :, i], s) for i in range(3)], -1)
+                s = pyro.sample(f"s_{t}", dist.Categorical(logits=logits + slope * shift.unsqueeze(-1)))
+
+    return case(model, guide, num)
+
+
+def sequential(num: int) -> Case:
+    """A Bernoulli site that the guide enumerates sequentially, then z, then y."""
+    locs = fixed(4, seed=1)
+
+    def model(num: int) -> None:
+        with replicates(num, -1):
+            b = pyro.sample("b", dist.Bernoulli(0.4))
+            z = pyro.sample("z", dist.Normal(b, 1.0))
+            y = pyro.sample("y", dist.Categorical(logits=fixed(4, seed=2)))
+            pyro.sample("x", dist.Normal(z + b + pick(locs, y), 0.8), obs=torch.tensor(1.3))
+
+    def guide(num: int) -> None:
+        on, scale = parameter(num, "on", torch.tensor(0.4)), positive(num, "scale", torch.tensor(0.8))
+        loc, logits = parameter(num, "loc", fixed(2, seed=3)), parameter(num, "logits", 0.7 * fixed(4, seed=4))
+        slope = parameter(num, "slope", 0.5 * fixed(4, seed=5))
+        with replicates(num, -1):
+            b = pyro.sample("b", dist.Bernoulli(logits=on), infer={"enumerate": "sequential"})
+            z = pyro.sample("z", dist.Normal(pick(loc, b), scale))
+            pyro.sample("y", dist.Categorical(logits=logits + slope * (z + b).unsqueeze(-1)))
+
+    return case(model, guide, num)
+
+
+def designs(num: int) -> Case:
+    """A global switch between three designs of a linear regression."""
+    x, y = fixed(3, 4, 12, seed=1), fixed(4, seed=2)
+
+    def model(num: int) -> None:
+        with replicates(num, -2):
+            w = pyro.sample("w", dist.Normal(torch.zeros(12), 1.5).to_event(1))
+            g = pyro.sample("g", dist.Categorical(logits=torch.zeros(3)))
+            design = torch.einsum("...k,kni->...ni", one_hot(g.squeeze(-1), 3).to(x), x)
+            with data(4):
+                pyro.sample("y", dist.Normal((w @ design.mT).squeeze(-2), 0.8), obs=y)
+
+    def guide(num: int) -> None:
+        loc, scale = parameter(num, "loc", 0.3 * fixed(1, 12, seed=4)), positive(num, "scale", torch.full((1, 12), 0.5))
+        logits = parameter(num, "logits", 0.5 * fixed(1, 3, seed=6))
+        with replicates(num, -2):
+            pyro.sample("w", dist.Normal(loc, scale).to_event(1))
+            pyro.sample("g", dist.Categorical(logits=logits))
+
+    return case(model, guide, num)
+
+
+# -- Guides of other kinds, for one model -----------------------------------------------
+
+
+def switch_model(num: int) -> None:
+    """A global Gaussian and a categorical site for each row."""
+    x, locs = torch.tensor(X), 1.5 * fixed(4, seed=1)
+    with replicates(num, -2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.5))
+        with data():
+            y = pyro.sample("y", dist.Categorical(logits=fixed(4, seed=2)))
+            pyro.sample("x", dist.Normal(z + pick(locs, y), 0.8), obs=x)
+
+
+def auto_guide_list(num: int, by_hand: bool = False) -> Case:
+    """An AutoNormal for z, and for y a guide by hand or an AutoDiscreteParallel."""
+    guide = AutoGuideList(switch_model)
+    guide.append(AutoNormal(poutine.block(switch_model, expose=["z"]), init_scale=0.8))
+
+    def discrete(num: int) -> None:
+        logits = parameter(num, "logits", 0.7 * fixed(5, 4, seed=3))
+        with guide.plates["replicates"], guide.plates["data"]:
+            pyro.sample("y", dist.Categorical(logits=logits))
+
+    # For a sum over some values only, the guide must not ask for all.
+    guide.append(discrete if by_hand else AutoDiscreteParallel(poutine.block(switch_model, expose=["y"])))
+    guide(num)
+    with torch.no_grad():
+        guide[0].locs.z.fill_(0.4)
+    return case(switch_model, guide, num)
+
+
+class Encoder(nn.Module):
+    """Makes of each x the mean of z, and logits of y; as many of them as there are replicates."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.6 * fixed(1, 5, seed=4).repeat(num, 1))
+        self.bias = nn.Parameter(0.6 * fixed(1, 5, seed=5).repeat(num, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.bias[:, None] + self.weight[:, None] * x.unsqueeze(-1))
+
+
+def local_model(num: int) -> None:
+    """A Gaussian and a categorical site for each row."""
+    x, locs = torch.tensor(X), 1.5 * fixed(4, seed=1)
+    with replicates(num, -2), data():
+        z = pyro.sample("z", dist.Normal(0.0, 1.5))
+        y = pyro.sample("y", dist.Categorical(logits=fixed(4, seed=2)))
+        pyro.sample("x", dist.Normal(z + pick(locs, y), 0.8), obs=x)
+
+
+def amortised(num: int) -> Case:
+    encoder = Encoder(num)
+
+    def guide(num: int) -> None:
+        pyro.module("encoder", encoder)
+        out = encoder(torch.tensor(X))
+        with replicates(num, -2), data():
+            z = pyro.sample("z", dist.Normal(out[..., 0], 0.8))
+            pyro.sample("y", dist.Categorical(logits=out[..., 1:] * (1 + z.unsqueeze(-1))))
+
+    return case(local_model, guide, num)
+
+
+class ModuleGuide(PyroModule):
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(num)
+        self.scale = PyroParam(torch.full((num, 1), 0.8), dist.constraints.positive)
+
+    def forward(self, num: int) -> None:
+        out = self.encoder(torch.tensor(X))
+        with replicates(num, -2), data():
+            y = pyro.sample("y", dist.Categorical(logits=2 * out[..., 1:]))
+            pyro.sample("z", dist.Normal(out[..., 0] + 0.3 * y, self.scale))
+
+
+def module_guide(num: int) -> Case:
+    return case(local_model, ModuleGuide(num), num)
+
+
+STRUCTURES: Dict[str, Problem] = {
+    "partly_observed": Problem(partly_observed, rules={"z": 60, "x_unobserved": 4}),
+    "model_enumerated": Problem(model_enumerated, rules={"z": 60}),
+    "hidden_markov": Problem(hidden_markov, 1, {"shift": 60}),
+    "designs": Problem(designs, rules={"w": 0}),
+    "sequential": Problem(sequential, 1, {"z": 60}),
+    "auto_guide_list": Problem(auto_guide_list, rules={"z_unconstrained": 20}),
+    "auto_guide_list_by_hand": Problem(lambda num: auto_guide_list(num, True), rules={"z_unconstrained": 20}),
+    "amortised": Problem(amortised, rules={"z": 60}),
+    "module_guide": Problem(module_guide, rules={"z": 60}),
+}
