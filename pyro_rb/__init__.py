@@ -18,6 +18,7 @@ from pyro_rb.infer import (
     RaoBlackwellTopK_ELBO,
     RejectionSamplingError,
     RVRSGuide,
+    RaoBlackwell_ELBO,
     STLTrace_ELBO,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "GradientGuard",
     "NonFiniteError",
     "R2G2_ELBO",
+    "RaoBlackwell_ELBO",
     "RaoBlackwellTopK_ELBO",
     "RejectionSamplingError",
     "RVRSGuide",

@@ -51,7 +51,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         *args: Any,
         k: Optional[int] = None,
         num_samples: Optional[int] = None,
-        budget: Optional[int] = None,
+        budget: Optional[int] = 3,
         baseline: Optional[str] = "loo",
         draws: int = 2,
         control_variate_scale: Union[float, str] = "adaptive",
@@ -61,9 +61,12 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         num_steps: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
+        if k is not None or num_samples is not None:
+            budget = None if budget == 3 else budget
         self.options = TopKOptions.make(k, num_samples, budget)
         self.baseline = baseline
         self.max_evaluations = max_evaluations
+        self.draws = draws
         self.pre_activations = pre_activations
         self.solver = solver
         self.num_steps = num_steps
@@ -156,15 +159,17 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         first_available_dim = None
         if self._enumerates:
             first_available_dim = -1 - self.max_plate_nesting
-            topk = TopK(self.options, self.baseline == "reinforce+", self.max_evaluations)
-        if "projection" in self._strategies and not is_guide_messenger(guide):
+            probe = self.baseline == "reinforce+"
+            topk = TopK(self.options, probe, self.max_evaluations, self.draws)
+        has_projection = "projection" in self._strategies and self.pre_activations is not None
+        if has_projection and not is_guide_messenger(guide):
             reason = ""
             if not self._makes_gradients:
                 reason = "no gradient"
             elif self.num_steps is not None and self._steps_done >= self.num_steps:
                 reason = f"schedule (num_steps={self.num_steps})"
             options = ProjectionOptions(self.pre_activations, self.solver)
-            own_path = path if "path" in self._strategies else None
+            own_path = path if "path" in self._strategies and not path.obstacle else None
             projection = Projection(options, self._plain, reason, own_path)
         return Run(
             topk, projection, path if "path" in self._strategies else None, first_available_dim

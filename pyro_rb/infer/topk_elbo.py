@@ -120,6 +120,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
             num_samples=num_samples,
             budget=budget,
             baseline=baseline,
+            draws=1,
             max_evaluations=max_evaluations,
             **kwargs,
         )

@@ -85,7 +85,10 @@ class DrawMessenger(EnumMessenger):
             self.enumerate(msg)
             return
         reasons: List[str] = []
-        for strategy in self.strategies:
+        strategies = self.strategies
+        if msg["infer"].get("rao_blackwell") is False:
+            strategies, reasons = [], ["infer={'rao_blackwell': False}"]
+        for strategy in strategies:
             try:
                 self.reasons[name] = strategy.draw(msg, self)
                 self.drawn_by[name] = strategy

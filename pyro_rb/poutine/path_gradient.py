@@ -92,7 +92,7 @@ class PathGradient(Strategy):
         #: Latent sites that were tapped, with the value that went on.
         self.values: Dict[str, torch.Tensor] = {}
         self._known = {} if known is None else known
-        self._obstacle = obstacle
+        self.obstacle = obstacle
         self._tapped: Dict[int, torch.Tensor] = {}  # keeps them, lest an id be used again
 
     def begin(self) -> None:
@@ -100,8 +100,8 @@ class PathGradient(Strategy):
 
     def draw(self, msg: Any, handler: DrawMessenger) -> str:
         name, fn = msg["name"], msg["fn"]
-        if self._obstacle:
-            raise Declined(self._obstacle)
+        if self.obstacle:
+            raise Declined(self.obstacle)
         if not fn.has_rsample:
             raise Declined("not reparameterised, keeps its score function")
         if msg["value"] is None:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 from pyro.distributions.torch_distribution import (
@@ -59,6 +59,8 @@ class TopK(Strategy):
     :param bool probe: whether each site gets one more slot, for a draw from the whole
         distribution that has nearly no weight.
     :param int max_evaluations: the largest cartesian product of slots.
+    :param int num_draws: independent draws at sites whose values cannot be listed, without
+        ``infer={"draws": ...}``. Defaults to 1, which leaves them as they are.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
         followed; if its table or the product of slots is too large.
 
@@ -69,9 +71,14 @@ class TopK(Strategy):
     """
 
     def __init__(
-        self, options: TopKOptions, probe: bool = False, max_evaluations: int = 2**16
+        self,
+        options: TopKOptions,
+        probe: bool = False,
+        max_evaluations: int = 2**16,
+        num_draws: int = 1,
     ) -> None:
         self.options = options
+        self.num_draws = num_draws
         self.probe = probe
         self.max_evaluations = max_evaluations
         self.first_available_dim = -1
@@ -81,19 +88,18 @@ class TopK(Strategy):
         self.enumerated = []
 
     def draw(self, msg: Any, handler: DrawMessenger) -> str:
-        name, fn = msg["name"], msg["fn"]
         assert handler.first_available_dim is not None
         self.first_available_dim = handler.first_available_dim
         options = self._find_options(msg)
-        table = self._find_table(msg)
-        slots = None
+        try:
+            table = self._find_table(msg)
+        except Declined as e:
+            return self._draw_several(msg, handler, str(e))
         num_slots = options.num_slots + self.probe
         if options.num_slots >= table.num_categories:
             num_slots = table.num_categories
-        counters = _sequential_counters(msg)
-        self._check_room(num_slots, counters)
-        self.check_product(name, fn.batch_shape, num_slots)
-
+        self._check(msg, num_slots)
+        fn, slots, values = msg["fn"], None, None
         reason = f"{num_slots} of {table.num_categories} values"
         if options.num_slots < table.num_categories:
             is_adaptive = options.budget is not None
@@ -101,13 +107,58 @@ class TopK(Strategy):
             slots = select_slots(
                 table.log_q, k, options.num_slots - k, is_adaptive, self.probe, fn.batch_shape
             )
-            msg["fn"] = _Chosen(fn, table.values(slots.category))
+            values = table.values(slots.category)
             if self.probe:
                 reason += ", one of them for the baseline"
         elif table.is_truncated:
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
-            msg["fn"] = _Chosen(fn, table.values(index.reshape(shape)))
+            values = table.values(index.reshape(shape))
+        self._enumerate(msg, handler, values, slots, num_slots)
+        return reason
+
+    def _draw_several(self, msg: Any, handler: DrawMessenger, reason: str) -> str:
+        """Independent draws along an enumeration dim, where there is no table."""
+        fn = msg["fn"]
+        num_draws = self._find_num_draws(msg)
+        if num_draws < 2 or fn.has_rsample:
+            raise Declined(reason)
+        self._check(msg, num_draws)
+        with torch.no_grad():
+            values = fn.sample((num_draws,))
+        # Laid out by element of the batch, so that each has a baseline of its own.
+        shape = fn.batch_shape + (num_draws,)
+        like = {"device": values.device}
+        log_weight = torch.full(shape, -math.log(num_draws), **like)
+        is_sampled = torch.ones(shape, dtype=torch.bool, **like)
+        slots = Slots(is_sampled, log_weight, ~is_sampled, is_sampled)
+        self._enumerate(msg, handler, values, slots, num_draws)
+        return f"{num_draws} draws: {reason}"
+
+    def _find_num_draws(self, msg: Any) -> int:
+        asked = msg["infer"].get("draws", self.num_draws)
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            raise ValueError(
+                f"Invalid infer={{'draws': {asked!r}}} at guide site '{msg['name']}'. Expected "
+                "an int >= 1."
+            )
+        return asked
+
+    def _check(self, msg: Any, num_slots: int) -> None:
+        counters = _sequential_counters(msg)
+        self._check_room(num_slots, counters)
+        self.check_product(msg["name"], msg["fn"].batch_shape, num_slots)
+
+    def _enumerate(
+        self, msg: Any, handler: DrawMessenger, values: Any, slots: Optional[Slots], num_slots: int
+    ) -> None:
+        """
+        :param values: ``[m, *batch, *event]``; None for the whole support.
+        :param slots: None if each value has the weight of its probability.
+        """
+        fn = msg["fn"]
+        if values is not None:
+            msg["fn"] = _Chosen(fn, values)
         msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
         try:
             handler.enumerate(msg)
@@ -117,8 +168,8 @@ class TopK(Strategy):
         if slots is not None:
             msg["fn"] = GatherCategorical.of(fn)
             msg["infer"]["_topk"] = Slots(*(_move_slots(x, dim) for x in slots))
+        name, counters = msg["name"], _sequential_counters(msg)
         self.enumerated.append(_Enumerated(name, dim, num_slots, counters))
-        return reason
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"
