@@ -59,13 +59,9 @@ class TappedMixin:
     def _init_tap(self, control_variate_scale: Any) -> None:
         self.control_variate_scale = check_scale(control_variate_scale)
         self._adaptive = AdaptiveScale()
-        self._known_sites: Dict[Tuple, Tuple] = {}
         # Of the last particle: reasons by site, and scales of those with a path gradient.
         self._reasons: Optional[Dict[str, str]] = None
         self._scales: Dict[str, float] = {}
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_known_sites": {}}
 
     def report(self) -> Report:
         """
@@ -96,7 +92,7 @@ class TappedMixin:
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[Trace, Trace]:
         get_trace: Callable = super()._get_trace  # type: ignore[misc]
-        tap = TapMessenger(self._known_sites)
+        tap = TapMessenger()
         if not torch.is_grad_enabled():
             # No gradient to treat: the report stays as it was.
             model_trace, guide_trace = get_trace(model, guide, args, kwargs)

@@ -2,32 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, Set, Tuple
 
 import torch
-from pyro.distributions import Delta, Distribution
-from pyro.distributions.torch_distribution import (
-    ExpandedDistribution,
-    MaskedDistribution,
-)
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_rb.ops.score_identity import (
-    base_dists,
-    flat_transforms,
-    log_prob_has_memory,
-    support_can_move,
-    support_moves,
-)
-
-# Either the default or one that only forwards to the distribution inside.
-_PLAIN_SCORE_PARTS = (
-    Distribution.score_parts,
-    ExpandedDistribution.score_parts,
-    MaskedDistribution.score_parts,
-    None,
-)
+from pyro_rb.ops.score_identity import flat_transforms, score_obstacle
 
 
 class _Gate:
@@ -79,21 +60,16 @@ class TapMessenger(Messenger):
     that it was made of, so that :func:`torch.autograd.grad` gives derivatives at
     fixed draws.
 
-    A draw is tapped where the mean of its score is zero and where a tap can be put
-    in; :attr:`reasons` says why or why not, for each latent site. Requirements on a
-    tapped site: it is drawn from its own ``fn`` (neither observed nor replayed);
-    ``fn.has_rsample``; the draw requires grad; no :class:`~pyro.distributions.Delta`
-    inside; the default ``score_parts``; a support that does not depend on a
-    parameter; a ``log_prob`` that does not remember its draw.
+    A draw is tapped where the mean of its score is known to be zero; :attr:`reasons`
+    says why or why not, for each latent site. Requirements on a tapped site: it is
+    drawn from its own ``fn`` (neither observed nor replayed); ``fn.has_rsample``; the
+    draw requires grad; :func:`~pyro_rb.ops.score_identity.score_obstacle` finds none.
 
     The messenger must be OUTSIDE of :func:`pyro.poutine.trace`, as traces record
     values on their way out::
 
         with TapMessenger() as tap:
             trace = pyro.poutine.trace(guide).get_trace()
-
-    :param dict known: what earlier taps found out about the sites, to be shared by
-        the taps of one estimator. Defaults to nothing.
 
     Example::
 
@@ -112,14 +88,13 @@ class TapMessenger(Messenger):
         (None,)
     """
 
-    def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._gate = _Gate()
         #: Latent sites that were tapped, with the value that went on.
         self.values: Dict[str, torch.Tensor] = {}
         #: All latent sites, with what there is to say of the treatment.
         self.reasons: Dict[str, str] = {}
-        self._known = {} if known is None else known
         self._supplied: Set[str] = set()
         self._is_on = True
 
@@ -187,33 +162,14 @@ class TapMessenger(Messenger):
         elif not (isinstance(value, torch.Tensor) and value.requires_grad):
             reason = "depends on no parameter"
         else:
-            layers = list(base_dists(fn))
-            key = (name, *map(type, layers), *map(type, flat_transforms(fn)))
-            if key not in self._known:
-                self._known[key] = _inspect(fn, layers, value)
-            can_be_tapped, support_can_move, reason = self._known[key]
-            if support_can_move and support_moves(fn):
-                reason = "its support depends on a parameter"
-            elif can_be_tapped:
+            # Looked at each time: parameters are frozen, modules change their mode.
+            obstacle = score_obstacle(fn)
+            reason = obstacle or "reparameterised draw" + _cost(fn)
+            if obstacle is None:
                 msg["value"] = self.values[name] = _tap(value, self._gate)
         self.reasons[name] = reason
 
 
-def _inspect(fn: Any, layers: List[Any], value: torch.Tensor) -> Tuple[bool, bool, str]:
-    """
-    What stays true of a site: whether it can be tapped, whether its support has to
-    be looked at each time, and the reason for the report.
-    """
-    if any(isinstance(layer, Delta) for layer in layers):
-        return False, False, "a Delta has no score identity"
-    # Bare torch distributions have no score_parts: only Pyro's wrappers ask for them.
-    methods = [getattr(type(layer), "score_parts", None) for layer in layers]
-    if any(method not in _PLAIN_SCORE_PARTS for method in methods):
-        return False, False, "its distribution has score_parts of its own"
-    if log_prob_has_memory(fn, value):
-        return False, False, "log_prob works only on the very tensor that was drawn"
-    autoregressive = any(
-        getattr(t, "autoregressive", False) for t in flat_transforms(fn)
-    )
-    cost = ", log_prob inverts an autoregressive flow slowly" if autoregressive else ""
-    return True, support_can_move(fn), "reparameterised draw" + cost
+def _cost(fn: Any) -> str:
+    slow = any(getattr(t, "autoregressive", False) for t in flat_transforms(fn))
+    return ", log_prob inverts an autoregressive flow slowly" if slow else ""
