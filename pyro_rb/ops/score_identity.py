@@ -5,13 +5,12 @@
 When does a score have mean zero?
 
 Path gradients drop the term ``d log q(z; phi) / d phi`` at fixed ``z``. Its mean is the derivative of the
-total mass of ``q``, less the mass that enters where an end of the support moves. So it is zero where the
-support stays and the density is smooth in ``phi``, as for Gamma and Beta at any concentration: densities may
-be infinite at the ends, but the ends stay, and the derivatives can be integrated. A learned transform moves
-every point; no mass leaves the real line if its tails are light, nor the positive numbers if zero stays.
-Besides, ``log_prob`` must be the log density of the draw at any value, however often it is asked.
-
-Neither can be seen from outside. So there are lists of what is known, and nothing is evaluated.
+total mass, which is zero, less the mass that enters where an end of the support moves. So it is zero where
+the support stays and the derivative of the density can be integrated, as for Gamma and Beta at any
+concentration, although their densities may be infinite at the ends. A learned transform moves every point; no
+mass leaves the real line if its tails are light, nor the positive numbers if zero stays. Besides, ``log_prob``
+must be the log density of the draw at any value. As neither is seen from outside, there are lists of what is
+known, and nothing is evaluated.
 """
 
 from functools import partial
@@ -67,7 +66,7 @@ _WITH_MEMORY = set(
 
 _InverseTransform = type(AffineTransform(0.0, 1.0).inv)
 _MAYBE = "the mean of its score may not be zero"
-# A constraint or None, and whether the density vanishes at all ends faster than any power.
+# A constraint or None, and whether the density vanishes at all ends, faster than any power.
 _Support = Tuple[Any, bool]
 
 
@@ -241,7 +240,6 @@ def _bare(space: Any) -> Any:
 
 
 def _is(value: object, number: int) -> bool:
-    # No look into tensors: it would wait for the device.
     return isinstance(value, (int, float)) and value == number
 
 
