@@ -157,7 +157,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
     def _get_trace(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[Trace, Trace]:
-        tap = TapMessenger(self._known_sites, self._obstacle())
+        tap = TapMessenger(self._obstacle())
         model_trace, guide_trace = super()._get_trace(model, tap(guide), args, kwargs)
         tap.path.raise_if_edited()
         guide_trace.tap = tap  # type: ignore[attr-defined]

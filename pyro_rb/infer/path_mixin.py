@@ -54,13 +54,9 @@ class PathGradientMixin:
     def _init_scales(self, control_variate_scale: Any) -> None:
         self.control_variate_scale = check_scale(control_variate_scale)
         self._adaptive = AdaptiveScale()
-        self._known_sites: Dict[Tuple, Tuple] = {}
         #: Of the last particle, for each site with a path gradient.
         self._scales: Dict[str, float] = {}
         self._latest: Optional[Summary] = None
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_known_sites": {}}
 
     def report(self) -> Report:
         """

@@ -94,7 +94,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
             model = self._vectorized_num_particles(model)
         num_runs = 1 if self.vectorize_particles else self.num_particles
         for index in range(num_runs):
-            path = PathGradient(self._known_sites, self._obstacle())
+            path = PathGradient(self._obstacle())
             starts: Any = queue.LifoQueue()
             starts.put(Trace())
             while not starts.empty():

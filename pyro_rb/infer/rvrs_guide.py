@@ -175,7 +175,6 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         self.register_buffer("T", nan.clone() if T is None else torch.full(shape, float(T)))
         self.register_buffer("Z", torch.tensor(math.nan))
         self._structure = None
-        self._known = {}
         self._num_proposed = self._num_invalid = 0
         self._has_warned = False
 
@@ -191,7 +190,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         raise AttributeError("guide")
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_structure": None, "_known": {}}
+        return {**self.__dict__, "_structure": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
         """

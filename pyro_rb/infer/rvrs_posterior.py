@@ -55,7 +55,6 @@ class PosteriorMixin:
     local_plate: Optional[str]
     local_size: Optional[int]
     _structure: Optional[Structure]
-    _known: Dict[Tuple, Tuple]
     _num_proposed: int
     _num_invalid: int
     _has_warned: bool
@@ -183,11 +182,9 @@ class PosteriorMixin:
     def _make_proposer(self, args: Tuple, kwargs: Dict) -> Proposer:
         if self._structure is None:
             self._structure = find_structure(
-                self.model, self.guide, args, kwargs, self.local_plate, self._known
+                self.model, self.guide, args, kwargs, self.local_plate
             )
-        proposer = Proposer(
-            self.model, self.guide, args, kwargs, self._structure, self._known
-        )
+        proposer = Proposer(self.model, self.guide, args, kwargs, self._structure)
         if self._structure.has_globals:
             proposer.draw_globals()
         return proposer

@@ -93,7 +93,6 @@ class Proposer:
 
     :param guide: the proposal.
     :param structure: of model and guide.
-    :param known: what taps found out about the guide's sites, see ``TapMessenger``.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class Proposer:
         args: Tuple,
         kwargs: Dict,
         structure: Structure,
-        known: Dict,
     ) -> None:
         self.model = model
         self.guide = guide
@@ -115,7 +113,6 @@ class Proposer:
         self.globals: Dict[str, Tuple[torch.Tensor, int]] = {}
         #: The local plate, as it was in the last run.
         self.plate: Optional[CondIndepStackFrame] = None
-        self.known = known
 
     def draw_globals(self) -> None:
         """Runs the guide, of which all but the local latents is visible from outside."""
@@ -177,7 +174,7 @@ class Proposer:
 
     def draw(self, size: int) -> Tuple[ProposalMessenger, Optional[TapMessenger]]:
         """Runs the guide."""
-        tap = TapMessenger(self.known) if torch.is_grad_enabled() else None
+        tap = TapMessenger() if torch.is_grad_enabled() else None
         run = self.run(self.guide, size, {}, tap)
         if tap is not None:
             check_reasons(tap, run)

@@ -49,7 +49,6 @@ def find_structure(
     args: Tuple,
     kwargs: Dict,
     local_plate: Optional[str],
-    known: Dict,
 ) -> Structure:
     """
     Runs model and guide once as they are, once for two proposals at a time, and again
@@ -101,9 +100,8 @@ def find_structure(
         sites=model_run.latents,
         **options,
     )
-    is_looped = _try_out(
-        Proposer(model, guide, args, kwargs, structure, known), model_run.latents
-    )
+    proposer = Proposer(model, guide, args, kwargs, structure)
+    is_looped = _try_out(proposer, model_run.latents)
     return structure._replace(is_looped=is_looped)
 
 
@@ -175,7 +173,7 @@ def _try_out(proposer: Proposer, model_sites: Mapping[str, Site]) -> bool:
         if proposer.structure.has_globals:
             with ProposalMessenger():  # out of sight
                 proposer.draw_globals()
-        tap = TapMessenger(proposer.known)
+        tap = TapMessenger()
         with _hint("guide", proposer):
             guide_run = proposer.run(proposer.guide, 2, {}, tap)
     check_reasons(tap, guide_run)

@@ -27,11 +27,11 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
 
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, with plates,
     subsampling, ``scale`` and ``mask``. The path gradient is taken at each guide site
-    that is drawn from its own distribution, has ``rsample``, is no
-    :class:`~pyro.distributions.Delta`, has a support that does not depend on a
-    parameter, and a ``log_prob`` that can be evaluated on a copy of the draw. All
-    other sites are treated as ``Trace_ELBO`` treats them;
-    :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells which.
+    that is drawn from its own distribution, has ``rsample``, and a score whose mean is
+    known to be zero. Known are the distributions and transforms of PyTorch and Pyro
+    whose support does not move with a parameter. All other sites are treated as
+    ``Trace_ELBO`` treats them; :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells
+    which, and why.
 
     **When it is worse.** ``control_variate_scale=1.0`` helps near the optimum only.
     A guide that is much narrower than the posterior has far MORE variance with it

@@ -4,27 +4,70 @@
 """
 When does a score have mean zero?
 
-Path gradients drop the term ``d log q(z; phi) / d phi`` at fixed ``z``, because
-its mean is zero. That holds when ``log_prob`` is the log density of the draw, at
-any value, and when the support does not move with the parameters. The functions
-here check both on a :class:`torch.distributions.Distribution`.
+Path gradients drop the term ``d log q(z; phi) / d phi`` at fixed ``z``. Its mean is the derivative of the
+total mass, which is zero, less the mass that enters where an end of the support moves. So it is zero where
+the support stays and the derivative of the density can be integrated, as for Gamma and Beta at any
+concentration, although their densities may be infinite at the ends. A learned transform moves every point; no
+mass leaves the real line if its tails are light, nor the positive numbers if zero stays. Besides, ``log_prob``
+must be the log density of the draw at any value. As neither is seen from outside, there are lists of what is
+known, and nothing is evaluated.
 """
 
-import inspect
-from contextlib import contextmanager
-from typing import Any, Iterator, List, Optional, Tuple
+from functools import partial
+from typing import Any, Iterator, List, Optional, Set, Tuple
 
 import torch
-from torch.distributions import (
-    AffineTransform,
-    Distribution,
-    PowerTransform,
-    Transform,
-    TransformedDistribution,
-    constraints,
+from torch.distributions import AffineTransform, Distribution, Transform, constraints
+
+# Classes are told by name and home, as nothing of Pyro is imported here.
+_HOMES = ("torch.distributions.", "pyro.distributions.", "torch.nn.", "pyro.nn.")
+# A subclass from elsewhere is known by its parent if it has none of its own.
+_METHODS = {"__call__", "rsample", "log_prob", "score_parts", "icdf"}
+
+_AROUND = set(
+    """AffineBeta ExpandedDistribution Independent IndependentHMM InverseGamma LogNormal LogisticNormal Pareto
+    RelaxedBernoulli RelaxedOneHotCategorical TransformedDistribution Weibull""".split()
+)
+_GAUSSIAN = {"LowRankMultivariateNormal", "MultivariateNormal", "Normal"}
+# Their support stays, and tails on the real line are light.
+_LIGHT = _GAUSSIAN | set(
+    """AsymmetricLaplace AVFMultivariateNormal Beta Chi2 ContinuousBernoulli Dirichlet Exponential FisherSnedecor
+    Gamma GaussianHMM Gumbel HalfCauchy HalfNormal Kumaraswamy Laplace Logistic LogitRelaxedBernoulli
+    MixtureOfDiagNormals MixtureOfDiagNormalsSharedCovariance OMTMultivariateNormal ProjectedNormal SkewLogistic
+    SoftAsymmetricLaplace SoftLaplace Wishart""".split()
+)
+# Their support stays, but no learned transform may follow: heavy tails, or a surface.
+_LAST = {"Cauchy", "ExpRelaxedCategorical", "MultivariateStudentT", "StudentT"}
+
+_ELEMENTWISE = {"AffineTransform", "ExpTransform", "SigmoidTransform", "SoftplusTransform", "TanhTransform"}
+# All that they depend on are their attributes.
+_PLAIN = _ELEMENTWISE | set(
+    """CholeskyTransform CorrCholeskyTransform DiscreteCosineTransform HaarTransform LowerCholeskyAffine
+    OrderedTransform Permute PowerTransform ReshapeTransform SimplexToOrderedTransform
+    StickBreakingTransform""".split()
+)
+# From the real line to the real line.
+_FLOWS = set(
+    """AffineAutoregressive AffineCoupling BatchNorm ConditionedGeneralizedChannelPermute ConditionedHouseholder
+    ConditionedSpline GeneralizedChannelPermute Householder Spline SplineAutoregressive SplineCoupling""".split()
+)
+# Continuous, and the same at each call; the noisy ones in evaluation mode.
+_NOISY = {"BatchNorm", "Dropout"}
+_PARTS = _FLOWS | _NOISY | set(
+    """AutoRegressiveNN ConditionalAutoRegressiveNN ConditionalDenseNN ConditionalHouseholder ConditionalSpline
+    DenseNN ELU GELU Identity LeakyReLU Linear LogSigmoid MaskedLinear ModuleList ReLU Sequential SiLU Sigmoid
+    Softplus Tanh""".split()
+)
+# They look their draw up, or read an attribute of it.
+_WITH_MEMORY = set(
+    """BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Polynomial Radial
+    RelaxedBernoulliStraightThrough RelaxedOneHotCategoricalStraightThrough Sylvester""".split()
 )
 
 _InverseTransform = type(AffineTransform(0.0, 1.0).inv)
+_MAYBE = "the mean of its score may not be zero"
+# A constraint or None, and whether the density vanishes at all ends, faster than any power.
+_Support = Tuple[Any, bool]
 
 
 def base_dists(fn: Distribution) -> Iterator[Distribution]:
@@ -54,196 +97,151 @@ def flat_transforms(fn: Distribution) -> List[Transform]:
     >>> [type(t).__name__ for t in flat_transforms(LogNormal)]
     ['ExpTransform']
     """
-    found: List[Transform] = []
-    for layer in reversed(list(base_dists(fn))):
-        for transform in getattr(layer, "transforms", ()):
-            found.extend(_parts(transform))
-    return found
+    layers = reversed(list(base_dists(fn)))
+    return [part for layer in layers for t in getattr(layer, "transforms", ()) for part in _parts(t)]
 
 
-def _parts(transform: Transform) -> List[Transform]:
-    if hasattr(transform, "parts"):
+def _parts(transform: Any) -> List[Transform]:
+    if type(transform) is _InverseTransform:
+        return [part.inv for part in reversed(_parts(transform.inv))]
+    name = _name(type(transform))
+    if name in ("ComposeTransform", "ComposeTransformModule"):
         return [leaf for part in transform.parts for leaf in _parts(part)]
-    if hasattr(transform, "base_transform"):
+    if name == "IndependentTransform":
         return _parts(transform.base_transform)
     return [transform]
 
 
-def support_moves(fn: Distribution) -> bool:
-    """
-    Whether the support of ``fn`` depends on a parameter that requires grad.
+class _Obstacle(Exception):
+    pass
 
-    The score of ``Uniform(0, b)`` with respect to ``b`` is ``-1 / b`` at every
-    draw, so its mean is not zero. The same holds for a Pareto with a learned
-    scale, and for a bounded distribution that is shifted or stretched by a learned
-    amount. Bounded supports under a learned transform that is not known here are
-    taken to move.
+
+def score_obstacle(fn: Distribution) -> Optional[str]:
+    """
+    Why the mean of the score of ``fn`` may not be zero, or None where it is known to be. Not to be remembered:
+    it depends on which tensors require grad, and on the mode of modules.
+
+    The score of ``Uniform(0, b)`` with respect to ``b`` is ``-1 / b`` at every draw.
 
     :param fn: any distribution, wrapped or not.
 
     >>> b = torch.tensor(2.0, requires_grad=True)
-    >>> support_moves(torch.distributions.Uniform(0.0, b))
+    >>> score_obstacle(torch.distributions.Uniform(0.0, b))
+    'its support depends on a parameter'
+    >>> score_obstacle(torch.distributions.Gamma(b, b)) is None
     True
-    >>> support_moves(torch.distributions.Gamma(b, 1.0))
-    False
     """
-    for layer in base_dists(fn):
-        edges = _edges(layer)
-        if edges is not None and any(edge.requires_grad for edge in edges):
-            return True
-        if isinstance(layer, TransformedDistribution) and _edges_are_moved(layer):
-            return True
-    return False
-
-
-def support_can_move(fn: Distribution) -> bool:
-    """
-    Whether :func:`support_moves` can be true of any distribution that is built of
-    the same types as ``fn``: false for those on the real line, and for those with
-    one support for all parameters. Cheap to remember, where parameters may be
-    frozen and set free.
-
-    :param fn: any distribution, wrapped or not.
-
-    >>> support_can_move(torch.distributions.Uniform(0.0, 1.0))
-    True
-    >>> support_can_move(torch.distributions.Gamma(1.0, 1.0))
-    False
-    """
-    *_, root = base_dists(fn)
-    if _edges(root) == []:
-        return False
-    support = inspect.getattr_static(type(root), "support", None)
-    is_fixed = isinstance(support, constraints.Constraint)
-    return (
-        not is_fixed or constraints.is_dependent(support) or bool(flat_transforms(fn))
-    )
-
-
-def _edges(fn: Distribution) -> Optional[List[torch.Tensor]]:
     try:
-        return _ends(fn.support)
-    except NotImplementedError:
-        return None
+        _support(fn)
+    except _Obstacle as obstacle:
+        return str(obstacle)
+    return None
 
 
-def _ends(space: Any) -> Optional[List[torch.Tensor]]:
-    """Finite ends of a constraint: none of the real line's, None where unknown."""
+def _support(fn: Any) -> _Support:
+    known = _known_class(fn)
+    name = known.__name__
+    if name in _LIGHT:
+        return _bare(getattr(known, "support", None)), name in _GAUSSIAN
+    if name in _AROUND:
+        support = _support(fn.base_dist)
+        for transform in (part for t in getattr(fn, "transforms", ()) for part in _parts(t)):
+            support = _transformed(support, transform)
+        return support
+    if name == "MaskedMixture":
+        first, second = _support(fn.component0), _support(fn.component1)
+        return first if first == second else (None, False)
+    if name in ("FoldedDistribution", "MaskedDistribution"):
+        _support(fn.base_dist)
+    elif name == "Uniform":
+        if _requires_grad(fn.low) or _requires_grad(fn.high):
+            raise _Obstacle("its support depends on a parameter")
+        return _bare(fn.support), False
+    elif name == "Delta":
+        raise _Obstacle("a Delta has no score identity")
+    elif name not in _LAST:
+        raise _not_known(type(fn))
+    return None, False
+
+
+def _transformed(support: _Support, transform: Any) -> _Support:
+    space, vanishes = support
+    is_inverse = type(transform) is _InverseTransform
+    inner = transform.inv if is_inverse else transform
+    name = _name(type(inner))
+    if name in _FLOWS:
+        _check_parts(inner, set())
+    elif name not in _PLAIN:
+        raise _not_known(type(inner))
+    domain = _bare(transform.domain)
+    if domain is not space and domain is not constraints.real:
+        raise _Obstacle(f"{_MAYBE}: {name} of another support than its domain")
+    is_learned = name in _FLOWS or any(map(_requires_grad, vars(inner).values()))
+    stays = not is_learned or space is constraints.real or name == "PowerTransform"
+    after = _bare(transform.codomain) if domain is space else None
+    if name == "AffineTransform":
+        stays = stays or vanishes
+        if space is constraints.positive:
+            is_zero = _is(inner.loc, 0)
+            stays = stays or is_zero or not (is_inverse or _requires_grad(inner.loc))
+            after = space if is_zero else None
+    elif name in ("Permute", "ReshapeTransform"):
+        after = space
+    if not stays:
+        raise _Obstacle(f"{_MAYBE}: learned {name}")
+    return after, vanishes and name in _ELEMENTWISE
+
+
+def _check_parts(part: Any, seen: Set[int]) -> None:
+    """What computes the parameters of a flow has to be known down to the last function."""
+    part = part.func if isinstance(part, partial) else part
+    part = getattr(part, "__self__", part)
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    name = _name(type(part))
+    if name not in _PARTS:
+        raise _not_known(type(part))
+    state = vars(part)
+    if state.get("_forward_hooks") or state.get("_forward_pre_hooks") or name in _NOISY and part.training:
+        raise _Obstacle(f"{_MAYBE}: {name} may differ from call to call")
+    for value in (*state.values(), *state.get("_modules", {}).values()):
+        if callable(value) and type(value) is not _InverseTransform:
+            _check_parts(value, seen)
+
+
+def _known_class(fn: Distribution) -> type:
+    """The class of torch or Pyro by which ``fn`` draws, and computes its density."""
+    if _METHODS.isdisjoint(vars(fn)):
+        for cls in type(fn).__mro__:
+            if cls.__module__.startswith(_HOMES):
+                return cls
+            if not _METHODS.isdisjoint(vars(cls)):
+                break
+    raise _not_known(type(fn))
+
+
+def _name(cls: type) -> Optional[str]:
+    return cls.__name__ if cls.__module__.startswith(_HOMES) else None
+
+
+def _not_known(cls: type) -> _Obstacle:
+    if _name(cls) in _WITH_MEMORY:
+        return _Obstacle("log_prob works only on the very tensor that was drawn")
+    return _Obstacle(f"{_MAYBE}: {cls.__name__} is not known")
+
+
+def _bare(space: Any) -> Any:
     while isinstance(space, constraints.independent):
         space = space.base_constraint
-    if space in (constraints.real, constraints.real_vector):
-        return []
-    bounds = [getattr(space, name, None) for name in ("lower_bound", "upper_bound")]
-    return [torch.as_tensor(bound) for bound in bounds if bound is not None] or None
+    if _is(getattr(space, "lower_bound", None), 0) and _is(getattr(space, "upper_bound", None), 1):
+        return constraints.unit_interval
+    return constraints.positive if space is constraints.nonnegative else space
 
 
-def _edges_are_moved(fn: TransformedDistribution) -> bool:
-    edges = _edges(fn.base_dist)
-    for transform in flat_transforms(fn):
-        if edges == []:
-            return False
-        if isinstance(transform, AffineTransform):
-            if _requires_grad(transform.loc):
-                return True
-            if _requires_grad(transform.scale):
-                if edges is None or any((edge != 0).any() for edge in edges):
-                    return True
-                continue
-        elif isinstance(transform, PowerTransform):
-            if _requires_grad(transform.exponent):
-                if edges is None or any(((e != 0) & (e != 1)).any() for e in edges):
-                    return True
-                continue
-        elif _is_learned(transform):
-            return True
-        edges = _transformed(edges, transform)
-    return False
-
-
-def _transformed(
-    edges: Optional[List[torch.Tensor]], transform: Transform
-) -> Optional[List[torch.Tensor]]:
-    if edges is None:
-        return None
-    domain = _ends(transform.domain)
-    if domain and _ends(transform.codomain) == []:
-        # For one, the logit of a unit interval: the ends go to infinity.
-        if len(domain) == len(edges) and all(
-            (d == e).all() for d, e in zip(domain, edges)
-        ):
-            return []
-    return [transform(edge) for edge in edges]
-
-
-def _is_learned(transform: Transform) -> bool:
-    inverted = _inverted(transform)
-    if inverted is not None:
-        return _is_learned(inverted)
-    if isinstance(transform, torch.nn.Module):
-        return any(p.requires_grad for p in transform.parameters())
-    return any(_requires_grad(value) for value in vars(transform).values())
-
-
-def _inverted(transform: Transform) -> Optional[Transform]:
-    """The ``t`` of a ``t.inv``."""
-    return transform.inv if isinstance(transform, _InverseTransform) else None
+def _is(value: object, number: int) -> bool:
+    return isinstance(value, (int, float)) and value == number
 
 
 def _requires_grad(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def log_prob_has_memory(fn: Distribution, value: torch.Tensor) -> bool:
-    """
-    Whether ``log_prob`` needs the very tensor that ``rsample`` returned.
-
-    Flows without an inverse look the draw up in a cache, straight-through
-    relaxations read an attribute of it. Such a ``log_prob`` fails or gives another
-    number on a copy. Batch normalisation moves its statistics at each call, so that
-    its ``log_prob`` is no density at all; it counts as well.
-
-    Caches and buffers of the transforms are put back as they were.
-
-    :param fn: any distribution, wrapped or not.
-    :param value: a draw of ``fn``, of shape ``batch_shape + event_shape``, or with
-        sample dimensions on the left.
-
-    >>> fn = torch.distributions.LogNormal(torch.zeros(3), 1.0)
-    >>> log_prob_has_memory(fn, fn.rsample())
-    False
-    """
-    with torch.no_grad(), _kept(flat_transforms(fn)) as buffers:
-        known = fn.log_prob(value)
-        try:
-            fresh = fn.log_prob(value.detach().clone())
-        except (KeyError, NotImplementedError):
-            return True
-        if not all(torch.equal(buffer, saved) for buffer, saved in buffers):
-            return True
-    # Inverting in float32 loses digits, so this only tells another function.
-    return not torch.allclose(known, fresh, rtol=1e-2, atol=1e-2, equal_nan=True)
-
-
-Buffers = List[Tuple[torch.Tensor, torch.Tensor]]
-
-
-@contextmanager
-def _kept(transforms: List[Transform]) -> Iterator[Buffers]:
-    transforms = transforms + [t for t in map(_inverted, transforms) if t is not None]
-    attributes = [dict(vars(transform)) for transform in transforms]
-    buffers = [
-        (buffer, buffer.clone())
-        for transform in transforms
-        if isinstance(transform, torch.nn.Module)
-        for buffer in transform.buffers()
-    ]
-    try:
-        yield buffers
-    finally:
-        for transform, saved in zip(transforms, attributes):
-            vars(transform).clear()
-            vars(transform).update(saved)
-        for buffer, saved_buffer in buffers:
-            if not torch.equal(buffer, saved_buffer):
-                # Only then: the graph of the draw may hold this version of it.
-                buffer.copy_(saved_buffer)

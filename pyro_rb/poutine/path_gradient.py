@@ -2,35 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
-from pyro.distributions import Delta, Distribution
-from pyro.distributions.torch_distribution import (
-    ExpandedDistribution,
-    MaskedDistribution,
-)
 
-from pyro_rb.ops.score_identity import (
-    base_dists,
-    flat_transforms,
-    log_prob_has_memory,
-    support_can_move,
-    support_moves,
-)
+from pyro_rb.ops.score_identity import flat_transforms, score_obstacle
 from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
-
-# Either the default or one that only forwards to the distribution inside.
-_PLAIN_SCORE_PARTS = (
-    Distribution.score_parts,
-    ExpandedDistribution.score_parts,
-    MaskedDistribution.score_parts,
-    None,
-)
 
 
 class Gate:
-    """Shared by the taps of one run. Knows no tensor, lest graphs live in cycles."""
+    """Knows no tensor, lest graphs live in cycles."""
 
     is_open = True
 
@@ -78,22 +59,19 @@ class PathGradient(Strategy):
     that it was made of, so that :func:`torch.autograd.grad` gives derivatives at
     fixed draws.
 
-    A draw is tapped where the mean of its score is zero and where a tap can be put
-    in. Requirements on a tapped site: ``fn.has_rsample``; the draw requires grad; no
-    :class:`~pyro.distributions.Delta` inside; the default ``score_parts``; a support
-    that does not depend on a parameter; a ``log_prob`` that does not remember its draw.
+    A draw is tapped where the mean of its score is known to be zero: ``fn.has_rsample``,
+    the draw requires grad, and :func:`~pyro_rb.ops.score_identity.score_obstacle` finds
+    no obstacle.
 
-    :param dict known: what earlier runs found out about the sites. Defaults to nothing.
     :param str obstacle: why nothing is to be tapped, if so.
     """
 
-    def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None, obstacle: str = "") -> None:
-        self.gate = Gate()
+    def __init__(self, obstacle: str = "") -> None:
         #: Latent sites that were tapped, with the value that went on.
         self.values: Dict[str, torch.Tensor] = {}
-        self._known = {} if known is None else known
         self.obstacle = obstacle
-        self._tapped: Dict[int, torch.Tensor] = {}  # keeps them, lest an id be used again
+        # By the id of the value, with the value, lest an id be used again.
+        self._taps: Dict[int, Tuple[torch.Tensor, Gate]] = {}
 
     def begin(self) -> None:
         self.values = {}
@@ -117,40 +95,44 @@ class PathGradient(Strategy):
         """
         if not (isinstance(value, torch.Tensor) and value.requires_grad):
             raise Declined("depends on no parameter")
-        layers = list(base_dists(fn))
-        key = (name, *map(type, layers), *map(type, flat_transforms(fn)))
-        if key not in self._known:
-            self._known[key] = _inspect(fn, layers, value)
-        can_be_tapped, support_can_move, reason = self._known[key]
-        if support_can_move and support_moves(fn):
-            raise Declined("its support depends on a parameter")
-        if not can_be_tapped:
-            raise Declined(reason)
-        return reason
+        # Looked at each time: parameters are frozen, modules change their mode.
+        obstacle = score_obstacle(fn)
+        if obstacle is not None:
+            raise Declined(obstacle)
+        slow = any(getattr(t, "autoregressive", False) for t in flat_transforms(fn))
+        return "reparameterised draw" + (
+            ", log_prob inverts an autoregressive flow slowly" if slow else ""
+        )
 
     def tap(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        self.values[name] = value = _tap(value, self.gate)
-        self._tapped[id(value)] = value
+        gate = Gate()
+        self.values[name] = value = _tap(value, gate)
+        self._taps[id(value)] = value, gate
         return value
 
     def accept(self, msg: Any) -> bool:
-        name, value = msg["name"], msg["value"]
-        if value is not self.values[name]:
-            del self.values[name]
-            # The guide starts from a partial trace, for each value of an enumerated site.
-            if self._tapped.get(id(value)) is not value:
-                return False
-            self.values[name] = value
+        name, value, mine = msg["name"], msg["value"], self.values[msg["name"]]
+        if value is mine:
+            return True
+        # For good open: what became of the value still depends on its parents.
+        del self.values[name], self._taps[id(mine)]
+        if id(value) not in self._taps:
+            return False
+        # The guide starts from a partial trace, for each value of an enumerated site.
+        self.values[name] = value
         return True
 
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Closes the gate for the duration of a ``with`` block."""
-        self.gate.is_open = False
+        gates = [gate for _, gate in self._taps.values()]
+        for gate in gates:
+            gate.is_open = False
         try:
             yield
         finally:
-            self.gate.is_open = True
+            for gate in gates:
+                gate.is_open = True
 
     def raise_if_edited(self) -> None:
         """
@@ -171,7 +153,6 @@ class TapMessenger(DrawMessenger):
     """
     A handler that takes path gradients where it can, see :class:`PathGradient`.
 
-    :param dict known: what earlier runs found out about the sites. Defaults to nothing.
     :param str obstacle: why nothing is to be tapped, if so.
 
     Example::
@@ -188,26 +169,6 @@ class TapMessenger(DrawMessenger):
         (None,)
     """
 
-    def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None, obstacle: str = "") -> None:
-        self.path = PathGradient(known, obstacle)
+    def __init__(self, obstacle: str = "") -> None:
+        self.path = PathGradient(obstacle)
         super().__init__([self.path])
-
-
-def _inspect(fn: Any, layers: List[Any], value: torch.Tensor) -> Tuple[bool, bool, str]:
-    """
-    What stays true of a site: whether it can be tapped, whether its support has to
-    be looked at each time, and the reason for the report.
-    """
-    if any(isinstance(layer, Delta) for layer in layers):
-        return False, False, "a Delta has no score identity"
-    # Bare torch distributions have no score_parts: only Pyro's wrappers ask for them.
-    methods = [getattr(type(layer), "score_parts", None) for layer in layers]
-    if any(method not in _PLAIN_SCORE_PARTS for method in methods):
-        return False, False, "its distribution has score_parts of its own"
-    if log_prob_has_memory(fn, value):
-        return False, False, "log_prob works only on the very tensor that was drawn"
-    autoregressive = any(
-        getattr(t, "autoregressive", False) for t in flat_transforms(fn)
-    )
-    cost = ", log_prob inverts an autoregressive flow slowly" if autoregressive else ""
-    return True, support_can_move(fn), "reparameterised draw" + cost
