@@ -39,7 +39,15 @@ class Strategy:
         return True
 
 
-class DrawMessenger(EnumMessenger):
+class UnseenEnumMessenger(EnumMessenger):
+    """An ``EnumMessenger`` whose look at the shape of values is no use of them."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            super()._pyro_post_sample(msg)
+
+
+class DrawMessenger(UnseenEnumMessenger):
     """
     Draws each latent site of a guide by the first of some strategies that accepts it, at
     the time when it is drawn, so that all other handlers see the value that the model gets.
@@ -109,9 +117,7 @@ class DrawMessenger(EnumMessenger):
             self.drawn_by[msg["name"]] = None
             self.reasons[msg["name"]] = SUPPLIED
         if self.first_available_dim is not None:
-            # It takes the `.data` of values, which is no use of them.
-            with torch._C.DisableTorchFunction():
-                super()._pyro_post_sample(msg)
+            super()._pyro_post_sample(msg)
 
 
 def _is_latent(msg: Any) -> bool:

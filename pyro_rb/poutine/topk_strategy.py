@@ -9,11 +9,15 @@ from pyro.distributions.torch_distribution import (
     TorchDistribution,
     TorchDistributionMixin,
 )
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.topk import Slots, select_slots
-from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
+from pyro_rb.poutine.draw_messenger import (
+    Declined,
+    DrawMessenger,
+    Strategy,
+    UnseenEnumMessenger,
+)
 from pyro_rb.poutine.topk_options import TopKOptions
 from pyro_rb.poutine.topk_table import GatherCategorical, NoTable, Table, find_table
 
@@ -260,7 +264,7 @@ class TopK(Strategy):
             )
 
 
-class TopKModelMessenger(EnumMessenger):
+class TopKModelMessenger(UnseenEnumMessenger):
     """
     The handler of the model that runs after a guide with :class:`TopK` sites. It
     bounds the cartesian product of slots, and makes Categorical priors cheap.
