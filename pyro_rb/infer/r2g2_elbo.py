@@ -12,6 +12,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
 from pyro_rb.infer.gaussian_kl import compute_log_prob
+from pyro_rb.infer.learned_state import LearnedStateMixin
 from pyro_rb.infer.report import Report, SiteReport
 from pyro_rb.infer.util import (
     check_shapes,
@@ -61,7 +62,7 @@ def _describe(site: GaussianSite, has_analytic_kl: bool) -> SiteReport:
     return SiteReport(site.name, treatment, "; ".join(reasons))
 
 
-class R2G2_ELBO(Trace_ELBO):
+class R2G2_ELBO(LearnedStateMixin, Trace_ELBO):
     r"""
     A :class:`~pyro.infer.Trace_ELBO` with Rao-Blackwellised reparameterisation gradients
     [1], for Gaussian guide sites that the model uses by linear functions: weights of
@@ -201,6 +202,14 @@ class R2G2_ELBO(Trace_ELBO):
                 "Expected a step, or a loss, before it: call SVI.step() first."
             )
         return self._report
+
+    def _get_learned(self) -> Dict[str, Any]:
+        plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
+        return {"steps_done": self._steps_done, "plain": plain}
+
+    def _set_learned(self, learned: Dict[str, Any]) -> None:
+        self._steps_done = learned["steps_done"]
+        self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         with self._step():

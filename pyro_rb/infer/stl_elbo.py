@@ -7,8 +7,9 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 
-from pyro_rb.infer.tapped import TappedMixin, grads
-from pyro_rb.ops.graph import leaves
+from pyro_rb.infer.tapped import TappedMixin, check_num_particles
+from pyro_rb.infer.util import site_values
+from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import TapMessenger
 
 
@@ -39,12 +40,8 @@ def _replace_entropy_terms(
     partials: Any = [None] * len(tap.values)
     if log_q:
         with tap.closed():
-            partials = torch.autograd.grad(
-                list(log_q.values()),
-                list(tap.values.values()),
-                weights,
-                retain_graph=True,
-                allow_unused=True,
+            partials = quiet_grad(
+                list(log_q.values()), list(tap.values.values()), weights
             )
     for (name, z), partial in zip(tap.values.items(), partials):
         entropy_term = z.new_zeros(()) if partial is None else (partial * z).sum()
@@ -134,10 +131,14 @@ class STLTrace_ELBO(TappedMixin, Trace_ELBO):
     otherwise = "as Trace_ELBO"
 
     def __init__(
-        self, control_variate_scale: Union[float, str] = 1.0, **kwargs: Any
+        self,
+        *args: Any,
+        control_variate_scale: Union[float, str] = "adaptive",
+        **kwargs: Any,
     ) -> None:
         self._init_tap(control_variate_scale)
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
+        check_num_particles(self.num_particles)
 
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
@@ -158,15 +159,16 @@ class STLTrace_ELBO(TappedMixin, Trace_ELBO):
             return compute(model_trace, guide_trace)
         log_q = _compute_log_q(guide_trace, tap)
         draws = {z.grad_fn for z in tap.values.values()}
-        is_due = self._find_scales(log_q, draws, guide_trace.may_learn)
+        roots = {name: [term] for name, term in log_q.items()}
+        groups = self._find_scales(roots, draws, guide_trace.may_learn)
         _replace_entropy_terms(guide_trace, tap, self._scales)
         loss, surrogate = compute(model_trace, guide_trace)
-        if is_due:
+        if groups:
+            between = site_values(model_trace, guide_trace)
 
             def compute_scores(parameters: Any) -> Any:
                 with tap.closed():
-                    return grads(sum(log_q.values()), parameters)
+                    return quiet_grad([sum(log_q.values())], parameters, between=between)
 
-            leaves_of = {name: list(leaves(term, draws)) for name, term in log_q.items()}
-            self._learn(leaves_of, surrogate, compute_scores)
+            self._learn(groups, surrogate, compute_scores, between)
         return loss, surrogate

@@ -16,6 +16,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 
+from pyro_rb.infer.learned_state import LearnedStateMixin
 from pyro_rb.infer.report import Report, SiteReport
 from pyro_rb.infer.topk_surrogate import (
     compute_elbo,
@@ -90,7 +91,7 @@ def _summarize(guide_trace: Trace, handler: TopKMessenger) -> List[_Treated]:
     return rows
 
 
-class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
+class RaoBlackwellTopK_ELBO(LearnedStateMixin, TraceEnum_ELBO):
     r"""
     A :class:`~pyro.infer.TraceEnum_ELBO` that sums the most likely values of discrete
     guide sites, and samples the others [1]. The objective is that of ``TraceEnum_ELBO``

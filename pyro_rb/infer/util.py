@@ -5,6 +5,7 @@
 The one place that touches Pyro's private names.
 """
 
+from contextlib import contextmanager
 from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
 
 import torch
@@ -20,7 +21,8 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
-from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
@@ -41,19 +43,33 @@ def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
     return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
 
 
-def is_replayed() -> bool:
-    """
-    Whether the code runs inside of a handler that may supply values of sample sites,
-    so that a guide's values need not be draws of its distributions.
+def site_values(*traces: Trace) -> List[torch.Tensor]:
+    """The tensors that sample statements and :func:`pyro.param` statements returned."""
+    nodes = [site for trace in traces for site in trace.nodes.values()]
+    values = [site["value"] for site in nodes if site["type"] in ("sample", "param")]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
-    >>> import pyro
-    >>> is_replayed()
-    False
-    >>> with pyro.poutine.replay(trace=pyro.poutine.Trace()):
-    ...     is_replayed()
+
+@contextmanager
+def outermost(messenger: Messenger) -> Iterator[None]:
+    """
+    Installs a messenger outside of all that are, and inside of each that may stop a message:
+    what it makes of a value, all others see.
+
+    >>> outer, inner = Messenger(), Messenger()
+    >>> with inner, outermost(outer):
+    ...     _PYRO_STACK == [outer, inner]
     True
     """
-    return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
+    blocks = [i for i, frame in enumerate(_PYRO_STACK) if isinstance(frame, BlockMessenger)]
+    places = [0, *(i + 1 for i in blocks)]
+    for place in reversed(places):
+        _PYRO_STACK.insert(place, messenger)
+    try:
+        yield
+    finally:
+        for _ in places:
+            _PYRO_STACK.remove(messenger)
 
 
 def forget_parameters() -> None:

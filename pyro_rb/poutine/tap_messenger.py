@@ -31,7 +31,7 @@ _PLAIN_SCORE_PARTS = (
 
 
 class _Gate:
-    """Shared by the taps of one run. Knows no tensor, lest graphs live in cycles."""
+    """Knows no tensor, lest graphs live in cycles."""
 
     is_open = True
 
@@ -86,11 +86,12 @@ class TapMessenger(Messenger):
     inside; the default ``score_parts``; a support that does not depend on a
     parameter; a ``log_prob`` that does not remember its draw.
 
-    The messenger must be OUTSIDE of :func:`pyro.poutine.trace`, as traces record
-    values on their way out::
+    Values are tapped on their way out: the messenger must be OUTSIDE of
+    :func:`pyro.poutine.trace` and of all handlers that are to see the tapped value::
 
         with TapMessenger() as tap:
             trace = pyro.poutine.trace(guide).get_trace()
+            tap.settle(trace)
 
     :param dict known: what earlier taps found out about the sites, to be shared by
         the taps of one estimator. Defaults to nothing.
@@ -114,7 +115,7 @@ class TapMessenger(Messenger):
 
     def __init__(self, known: Optional[Dict[Tuple, Tuple]] = None) -> None:
         super().__init__()
-        self._gate = _Gate()
+        self._gates: Dict[str, _Gate] = {}
         #: Latent sites that were tapped, with the value that went on.
         self.values: Dict[str, torch.Tensor] = {}
         #: All latent sites, with what there is to say of the treatment.
@@ -134,11 +135,13 @@ class TapMessenger(Messenger):
 
     def close(self) -> None:
         """Closes the gate, until :meth:`open`."""
-        self._gate.is_open = False
+        for gate in self._gates.values():
+            gate.is_open = False
 
     def open(self) -> None:
         """Opens the gate."""
-        self._gate.is_open = True
+        for gate in self._gates.values():
+            gate.is_open = True
 
     def bypass(self, fn: Callable) -> Callable:
         """
@@ -154,6 +157,20 @@ class TapMessenger(Messenger):
                 self._is_on = True
 
         return untapped
+
+    def settle(self, trace: Any) -> None:
+        """
+        Lets go of sites whose value in the trace of the guide is not the one that was tapped.
+
+        :param Trace trace: of the guide, made under this messenger.
+        """
+        for name in trace.stochastic_nodes:
+            self.reasons.setdefault(name, "a handler around the loss hides it")
+        for name, value in list(self.values.items()):
+            if name not in trace or trace.nodes[name]["value"] is not value:
+                # Their gates stay open, as what replaced a value may be made of it.
+                del self.values[name], self._gates[name]
+                self.reasons[name] = "a handler has replaced its value"
 
     def raise_if_edited(self) -> None:
         """
@@ -178,6 +195,8 @@ class TapMessenger(Messenger):
         if not self._is_on or msg["is_observed"]:
             return
         name, fn, value = msg["name"], msg["fn"], msg["value"]
+        if value is self.values.get(name):  # if installed more than once
+            return
         if msg["infer"].get("_do_not_trace") or site_is_subsample(msg):
             return
         if name in self._supplied:
@@ -195,7 +214,8 @@ class TapMessenger(Messenger):
             if support_can_move and support_moves(fn):
                 reason = "its support depends on a parameter"
             elif can_be_tapped:
-                msg["value"] = self.values[name] = _tap(value, self._gate)
+                self._gates[name] = gate = _Gate()
+                msg["value"] = self.values[name] = _tap(value, gate)
         self.reasons[name] = reason
 
 
