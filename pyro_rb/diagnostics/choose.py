@@ -46,7 +46,7 @@ from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO
 #: Enumeration is tried up to this many joint values, and this many numbers in one tensor.
 MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
-STL, ADAPTIVE = "STLTrace_ELBO", "STLTrace_ELBO:adaptive"
+STL, ADAPTIVE = "STLTrace_ELBO:1.0", "STLTrace_ELBO"
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 R2G2, LOCAL = "R2G2_ELBO", "R2G2_ELBO:local"
 
@@ -95,7 +95,7 @@ def choose_losses(
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.)), 1.))
     >>> choice = choose_losses(model, guide)
     >>> choice.losses
-    ['TraceMeanField_ELBO', 'STLTrace_ELBO', 'STLTrace_ELBO:adaptive']
+    ['TraceMeanField_ELBO', 'STLTrace_ELBO:1.0', 'STLTrace_ELBO']
     >>> choice.left_out["RaoBlackwellTopK_ELBO:budget=4"]
     'the guide has no discrete site'
     """

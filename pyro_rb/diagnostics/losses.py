@@ -62,7 +62,9 @@ def make_loss(name: str) -> ELBO:
     :param str name: The name of an ELBO class of Pyro or pyro_rb, optionally followed by a
         colon and constructor arguments separated by commas, of which those with ``=`` are
         keyword arguments: ``"Trace_ELBO:num_particles=10"``. Arguments are Python literals,
-        else strings. ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
+        else strings. Without ``=``, an integer is Pyro's first argument; anything else is the
+        first option that only our class has, if it has one: ``"STLTrace_ELBO:1.0"``.
+        ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
     :raises ValueError: If there is no such class, or it does not take these arguments.
 
     **Example**
@@ -70,6 +72,14 @@ def make_loss(name: str) -> ELBO:
     >>> make_loss("Trace_ELBO:num_particles=10").num_particles
     10
     """
+    cls, positional, keywords = _parse(name)
+    try:
+        return cls(*positional, **keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot make the loss {name!r}: {error}") from error
+
+
+def _parse(name: str) -> Tuple[Type[ELBO], List[Any], Dict[str, Any]]:
     class_name, _, rest = name.partition(":")
     classes: Dict[str, Type[ELBO]] = {**available_losses(), ENUMERATED: ConfigEnumerate_ELBO}
     if class_name not in classes:
@@ -78,16 +88,25 @@ def make_loss(name: str) -> ELBO:
         raise ValueError(f"no loss {class_name!r}: {hint}There are {', '.join(classes)}")
     positional: List[Any] = []
     keywords: Dict[str, Any] = {}
+    option = _own_option(classes[class_name])
     for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
+        key, equals, text = item.rpartition("=")
+        value = _literal(text)
         if equals:
-            keywords[key.strip()] = _literal(value)
+            keywords[key.strip()] = value
+        elif option is None or isinstance(value, int):
+            positional.append(value)
         else:
-            positional.append(_literal(item))
-    try:
-        return classes[class_name](*positional, **keywords)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot make the loss {name!r}: {error}") from error
+            keywords[option] = value
+    return classes[class_name], positional, keywords
+
+
+def _own_option(cls: Type[ELBO]) -> Optional[str]:
+    """The first argument that is given by keyword only, as those of Pyro are not."""
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            return name
+    return None
 
 
 def make_losses(losses: Losses) -> Dict[str, ELBO]:
@@ -100,8 +119,8 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
 
     **Example**
 
-    >>> list(make_losses(["STLTrace_ELBO:adaptive", Trace_ELBO(num_particles=4)]))
-    ['STLTrace_ELBO:adaptive', 'Trace_ELBO:num_particles=4']
+    >>> list(make_losses(["STLTrace_ELBO:1.0", Trace_ELBO(num_particles=4)]))
+    ['STLTrace_ELBO:1.0', 'Trace_ELBO:num_particles=4']
     """
     items: List[Tuple[str, Any]]
     if isinstance(losses, Mapping):
@@ -142,25 +161,21 @@ def usage(name: str) -> Optional[str]:
 
     **Example**
 
-    >>> print(usage("STLTrace_ELBO:adaptive"))
-    from pyro_rb import STLTrace_ELBO; SVI(model, guide, optim, loss=STLTrace_ELBO("adaptive"))
+    >>> print(usage("STLTrace_ELBO:num_particles=2"))
+    from pyro_rb import STLTrace_ELBO; SVI(model, guide, optim, loss=STLTrace_ELBO(num_particles=2))
     """
     try:
         loss = make_loss(name)
     except ValueError:
         return None
-    class_name, _, rest = name.partition(":")
+    class_name = name.partition(":")[0]
     room = type(loss).__module__.split(".")[0]
     imports, guide = f"from {'pyro.infer' if room == 'pyro' else room} import {class_name}", "guide"
     if isinstance(loss, ConfigEnumerate_ELBO):
         class_name, guide = "TraceEnum_ELBO", "config_enumerate(guide)"
         imports = "from pyro.infer import TraceEnum_ELBO, config_enumerate"
-    given = []
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.rpartition("=")
-        found = _literal(value)
-        text = json.dumps(found) if isinstance(found, str) else repr(found)
-        given.append(f"{key.strip()}{equals}{text}")
+    _, positional, keywords = _parse(name)
+    given = [*map(_text, positional), *(f"{key}={_text(keywords[key])}" for key in keywords)]
     return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
 
 
@@ -168,11 +183,11 @@ def _name(loss: Any) -> str:
     if not isinstance(loss, ELBO):
         return str(loss)
     name = type(loss).__name__
-    scale = getattr(loss, "control_variate_scale", 1.0)
-    if scale != 1.0:
-        first = next(iter(inspect.signature(type(loss)).parameters))
-        keyword = "" if first == "control_variate_scale" else "control_variate_scale="
-        name += f":{keyword}{scale}"
+    option = "control_variate_scale"
+    arguments = inspect.signature(type(loss)).parameters
+    if option in arguments and getattr(loss, option) != arguments[option].default:
+        keyword = "" if _own_option(type(loss)) == option else f"{option}="
+        name += f":{keyword}{getattr(loss, option)}"
     if loss.num_particles != 1:
         name += f"{',' if ':' in name else ':'}num_particles={loss.num_particles}"
     return name
@@ -183,3 +198,7 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return text.strip()
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)

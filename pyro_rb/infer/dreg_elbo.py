@@ -16,9 +16,9 @@ from pyro_rb.infer.importance_bound import (
     check_reparameterized,
     compute_bound,
 )
-from pyro_rb.infer.path_mixin import PathGradientMixin, grads
+from pyro_rb.infer.path_mixin import PathGradientMixin
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.ops.graph import leaves
+from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
 
 
@@ -223,6 +223,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[float, Surrogate, bool]:
         """The loss, a surrogate for its gradient, and whether there is a param site."""
+        self._note_call(model, guide, args, kwargs)
         is_vectorized = self.vectorize_particles and self.num_particles > 1
         with nullcontext() if is_vectorized else SharedSubsampleMessenger():
             traces = list(self._get_traces(model, guide, args, kwargs))
@@ -249,14 +250,15 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         log_q: Dict[str, List[torch.Tensor]] = {}
         for draw in draws:
             log_q.setdefault(draw.site, []).append(draw.log_q)
-        is_due = self._find_scales({name: terms[0] for name, terms in log_q.items()})
+        # Through the draws: a site shares the scale of those that it depends on.
+        groups = self._find_scales(log_q)
         path, score = _Path([], []), _Path([], [])
         for draw, of_kept, a in zip(draws, partials, surrogate.partials_of_log_q()):
             # Of minus log w, with the weight as a factor; the path has it once more.
             g = a if of_kept is None else of_kept + a
             doubled = draw.broad_weight * g
             rest = 1.0 - self._scales[draw.site]
-            if rest == 0.0 and not is_due:
+            if rest == 0.0 and not groups:
                 path.of_draws.append(doubled)
                 continue
             # What the gradient of RenyiELBO has beyond the doubly reparameterized one.
@@ -265,12 +267,13 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
             path.rest.append(rest * direct)
             score.of_draws.append(beyond)
             score.rest.append(direct)
-        if is_due:
+        if groups:
+            values = [draw.value for draw in draws]
             self._learn(
-                # Through the draws: a site shares the scale of those that it depends on.
-                {n: [p for t in terms for p in leaves(t)] for n, terms in log_q.items()},
+                groups,
                 _join(surrogate, partials, path),
-                lambda parameters: grads(score.as_scalar(draws), parameters),
+                lambda parameters: quiet_grad([score.as_scalar(draws)], parameters, between=values),
+                values,
             )
         return path
 

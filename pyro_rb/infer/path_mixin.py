@@ -5,16 +5,19 @@
 
 import math
 import numbers
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+import textwrap
+from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 
+from pyro_rb.infer.learned_state import LearnedStateMixin
+from pyro_rb.infer.parameters import CallParameters
 from pyro_rb.infer.report import Report, Summary
-from pyro_rb.infer.util import is_replayed
 from pyro_rb.ops.control_variate import AdaptiveScale
-from pyro_rb.ops.graph import share_leaves
+from pyro_rb.ops.graph import Node, first_leaf, share_leaves
+from pyro_rb.ops.quiet_grad import quiet_grad
 
-Grads = Dict[torch.Tensor, torch.Tensor]
+Groups = List[Tuple[List[str], List[torch.Tensor]]]
 
 
 def check_scale(scale: Any) -> Union[float, str]:
@@ -32,16 +35,21 @@ def check_scale(scale: Any) -> Union[float, str]:
     )
 
 
-def grads(term: Any, parameters: Sequence[torch.Tensor]) -> Grads:
-    """The gradient of a scalar by parameter, zero where it does not depend on one."""
-    found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    return {
-        p: torch.zeros_like(p) if grad is None else grad
-        for p, grad in zip(parameters, found)
-    }
+def check_num_particles(num_particles: Any, option: str) -> None:
+    """
+    :param str option: what a user may have meant by a first argument that is no number.
+    :raises ValueError: unless it is a positive integer.
+    """
+    is_int = isinstance(num_particles, numbers.Integral) and not isinstance(num_particles, bool)
+    if not is_int or num_particles < 1:
+        raise ValueError(
+            f"Invalid num_particles: {num_particles!r}. Expected a positive int, as the first "
+            f"argument is Pyro's. If it is meant as an option of this loss, write "
+            f"{option}={num_particles!r}."
+        )
 
 
-class PathGradientMixin:
+class PathGradientMixin(LearnedStateMixin):
     """
     Base class, to be named before the one of Pyro: taps the draws of the guide, has scales
     for their scores, and a report.
@@ -54,9 +62,25 @@ class PathGradientMixin:
     def _init_scales(self, control_variate_scale: Any) -> None:
         self.control_variate_scale = check_scale(control_variate_scale)
         self._adaptive = AdaptiveScale()
+        self._parameters: Optional[CallParameters] = None
         #: Of the last particle, for each site with a path gradient.
         self._scales: Dict[str, float] = {}
         self._latest: Optional[Summary] = None
+        self._why_not_learned = ""
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_parameters": None}
+
+    def _get_learned(self) -> Dict[str, Any]:
+        return {"control_variates": self._adaptive.state_dict()}
+
+    def _set_learned(self, learned: Dict[str, Any]) -> None:
+        self._adaptive.load_state_dict(learned["control_variates"])
+
+    def _note_call(self, *call: Any) -> None:
+        """Is told what a loss was called with, before the guide is wrapped by anything."""
+        if self.control_variate_scale == "adaptive":
+            self._parameters = CallParameters(*call)
 
     def report(self) -> Report:
         """
@@ -70,7 +94,7 @@ class PathGradientMixin:
                 "report() tells what was done at the last step, and there was none. "
                 "Expected a step, or a loss, before it: call SVI.step() first."
             )
-        return self._latest.report()
+        return self._latest.report(self._why_not_learned)
 
     def _obstacle(self) -> str:
         """Why no draw is to be tapped; empty if they are."""
@@ -78,8 +102,6 @@ class PathGradientMixin:
             return "no gradient"
         if self.control_variate_scale == 0.0:
             return "control_variate_scale is 0"
-        if is_replayed():
-            return "a replay around the loss may supply its value"
         if torch.jit.is_tracing():
             # The partial derivatives of one draw would be baked in as constants.
             raise NotImplementedError(
@@ -91,51 +113,87 @@ class PathGradientMixin:
 
     def _find_scales(
         self,
-        log_q: Mapping[str, torch.Tensor],
-        stop: Any = frozenset(),
+        log_q: Mapping[str, Sequence[torch.Tensor]],
+        stop: AbstractSet[Node] = frozenset(),
         may_learn: bool = True,
-    ) -> bool:
+    ) -> Groups:
         """
-        Sets the scale of each tapped site, and says whether to learn at this step.
+        Sets the scale of each tapped site.
 
-        :param log_q: the log density of each tapped site, a scalar.
+        :param log_q: the log density of each tapped site, one or several tensors.
         :param stop: graph nodes behind which a site's parameters are not its own.
         :param may_learn: whether this counts as a step.
+        :return: names of sites that share a scale, with their parameters, if there is to be
+            learned from this step, else nothing.
         """
         if isinstance(self.control_variate_scale, float):
             self._scales.update(dict.fromkeys(log_q, self.control_variate_scale))
-            return False
-        variates = {
-            name: self._adaptive.find(term, stop) for name, term in log_q.items()
+            return []
+        assert self._parameters is not None
+        name_of = self._parameters.name
+        stop = {*stop, *self._parameters.input_nodes()}
+        # Any one parameter will do here: all of a site's had the same scale last.
+        found: Dict[Any, Any] = dict.fromkeys(stop)
+        leaf_of = {name: first_leaf(terms[0], found) for name, terms in log_q.items()}
+        moments = {
+            name: self._adaptive.moments(leaf, name_of)
+            for name, leaf in leaf_of.items()
+            if leaf is not None
         }
-        # Without a parameter there is no score, and any scale gives the same.
-        self._scales.update(
-            (name, 1.0 if variate is None else variate.scale)
-            for name, variate in variates.items()
-        )
-        return may_learn and any(
-            [variate.is_due() for variate in set(variates.values()) if variate]
-        )
+        # Without a parameter there is no score.
+        self._scales.update((n, moments[n].scale if n in moments else 0.0) for n in log_q)
+        if not (may_learn and self._adaptive.is_due(moments.values())):
+            return []
+        groups = share_leaves(log_q, stop)
+        for names, parameters in groups:
+            scale = self._adaptive.find(parameters, name_of).scale
+            self._scales.update(dict.fromkeys(names, scale))
+        return groups
 
     def _learn(
         self,
-        leaves_of: Mapping[str, List[torch.Tensor]],
+        groups: Groups,
         surrogate: torch.Tensor,
-        compute_scores: Callable[[Sequence[torch.Tensor]], Grads],
+        compute_scores: Callable[[Sequence[torch.Tensor]], Sequence[Optional[torch.Tensor]]],
+        between: Sequence[torch.Tensor],
     ) -> None:
         """
-        :param leaves_of: the parameters of each tapped site.
+        :param groups: from :meth:`_find_scales`.
         :param surrogate: its gradient is the path gradient plus ``1 - c`` times the score.
         :param compute_scores: gives the score, or what stands for it, by parameter.
+        :param between: tensors whose hooks are not to fire.
         """
-        groups = [pair for pair in share_leaves(leaves_of) if pair[1]]
+        assert self._parameters is not None
         everything = [p for _, parameters in groups for p in parameters]
-        if not everything:
+        try:
+            totals = quiet_grad([surrogate], everything, between=between)
+            pairs = iter(zip(totals, compute_scores(everything)))
+        except RuntimeError as e:
+            # Code that was compiled, or checkpoints, may allow for one pass only, the user's.
+            # Where the graph itself is at fault, that pass says so.
+            self._adaptive.postpone(everything)
+            self._why_not_learned = f"; c is not learned: {textwrap.shorten(str(e), 120)}"
             return
-        scores = compute_scores(everything)
-        totals = grads(surrogate, everything)
+        self._why_not_learned = ""
         for names, parameters in groups:
             rest = 1.0 - self._scales[names[0]]
-            score = [scores[p] for p in parameters]
-            path = [totals[p] - rest * scores[p] for p in parameters]
-            self._adaptive.learn(parameters, path, score)
+            parts = [_split(*next(pairs), rest) for _ in parameters]
+            used = [p for p, pair in zip(parameters, parts) if pair]
+            if used:
+                path, score = zip(*filter(None, parts))
+                self._adaptive.find(used, self._parameters.name).update(path, score)
+
+
+def _split(
+    total: Optional[torch.Tensor], score: Optional[torch.Tensor], rest: float
+) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """Path gradient and score, where ``total`` is the former plus ``rest`` times the latter."""
+    if total is None and score is None:
+        return None
+    if score is None:
+        score = torch.zeros_like(total)  # type: ignore[arg-type]
+    if total is None:
+        total = rest * score
+    if total.is_sparse != score.is_sparse:
+        total, score = total.to_dense(), score.to_dense()
+    return total - rest * score, score

@@ -108,6 +108,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     the Local Reparameterization Trick". https://arxiv.org/abs/1506.02557
     """
 
+    _own_option = "pre_activations"
     _strategies = ("projection",)
     otherwise = "plain"
 

@@ -14,7 +14,7 @@ from pyro.infer.util import torch_backward, torch_item
 from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 
-from pyro_rb.infer.path_mixin import PathGradientMixin, grads
+from pyro_rb.infer.path_mixin import Groups, PathGradientMixin, check_num_particles
 from pyro_rb.infer.hint import hint
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.surrogate import path_terms
@@ -24,10 +24,11 @@ from pyro_rb.infer.util import (
     get_traces,
     is_guide_messenger,
     set_generators,
+    site_values,
 )
 from pyro_rb.infer.weights import compute_elbo, needs_weights, weigh, without_value
-from pyro_rb.ops.graph import leaves
 from pyro_rb.ops.projection import SOLVERS
+from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import (
     PathGradient,
     Projection,
@@ -35,6 +36,7 @@ from pyro_rb.poutine import (
     TopK,
     TopKOptions,
 )
+from pyro_rb.poutine.gaussian_site import Plain
 
 BASELINES = (None, "loo", "reinforce+")
 PRE_ACTIVATIONS = ("auto", "shared", "local", None)
@@ -45,6 +47,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
     _strategies: Tuple[str, ...] = ("topk", "projection", "path")
     #: Says in the report how a site is treated that no strategy accepts.
     otherwise = "as Trace_ELBO"
+    _own_option = "budget"
 
     def __init__(
         self,
@@ -76,6 +79,16 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         # By name and shape of a site. An entry that is out of date costs variance only.
         self._plain: Dict[Tuple, Any] = {}
         super().__init__(*args, **kwargs)
+        check_num_particles(self.num_particles, self._own_option)
+
+    def _get_learned(self) -> Dict[str, Any]:
+        plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
+        return {**super()._get_learned(), "steps_done": self._steps_done, "plain": plain}
+
+    def _set_learned(self, learned: Dict[str, Any]) -> None:
+        super()._set_learned(learned)
+        self._steps_done = learned["steps_done"]
+        self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
 
     @property
     def _enumerates(self) -> bool:
@@ -86,6 +99,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Iterator[Tuple[Trace, Trace]]:
+        self._note_call(model, guide, args, kwargs)
         if self.max_plate_nesting == math.inf and (self._enumerates or self.vectorize_particles):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         if self.vectorize_particles:
@@ -188,7 +202,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
             return super()._differentiable_loss_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
         log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in names}
-        is_due = self._choose_scales(log_q, run)
+        groups = self._choose_scales(log_q, run)
         terms = path_terms(log_q, run.path, self._scales)
         for name, z in run.path.values.items():
             site = guide_trace.nodes[name]
@@ -199,26 +213,27 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
                 entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
             site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
-        if is_due:
-            self._learn_scales(log_q, run.path, surrogate)
+        self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
         return loss, surrogate
 
-    def _choose_scales(self, log_q: Mapping[str, torch.Tensor], run: Run) -> bool:
-        """Returns whether to learn from this particle."""
-        draws = {z.grad_fn for z in run.path.values.values()}
+    def _choose_scales(self, log_q: Mapping[str, torch.Tensor], run: Run) -> Groups:
+        """Returns what to learn of from this particle."""
+        assert run.path is not None
         self._scales = run.scales
-        return self._find_scales(log_q, draws, run.may_learn)
+        terms = {name: [term] for name, term in log_q.items()}
+        return self._find_scales(terms, run.path.nodes, run.may_learn)
 
     def _learn_scales(
-        self, log_q: Mapping[str, torch.Tensor], path: PathGradient, surrogate: torch.Tensor
+        self, groups: Groups, log_q: Mapping[str, torch.Tensor], surrogate: Any, traces: Any
     ) -> None:
-        def compute_scores(parameters: Any) -> Any:
-            with path.closed():
-                return grads(sum(log_q.values()), parameters)
+        if groups:
+            path, between = traces[1].run.path, site_values(*traces)
 
-        draws = {z.grad_fn for z in path.values.values()}
-        leaves_of = {name: list(leaves(term, draws)) for name, term in log_q.items()}
-        self._learn(leaves_of, surrogate, compute_scores)
+            def compute_scores(parameters: Any) -> Any:
+                with path.closed():
+                    return quiet_grad([sum(log_q.values())], parameters, between=between)
+
+            self._learn(groups, surrogate, compute_scores, between)
 
     def _weighted_particle(self, model_trace: Trace, guide_trace: Any) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
@@ -227,7 +242,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         surrogate = weighted.surrogate
         if run.path is not None and run.path.values:
             log_q = {name: weighted.log_q[name] for name in names if name in weighted.log_q}
-            is_due = self._choose_scales(log_q, run)
+            groups = self._choose_scales(log_q, run)
             # The scores of all others are left out, as their mean is zero.
             scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
             for name, term in log_q.items():
@@ -235,8 +250,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
                     surrogate = surrogate - without_value((1.0 - scales[name]) * term)
             for term in path_terms(weighted.log_q, run.path, scales).values():
                 surrogate = surrogate - without_value(term)
-            if is_due:
-                self._learn_scales(log_q, run.path, -surrogate)
+            self._learn_scales(groups, log_q, -surrogate, (model_trace, guide_trace))
         return -torch_item(weighted.elbo), -surrogate
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:

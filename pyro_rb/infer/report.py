@@ -46,10 +46,14 @@ class Summary(NamedTuple):
     #: Of the score of each site with a path gradient.
     scales: Mapping[str, float]
 
-    def report(self) -> Report:
+    def report(self, note: str = "") -> Report:
+        """
+        :param note: is added to the reasons of path gradients.
+        """
         found = Report()
         for name, treatment, reason in self.rows:
             if treatment is None:
                 treatment = f"path gradient, c = {self.scales[name]:.3g}"
+                reason += note
             found.append(SiteReport(name, str(treatment), reason))
         return found

@@ -83,6 +83,7 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     https://arxiv.org/abs/1703.09194
     """
 
+    _own_option = "control_variate_scale"
     _strategies = ("path",)
 
     def __init__(

@@ -15,6 +15,7 @@ from typing import Any, Dict, Mapping
 
 import torch
 
+from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import PathGradient
 
 
@@ -35,13 +36,7 @@ def path_terms(
         weights = [torch.full_like(term, scales[name]) for name, term in log_q.items()]
     draws = path.values
     with path.closed():
-        partials = torch.autograd.grad(
-            list(log_q.values()),
-            list(draws.values()),
-            weights,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        partials = quiet_grad(list(log_q.values()), list(draws.values()), weights)
     return {
         name: (partial * z).sum()
         for (name, z), partial in zip(draws.items(), partials)

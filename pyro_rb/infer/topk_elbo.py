@@ -101,6 +101,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     https://arxiv.org/abs/1810.04777
     """
 
+    _own_option = "k"
     _strategies = ("topk",)
     otherwise = "as TraceEnum_ELBO"
 

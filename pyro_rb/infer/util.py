@@ -22,7 +22,6 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
@@ -44,19 +43,11 @@ def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
     return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
 
 
-def is_replayed() -> bool:
-    """
-    Whether the code runs inside of a handler that may supply values of sample sites,
-    so that a guide's values need not be draws of its distributions.
-
-    >>> import pyro
-    >>> is_replayed()
-    False
-    >>> with pyro.poutine.replay(trace=pyro.poutine.Trace()):
-    ...     is_replayed()
-    True
-    """
-    return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
+def site_values(*traces: Trace) -> List[torch.Tensor]:
+    """The tensors that sample statements and :func:`pyro.param` statements returned."""
+    nodes = [site for trace in traces for site in trace.nodes.values()]
+    values = [site["value"] for site in nodes if site["type"] in ("sample", "param")]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def forget_parameters() -> None:

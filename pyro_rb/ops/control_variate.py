@@ -10,12 +10,10 @@ least squares of ``h`` on ``s``, from earlier draws, so that no bias enters.
 """
 
 import math
-from typing import AbstractSet, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from pyro_rb.ops.graph import Node, leaves
 
 START_UP = 3  # updates during which c = 0
 EAGER_UPDATES = 50  # the first updates are made at every step,
@@ -24,131 +22,210 @@ DISCOUNT = 0.97  # of one update against the next
 MAX_SCALE = 10.0
 WORTH_IT = 0.95  # the scales 0 and 1 save a pass through the guide's densities
 
+NameOf = Callable[[torch.Tensor], Optional[str]]
+
+
+def _nameless(parameter: torch.Tensor) -> None:
+    return None
+
+
+class Moments:
+    """
+    What earlier draws tell of the parts ``h`` and ``s`` of one parameter's gradient:
+    discounted means of both, and of their products about these means.
+
+    Means of sparse gradients are not kept, as they would fill up; that of ``s`` is zero.
+
+    :param shape: of the parameter.
+    :param str name: of the parameter, if it has one.
+    """
+
+    def __init__(self, shape: Sequence[int], name: Optional[str] = None) -> None:
+        self.name = name
+        self.shape = list(shape)
+        #: What was found for the parameter and those that it shares a scale with.
+        self.scale = 0.0
+        self.steps_left = 0
+        self.updates = 0
+        self.weight = 0.0
+        self.hh = self.hs = self.ss = 0.0
+        #: Of ``h - e s``, with the slopes ``e`` as they stood before each draw.
+        self.loss = 0.0
+        self._mean_h = self._mean_s = torch.zeros(())
+
+    def center(self, h: torch.Tensor, s: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Centred before they are multiplied, so that float32 keeps its digits."""
+        if h.is_sparse:
+            return h.coalesce(), s.coalesce()
+        return h - self._mean_h.to(h), s - self._mean_s.to(s)
+
+    def add(
+        self, dh: torch.Tensor, ds: torch.Tensor, products: Sequence[float], slope: float
+    ) -> None:
+        """
+        :param dh: from :meth:`center`.
+        :param ds: likewise.
+        :param products: sums of ``dh * dh``, ``dh * ds`` and ``ds * ds``.
+        :param slope: of ``h`` on ``s``, from earlier draws.
+        """
+        self.updates += 1
+        self.weight = DISCOUNT * self.weight + 1.0
+        share = 1.0 / self.weight
+        fresh = 1.0  # share of the draw that is not in the means
+        if not dh.is_sparse:
+            fresh = 1.0 - share
+            self._mean_h = self._mean_h.to(dh) + share * dh
+            self._mean_s = self._mean_s.to(ds) + share * ds
+        hh, hs, ss = [fresh * product for product in products]
+        self.hh += share * (hh - self.hh)
+        self.hs += share * (hs - self.hs)
+        self.ss += share * (ss - self.ss)
+        self.loss += share * (hh - 2.0 * slope * hs + slope * slope * ss - self.loss)
+
 
 class ControlVariate:
     """
-    Learns one scale ``c`` for a pair of random vectors ``h`` and ``s``.
+    One scale ``c`` for the gradients of some parameters, from the moments of each.
 
-    Discounted sums give the slope ``e = c - 1`` of ``h`` on ``s``, with an intercept
-    for each coordinate; ``c`` is kept within 0 and 10. Least squares over few or
-    heavy-tailed draws can be far off. So the two fixed scales 0 and 1 compete with
-    it: each new draw first scores all three, as they stood before it. Least squares
-    is used where its discounted sum of squares is the least by 5 percent.
+    Least squares, with an intercept for each coordinate, gives the slope ``e = c - 1`` of
+    ``h`` on ``s``; ``c`` is kept within 0 and 10. Least squares over few or heavy-tailed
+    draws can be far off. So the two fixed scales 0 and 1 compete with it: each new draw
+    first scores all three, as they stood before it. Least squares is used where its mean
+    square is the least by 5 percent.
 
-    >>> variate = ControlVariate()
+    >>> variate = ControlVariate([Moments(shape=[1])])
     >>> for s in torch.tensor([[1.0], [-1.0], [2.0], [0.5], [-3.0]]):
-    ...     variate.update(h=2.0 - 0.5 * s, s=s)
+    ...     variate.update(h=[2.0 - 0.5 * s], s=[s])
     >>> round(variate.scale, 6)
     0.5
     """
 
-    def __init__(self) -> None:
-        #: The scale to use for the next draw.
-        self.scale = 0.0
-        self._updates = 0
-        self._steps_left = 0
-        self._weight = 0.0
-        self._hs = self._ss = 0.0
-        self._slopes = [-1.0, -1.0, 0.0]  # of c = 0, least squares, c = 1
-        self._losses = [0.0, 0.0, 0.0]
-        self._mean_h = self._mean_s = torch.zeros(())
+    def __init__(self, moments: Sequence[Moments]) -> None:
+        self._moments = moments
 
-    def is_due(self) -> bool:
-        """Counts one step. Returns whether an update should be made at it."""
-        self._steps_left -= 1
-        return self._steps_left < 0
+    def _sum(self, name: str) -> float:
+        return sum(getattr(m, name) for m in self._moments)
 
-    def update(self, h: torch.Tensor, s: torch.Tensor) -> None:
+    @property
+    def slope(self) -> float:
+        """Of least squares."""
+        ss = self._sum("ss")
+        scale = 1.0 + self._sum("hs") / ss if ss > 0.0 else 0.0
+        return min(max(scale, 0.0), MAX_SCALE) - 1.0
+
+    @property
+    def scale(self) -> float:
+        """The scale to use for the next draw."""
+        # A parameter that is new takes over what was learned of the others.
+        if max(m.updates for m in self._moments) < START_UP:
+            return 0.0
+        hh = self._sum("hh")
+        at_0, at_1 = hh + 2.0 * self._sum("hs") + self._sum("ss"), hh
+        if self._sum("loss") < WORTH_IT * min(at_0, at_1):
+            return 1.0 + self.slope
+        return 0.0 if at_0 < at_1 else 1.0
+
+    def update(self, h: Sequence[torch.Tensor], s: Sequence[torch.Tensor]) -> None:
         """
         Takes in one draw. Draws that are not finite are left out.
 
-        :param h: a path gradient of shape ``(size,)``.
-        :param s: the score of the same draw, of shape ``(size,)``.
+        :param h: path gradients, one for each parameter and of its shape.
+        :param s: the scores of the same draw, likewise.
         """
-        # Centred before they are multiplied, so that float32 keeps its digits.
-        dh, ds = h - self._mean_h, s - self._mean_s
-        hh, hs, ss = torch.stack([dh @ dh, dh @ ds, ds @ ds]).tolist()
-        if not math.isfinite(hh + ss):
+        pairs = [m.center(*pair) for m, *pair in zip(self._moments, h, s)]
+        dots = [_dot(*pair) for dh, ds in pairs for pair in ((dh, dh), (dh, ds), (ds, ds))]
+        values = torch.stack([dot.to(dots[0].device) for dot in dots]).tolist()
+        if not all(map(math.isfinite, values)):
             return
-        self._updates += 1
-        self._weight = DISCOUNT * self._weight + 1.0
-        self._mean_h = self._mean_h + dh / self._weight
-        self._mean_s = self._mean_s + ds / self._weight
-        fresh = 1.0 - 1.0 / self._weight  # share of the draw that is not in the means
-        self._losses = [
-            DISCOUNT * loss + fresh * (hh - 2.0 * e * hs + e * e * ss)
-            for loss, e in zip(self._losses, self._slopes)
-        ]
-        self._hs = DISCOUNT * self._hs + fresh * hs
-        self._ss = DISCOUNT * self._ss + fresh * ss
-        if self._ss > 0.0:
-            scale = 1.0 + self._hs / self._ss
-            self._slopes[1] = min(max(scale, 0.0), MAX_SCALE) - 1.0
-        if self._updates >= START_UP:
-            at_0, at_least_squares, at_1 = self._losses
-            if at_least_squares < WORTH_IT * min(at_0, at_1):
-                self.scale = 1.0 + self._slopes[1]
-            else:
-                self.scale = 0.0 if at_0 < at_1 else 1.0
-        self._steps_left = 0 if self._updates < EAGER_UPDATES else INTERVAL - 1
+        slope = self.slope
+        for i, (m, pair) in enumerate(zip(self._moments, pairs)):
+            m.add(*pair, values[3 * i : 3 * i + 3], slope)
+        scale = self.scale
+        is_settled = max(m.updates for m in self._moments) >= EAGER_UPDATES
+        for m in self._moments:
+            m.scale = scale
+            m.steps_left = INTERVAL - 1 if is_settled and m.updates >= START_UP else 0
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    return (a * b).sum() if a.is_sparse else a.reshape(-1) @ b.reshape(-1)
 
 
 class AdaptiveScale:
     """
-    Control variates for the scores of a guide, one for each set of parameters.
+    The :class:`Moments` of parameters, kept with the tensors, weakly: one object may serve
+    several models.
 
-    Scores that have a parameter in common, directly or through others, share a
-    :class:`ControlVariate`. It is kept with the parameter tensors, weakly: one object
-    may serve several models. A pickled one starts afresh.
+    In a pickle or a :meth:`state_dict` they have the names of the parameters. What is
+    loaded goes to the first tensor that has that name and shape; among tensors without a
+    name, in the order in which they come up.
 
     >>> adaptive, loc = AdaptiveScale(), torch.zeros(1, requires_grad=True)
+    >>> variate = adaptive.find([loc])
     >>> for s in torch.tensor([[1.0], [-1.0], [2.0], [0.5], [-3.0]]):
-    ...     adaptive.learn([loc], path=[2.0 - 0.5 * s], score=[s])
-    >>> round(adaptive.find((2.0 * loc).sum(), stop=set()).scale, 6)
+    ...     variate.update(h=[2.0 - 0.5 * s], s=[s])
+    >>> round(adaptive.find([loc]).scale, 6)
     0.5
     """
 
     def __init__(self) -> None:
-        self._variates = WeakTensorKeyDictionary()
+        self._forget()
 
-    def __reduce__(self) -> Tuple:
-        return AdaptiveScale, ()
+    def _forget(self) -> None:
+        self._variates = WeakTensorKeyDictionary()
+        self._loaded: Dict[Tuple, List[Moments]] = {}
+
+    def moments(self, parameter: torch.Tensor, name_of: NameOf = _nameless) -> Moments:
+        """
+        :param name_of: the name of a parameter, or None.
+        :return: what is known of the parameter.
+        """
+        found = self._variates.get(parameter)
+        shape = list(parameter.shape)
+        if found is None or found.shape != shape:
+            name = name_of(parameter)
+            waiting = self._loaded.get((name, *shape))
+            found = waiting.pop(0) if waiting else Moments(shape, name)
+            self._variates[parameter] = found
+        return found
+
+    def is_due(self, moments: Iterable[Moments]) -> bool:
+        """Counts one step. Returns whether an update should be made at it."""
+        is_due = False
+        for m in {id(m): m for m in moments}.values():
+            m.steps_left -= 1
+            is_due = is_due or m.steps_left < 0
+        return is_due
+
+    def postpone(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Puts off the update of parameters that have come up."""
+        for parameter in parameters:
+            self._variates[parameter].steps_left = INTERVAL - 1
 
     def find(
-        self, term: torch.Tensor, stop: AbstractSet[Optional[Node]]
-    ) -> Optional[ControlVariate]:
-        """
-        :param term: a scalar ``log q``.
-        :param stop: graph nodes of the draws, which the score holds fixed.
-        :return: what was learned of the score of ``term``; a blank one where nothing
-            was; None where ``term`` has no parameter, and so no score.
-        """
-        # Any one parameter will do: all of a term's share one control variate.
-        parameter = next(leaves(term, stop), None)
-        if parameter is None:
-            return None
-        return self._variates.get(parameter) or ControlVariate()
+        self, parameters: Sequence[torch.Tensor], name_of: NameOf = _nameless
+    ) -> ControlVariate:
+        """The control variate of parameters that share a scale."""
+        return ControlVariate([self.moments(p, name_of) for p in parameters])
 
-    def learn(
-        self,
-        parameters: Sequence[torch.Tensor],
-        path: Sequence[torch.Tensor],
-        score: Sequence[torch.Tensor],
-    ) -> None:
-        """
-        :param parameters: tensors that share a control variate.
-        :param path: their path gradients, of the same shapes.
-        :param score: their scores at the same draw, of the same shapes.
-        """
-        known = {id(v): v for v in map(self._variates.get, parameters)}
-        (variate,) = known.values() if len(known) == 1 else (None,)
-        if variate is None:  # nothing was known, or they did not share before
-            variate = ControlVariate()
-            for parameter in parameters:
-                self._variates[parameter] = variate
-        variate.update(_flat(path), _flat(score))
+    def state_dict(self) -> List[Dict[str, Any]]:
+        """What was learned, in plain tensors, numbers and strings."""
+        waiting = [m for moments in self._loaded.values() for m in moments]
+        return [dict(vars(m)) for m in [*self._variates.values(), *waiting]]
 
+    def load_state_dict(self, state: Sequence[Dict[str, Any]]) -> None:
+        """Forgets what was learned, for what :meth:`state_dict` returned."""
+        self._forget()
+        for values in state:
+            moments = Moments(values["shape"], values["name"])
+            vars(moments).update(values)
+            key = (moments.name, *moments.shape)
+            self._loaded.setdefault(key, []).append(moments)
 
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    device = tensors[0].device
-    return torch.cat([tensor.detach().reshape(-1).to(device) for tensor in tensors])
+    def __getstate__(self) -> Dict[str, Any]:
+        return {"state": self.state_dict()}
+
+    def __setstate__(self, pickled: Dict[str, Any]) -> None:
+        self.load_state_dict(pickled["state"])

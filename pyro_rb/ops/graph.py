@@ -82,28 +82,111 @@ def iter_reached(
             stack.extend(node.next_functions)
 
 
+def node_of(tensor: torch.Tensor) -> Node:
+    """
+    The graph node that gradients of a tensor arrive at.
+
+    >>> x = torch.ones((), requires_grad=True)
+    >>> node_of(x).variable is x
+    True
+    """
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    with torch.enable_grad():
+        view: Any = tensor.view_as(tensor)
+    return view.grad_fn.next_functions[0][0]
+
+
+def first_leaf(root: torch.Tensor, found: Dict[Any, Any]) -> Optional[torch.Tensor]:
+    """
+    Returns a leaf tensor that ``root`` was computed from, or None if there is none.
+
+    :param root: a tensor of any shape.
+    :param found: the result by graph node, as far as it is known. It is added to, so that
+        searches that share it look at each node once.
+
+    >>> x = torch.ones((), requires_grad=True)
+    >>> first_leaf(2.0 * x, {}) is x
+    True
+    """
+    users: Dict[Any, Any] = {}
+    stack: List[Any] = [(root.grad_fn, None)]
+    while stack:
+        node, user = stack.pop()
+        if node in found:
+            leaf = found[node]
+        else:
+            parents = getattr(node, "next_functions", ())
+            leaf = found[node] = None if parents else getattr(node, "variable", None)
+            users[node] = user
+            stack.extend([(parent, node) for parent, _ in parents])
+        if leaf is not None:
+            while user is not None:
+                found[user], user = leaf, users[user]
+            return leaf
+    return None
+
+
 def share_leaves(
-    leaves_of: Mapping[Key, Sequence[torch.Tensor]],
+    roots: Mapping[Key, Sequence[torch.Tensor]],
+    stop: AbstractSet[Optional[Node]] = frozenset(),
 ) -> List[Tuple[List[Key], List[torch.Tensor]]]:
     """
-    Joins keys that have a leaf in common, directly or through others.
+    Joins keys whose tensors were computed from a leaf in common, directly or through others.
 
-    :param leaves_of: leaf tensors of each key.
-    :return: pairs of keys and their leaves; the leaves of two pairs are disjoint.
+    :param roots: tensors of any shape, by key.
+    :param stop: graph nodes that are not looked behind.
+    :return: pairs of keys and their leaves; the leaves of two pairs are disjoint. Keys
+        without a leaf are left out.
 
-    >>> a, b, c = torch.zeros(3).unbind()
-    >>> groups = share_leaves({"x": [a], "y": [b], "z": [b, c]})
+    >>> a, b, c = (torch.ones((), requires_grad=True) for _ in range(3))
+    >>> groups = share_leaves({"x": [2 * a], "y": [2 * b], "z": [b * c]})
     >>> [keys for keys, _ in groups]
     [['x'], ['y', 'z']]
     """
-    groups: List[Tuple[List[Key], Dict[int, torch.Tensor]]] = []
-    for key, tensors in leaves_of.items():
-        keys, members = [key], {id(tensor): tensor for tensor in tensors}
-        apart = []
-        for group in groups:
-            if members.keys().isdisjoint(group[1]):
-                apart.append(group)
-            else:
-                keys, members = group[0] + keys, {**group[1], **members}
-        groups = apart + [(keys, members)]
-    return [(keys, list(members.values())) for keys, members in groups]
+    # Whatever is behind one node belongs together: a number for it, None for nothing.
+    number_of: Dict[Any, Optional[int]] = {None: None, **dict.fromkeys(stop)}
+    leaves_found: List[torch.Tensor] = []
+    joined: List[int] = []  # a forest of these numbers, by union and find
+
+    def join(nodes: Iterable[Any]) -> Optional[int]:
+        first = None
+        for number in [number_of[node] for node in nodes]:
+            if number is None:
+                continue
+            while joined[number] != number:
+                joined[number] = number = joined[joined[number]]
+            if first is None:
+                first = number
+            joined[number] = first
+        return first
+
+    nodes_of = {key: [root.grad_fn for root in roots[key]] for key in roots}
+    stack: List[Any] = [node for nodes in nodes_of.values() for node in nodes]
+    stack.reverse()
+    while stack:
+        node = stack[-1]
+        if node in number_of:
+            stack.pop()
+            continue
+        parents = [parent for parent, _ in node.next_functions]
+        ahead = [parent for parent in parents if parent not in number_of]
+        if ahead:
+            stack.extend(ahead)
+        elif parents or not hasattr(node, "variable"):
+            number_of[node] = join(parents)
+        else:
+            number_of[node] = len(joined)
+            joined.append(len(joined))
+            leaves_found.append(node.variable)
+    for nodes in nodes_of.values():
+        join(nodes)
+    groups: Dict[Optional[int], Tuple[List[Key], List[torch.Tensor]]] = {}
+    for key, nodes in nodes_of.items():
+        groups.setdefault(join(nodes), ([], []))[0].append(key)
+    groups.pop(None, None)
+    for number, leaf in enumerate(leaves_found):
+        while joined[number] != number:
+            number = joined[number]
+        groups[number][1].append(leaf)
+    return list(groups.values())

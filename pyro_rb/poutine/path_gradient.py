@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Set, Tuple
 
 import torch
 
@@ -121,6 +121,11 @@ class PathGradient(Strategy):
         # The guide starts from a partial trace, for each value of an enumerated site.
         self.values[name] = value
         return True
+
+    @property
+    def nodes(self) -> Set[Any]:
+        """The graph nodes of the draws."""
+        return {value.grad_fn for value in self.values.values()}
 
     @contextmanager
     def closed(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ def test_one_particle_is_stl(name, scale, entrance):
     case = GUIDES[name]()
     for vectorize in (False, True):
         elbo = DReG_ELBO(1, vectorize, scale, max_plate_nesting=1)
-        expected = evaluate(STLTrace_ELBO(scale), case, entrance, seed=0)
+        expected = evaluate(STLTrace_ELBO(control_variate_scale=scale), case, entrance, seed=0)
         assert_same(evaluate(elbo, case, entrance, seed=0), expected, rtol=1e-7, atol=1e-8)
 
 

@@ -60,8 +60,8 @@ def test_variance_is_near_the_better_of_both(name):
     make, below = STATES[name]
     case, num_samples = make(), 1000
     plain = draw_gradients(Trace_ELBO(), case, num_samples, seed=0)
-    path = draw_gradients(STLTrace_ELBO(), case, num_samples, seed=0)
-    adaptive = draw_gradients(STLTrace_ELBO("adaptive"), case, num_samples, seed=0, num_burn_in=100)
+    path = draw_gradients(STLTrace_ELBO(control_variate_scale=1.0), case, num_samples, seed=0)
+    adaptive = draw_gradients(STLTrace_ELBO(), case, num_samples, seed=0, num_burn_in=100)
     best = min(plain, path, key=total_variance)
     # The same random numbers on both sides, so that heavy tails cancel.
     squares = [(flat(g) - flat(g).mean(0)).square().sum(-1) for g in (adaptive, best)]
@@ -80,7 +80,7 @@ def test_cold_start(init_scale):
     plain, adaptive = [], []
     for start in range(num_starts):
         plain.append(flat(draw_gradients(Trace_ELBO(), case, num_steps, seed=start)))
-        elbo = STLTrace_ELBO("adaptive")
+        elbo = STLTrace_ELBO()
         adaptive.append(flat(draw_gradients(elbo, case, num_steps, seed=start)))
     plain, adaptive = torch.stack(plain), torch.stack(adaptive)  # [start, step, parameter]
     mean = plain.mean((0, 1))
@@ -91,7 +91,7 @@ def test_cold_start(init_scale):
 
 def test_two_models_keep_their_own_scales():
     narrow, wide = conj(shift=0.3, width=0.2), two()
-    elbo = STLTrace_ELBO("adaptive")
+    elbo = STLTrace_ELBO()
     for seed in range(60):
         pyro.set_rng_seed(seed)
         elbo.loss_and_grads(*case_args(narrow))
@@ -102,7 +102,7 @@ def test_two_models_keep_their_own_scales():
 
 
 def test_state_goes_with_the_parameters():
-    elbo = STLTrace_ELBO("adaptive")
+    elbo = STLTrace_ELBO()
     case = conj()
     elbo.loss_and_grads(*case_args(case))
     assert len(elbo._adaptive._variates) == 2
@@ -114,7 +114,7 @@ def test_state_goes_with_the_parameters():
 
 def test_nothing_is_learned_without_gradients():
     case = conj()
-    elbo = STLTrace_ELBO("adaptive")
+    elbo = STLTrace_ELBO()
     with torch.no_grad():
         elbo.differentiable_loss(*case_args(case))
     elbo.loss(*case_args(case))
@@ -123,7 +123,7 @@ def test_nothing_is_learned_without_gradients():
 
 def test_a_step_that_is_not_finite_is_forgotten():
     case = conj(shift=0.3, width=0.2)
-    elbo = STLTrace_ELBO("adaptive")
+    elbo = STLTrace_ELBO()
     for seed in range(30):
         pyro.set_rng_seed(seed)
         if seed == 20:
@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_is_forgotten():
 
 def test_particles_of_a_step_share_the_scale():
     case = conj(shift=0.3, width=0.2)
-    elbo = STLTrace_ELBO("adaptive", num_particles=4)
+    elbo = STLTrace_ELBO(num_particles=4)
     for _ in range(10):
         scales = []
         for model_trace, guide_trace in elbo._get_traces(case.model, case.guide, case.args, {}):
@@ -148,7 +148,7 @@ def test_particles_of_a_step_share_the_scale():
 
 def test_graph_is_not_kept():
     case = conj()
-    elbo = STLTrace_ELBO("adaptive")
+    elbo = STLTrace_ELBO()
     draws = []
     get_trace = elbo._get_trace
 

@@ -40,7 +40,7 @@ class Guide(PyroModule):
 def train(rank, scale):
     with pyro.settings.context(module_local_params=True):
         pyro.set_rng_seed(rank)
-        elbo = STLTrace_ELBO(scale)(Model(), Guide())
+        elbo = STLTrace_ELBO(control_variate_scale=scale)(Model(), Guide())
         parallel = DistributedDataParallel(elbo)
         optim = torch.optim.Adam(parallel.parameters(), lr=0.05)
         x = DATA.chunk(ddp.NUM_PROCESSES)[rank]

@@ -50,14 +50,14 @@ def test_unbiased_against_trace_elbo(name, scale):
     options = VECTORIZED if case.vectorizable else {}
     num_samples = 150
     expected = draw_gradients(Trace_ELBO(**options), case, num_samples, seed=0)
-    actual = draw_gradients(STLTrace_ELBO(scale, **options), case, num_samples, seed=0)
+    actual = draw_gradients(STLTrace_ELBO(control_variate_scale=scale, **options), case, num_samples, seed=0)
     assert_unbiased(actual, paired=expected, detect=0.25)
 
 
 def check_equal_to_trace_elbo(case):
     # Replayed values carry a graph of their own from one call to the next.
     _, expected = evaluate(Trace_ELBO(retain_graph=True), case, seed=1)
-    _, actual = evaluate(STLTrace_ELBO(retain_graph=True), case, seed=1)
+    _, actual = evaluate(STLTrace_ELBO(control_variate_scale=1.0, retain_graph=True), case, seed=1)
     assert_same(actual, expected)
     assert any(grad.abs().max() > 0 for grad in expected.values())
 
@@ -94,7 +94,7 @@ def test_replayed_values_are_no_draws(where):
     case = Case(model, draw)
     with poutine.replay(trace=trace):
         check_equal_to_trace_elbo(case)
-        elbo = STLTrace_ELBO()
+        elbo = STLTrace_ELBO(control_variate_scale=1.0)
         elbo.loss(model, draw)
     assert elbo.report()[0].reason == "a replay around the loss may supply its value"
 
@@ -153,7 +153,7 @@ def test_batch_norm_flow():
     _, expected = evaluate(Trace_ELBO(), case, seed=1)
     moved = transform.moving_mean.clone()
     transform.load_state_dict(state)
-    _, actual = evaluate(STLTrace_ELBO(), case, seed=1)
+    _, actual = evaluate(STLTrace_ELBO(control_variate_scale=1.0), case, seed=1)
     assert_same(actual, expected)
     assert torch.equal(transform.moving_mean, moved)
 
@@ -169,7 +169,7 @@ def test_factor_in_the_guide():
 
     case = Case(model, guide)
     expected = draw_gradients(Trace_ELBO(), case, 1600, seed=0)
-    actual = draw_gradients(STLTrace_ELBO(), case, 1600, seed=0)
+    actual = draw_gradients(STLTrace_ELBO(control_variate_scale=1.0), case, 1600, seed=0)
     assert_unbiased(actual, paired=expected, detect=0.15)
 
 
@@ -186,7 +186,7 @@ def test_masked_distributions(mask):
 
     case = Case(model, guide)
     expected = draw_gradients(Trace_ELBO(), case, 400, seed=0)
-    actual = draw_gradients(STLTrace_ELBO(), case, 400, seed=0)
+    actual = draw_gradients(STLTrace_ELBO(control_variate_scale=1.0), case, 400, seed=0)
     detect = None if mask is False else 0.3
     assert_unbiased(actual, paired=expected, detect=detect)
 
@@ -202,16 +202,16 @@ def test_scale_that_depends_on_an_upstream_draw():
         lambda: both(real("loc", 0.3), positive("scale", 1.2), real("y_loc", -0.4)),
     )
     expected = draw_gradients(Trace_ELBO(), case, 2000, seed=0)
-    actual = draw_gradients(STLTrace_ELBO(), case, 2000, seed=0)
+    actual = draw_gradients(STLTrace_ELBO(control_variate_scale=1.0), case, 2000, seed=0)
     assert_unbiased(actual, paired=expected, detect=0.3)
 
 
 def test_plain_module_has_no_gradient_in_loss_and_grads():
     # As in Trace_ELBO: without a param site it calls no backward.
     case = GUIDES["plain_module"]()
-    _, grads = evaluate(STLTrace_ELBO(), case, "loss_and_grads")
+    _, grads = evaluate(STLTrace_ELBO(control_variate_scale=1.0), case, "loss_and_grads")
     assert set(grads.values()) == {None}
-    _, grads = evaluate(STLTrace_ELBO(), case, "differentiable_loss")
+    _, grads = evaluate(STLTrace_ELBO(control_variate_scale=1.0), case, "differentiable_loss")
     assert all(grad.abs().max() > 0 for grad in grads.values())
 
 
@@ -229,8 +229,8 @@ def test_torch_func():
 
     for scale in (1.0, 0.4, "adaptive"):
         loc = torch.tensor(0.3, requires_grad=True)
-        (expected,) = torch.autograd.grad(loss(STLTrace_ELBO(scale), loc), loc)
-        actual = torch.func.grad(lambda p: loss(STLTrace_ELBO(scale), p))(loc.detach())
+        (expected,) = torch.autograd.grad(loss(STLTrace_ELBO(control_variate_scale=scale), loc), loc)
+        actual = torch.func.grad(lambda p: loss(STLTrace_ELBO(control_variate_scale=scale), p))(loc.detach())
         assert_same(actual, expected)
 
 
@@ -247,5 +247,5 @@ def test_constrained_parameters_of_simplex_guides():
     case = Case(model, guide)
     options = dict(VECTORIZED, max_plate_nesting=0)
     expected = draw_gradients(Trace_ELBO(**options), case, 150, seed=0)
-    actual = draw_gradients(STLTrace_ELBO(**options), case, 150, seed=0)
+    actual = draw_gradients(STLTrace_ELBO(control_variate_scale=1.0, **options), case, 150, seed=0)
     assert_unbiased(actual, paired=expected)
