@@ -1,36 +1,38 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+import warnings
 from contextlib import nullcontext
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO
 from pyro.util import warn_if_nan
 
-from pyro_rb.infer.importance_bound import (
-    Draw,
-    Partials,
-    Surrogate,
-    check_reparameterized,
-    compute_bound,
-)
-from pyro_rb.infer.tapped import TappedMixin, grads
+from pyro_rb.infer.hint import hint_at_shapes
+from pyro_rb.infer.importance_bound import compute_bound
+from pyro_rb.infer.importance_checks import check_densities, check_reparameterized
+from pyro_rb.infer.importance_surrogate import Surrogate
+from pyro_rb.infer.tapped import TappedMixin
 from pyro_rb.ops.graph import leaves
 from pyro_rb.poutine import SharedSubsampleMessenger
 
 
-class _Path(NamedTuple):
-    """
-    A gradient in two parts: that of the draws, times ``of_draws``, and that of ``rest``.
-    """
-
-    of_draws: List[torch.Tensor]  # detached, one for each draw and of its shape
-    rest: List[torch.Tensor]  # scalars
-
-    def as_scalar(self, draws: Sequence[Draw]) -> Any:
-        terms = [(g * d.value).sum() for g, d in zip(self.of_draws, draws)]
-        return sum(terms + self.rest)
+def _find_hint(guide: Any, args: Tuple, kwargs: Dict) -> str:
+    """What to say of an error in a vectorized run, unless there is something clearer."""
+    try:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        guide_trace.compute_score_parts()
+    except Exception:  # the very error, perhaps
+        pass
+    else:
+        check_reparameterized(guide_trace)
+    return (
+        "The values of the guide sites have one more dim on the left, for the particles. If "
+        "the model or guide cannot do with it, set vectorize_particles=False."
+    )
 
 
 class DReG_ELBO(TappedMixin, RenyiELBO):
@@ -132,11 +134,13 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
     def __init__(
         self,
         num_particles: int = 2,
-        vectorize_particles: bool = True,
-        control_variate_scale: Union[float, str] = 1.0,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: Optional[int] = None,  # DEPRECATED
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
         *,
+        control_variate_scale: Union[float, str] = 1.0,
         retain_graph: Optional[bool] = None,
-        **kwargs: Any,
     ) -> None:
         is_int = isinstance(num_particles, int) and not isinstance(num_particles, bool)
         if not is_int or num_particles < 1:
@@ -145,10 +149,12 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
             )
         self._init_tap(control_variate_scale)
         super().__init__(
-            alpha=0,
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles,
-            **kwargs,
+            0,
+            num_particles,
+            max_plate_nesting,
+            max_iarange_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
         )
         self.retain_graph = retain_graph
 
@@ -167,22 +173,12 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
         :return: an estimate of minus the importance-weighted bound.
         """
         loss, surrogate, trainable = self._evaluate(model, guide, args, kwargs)
-        if not trainable:
-            return loss
-        # First through the model, down to the draws; then through the guide. What the
-        # second pass starts from is known after the first.
-        draws = surrogate.draws
-        for draw in draws:
-            draw.value.retain_grad()
-        if getattr(surrogate.kept, "requires_grad", False):
-            with surrogate.closed():
-                retain_graph = True if draws else self.retain_graph
-                surrogate.kept.backward(retain_graph=retain_graph)
-        if draws:
-            path = self._compute_path(surrogate, [draw.value.grad for draw in draws])
-            roots = [draw.value for draw in draws] + path.rest
-            gradients: Any = path.of_draws + [None] * len(path.rest)
-            torch.autograd.backward(roots, gradients, retain_graph=self.retain_graph)
+        if trainable:
+            shares, is_due = self._find_shares(surrogate)
+            if is_due or not surrogate.backward(shares, self.retain_graph):
+                total = self._compute_total(surrogate, shares, is_due)
+                if getattr(total, "requires_grad", False):
+                    total.backward(retain_graph=self.retain_graph)
         return loss
 
     def differentiable_loss(
@@ -193,10 +189,7 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
             gradient is the one of :meth:`loss_and_grads`.
         """
         loss, surrogate, _ = self._evaluate(model, guide, args, kwargs)
-        total = surrogate.kept
-        if surrogate.draws:
-            partials = surrogate.partials_of_kept()
-            total = _join(surrogate, partials, self._compute_path(surrogate, partials))
+        total = self._compute_total(surrogate, *self._find_shares(surrogate))
         return loss + (total - total.detach()) if isinstance(total, torch.Tensor) else loss
 
     def _evaluate(
@@ -204,15 +197,28 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
     ) -> Tuple[float, Surrogate, bool]:
         """The loss, a surrogate for its gradient, and whether there is a param site."""
         is_vectorized = self.vectorize_particles and self.num_particles > 1
+
+        def find_hint() -> str:
+            return _find_hint(guide, args, kwargs) if is_vectorized else ""
+
         with nullcontext() if is_vectorized else SharedSubsampleMessenger():
-            traces = list(self._get_traces(model, guide, args, kwargs))
-        if torch.is_grad_enabled():
-            for _, guide_trace in traces:
+            with hint_at_shapes(find_hint):
+                traces = list(self._get_traces(model, guide, args, kwargs))
+        for _, guide_trace in traces:
+            check_densities(guide_trace)
+            if torch.is_grad_enabled():
                 check_reparameterized(guide_trace)
         particle_dim = -self.max_plate_nesting if is_vectorized else None
         loss: Any
         loss, surrogate = compute_bound(traces, particle_dim)
         warn_if_nan(loss, "loss")
+        if loss == math.inf and torch.is_grad_enabled():
+            warnings.warn(
+                "The loss of DReG_ELBO is infinite, as all particles have weight zero, at one "
+                "item of a plate at least, which adds nothing to the gradient. Expected draws "
+                "of the guide to which the model gives a density that is not zero: see to the "
+                "support of the guide, or where it starts."
+            )
         trainable = any(
             site["type"] == "param"
             for pair in traces
@@ -221,44 +227,28 @@ class DReG_ELBO(TappedMixin, RenyiELBO):
         )
         return loss, surrogate, trainable
 
-    def _compute_path(self, surrogate: Surrogate, partials: Partials) -> _Path:
-        """
-        :param partials: derivatives of ``surrogate.kept`` by each draw; None is zero.
-        """
+    def _find_shares(self, surrogate: Surrogate) -> Tuple[List[float], bool]:
+        """By draw, how much of its score to reparameterize; and whether to learn from it."""
         draws = surrogate.draws
-        log_q: Dict[str, List[torch.Tensor]] = {}
+        log_q = {d.site: d.log_q for d in reversed(draws) if d.scale is not None}
+        is_due = self._find_scales(log_q, {draw.value.grad_fn for draw in draws})
         for draw in draws:
-            log_q.setdefault(draw.site, []).append(draw.log_q)
-        is_due = self._find_scales({name: terms[0] for name, terms in log_q.items()})
-        path, score = _Path([], []), _Path([], [])
-        for draw, of_kept, a in zip(draws, partials, surrogate.partials_of_log_q()):
-            # Of minus log w, with the weight as a factor; the path has it once more.
-            g = a if of_kept is None else of_kept + a
-            doubled = draw.broad_weight * g
-            rest = 1.0 - self._scales[draw.site]
-            if rest == 0.0 and not is_due:
-                path.of_draws.append(doubled)
-                continue
-            # What the gradient of RenyiELBO has beyond the doubly reparameterized one.
-            beyond, direct = g - doubled - a, draw.weighted_log_q
-            path.of_draws.append(doubled + rest * beyond)
-            path.rest.append(rest * direct)
-            score.of_draws.append(beyond)
-            score.rest.append(direct)
+            if draw.scale is None and self._reasons is not None:
+                self._scales[draw.site] = 0.0
+                self._reasons[draw.site] = "the factor of its log density is not known"
+        return [self._scales[draw.site] for draw in draws], is_due
+
+    def _compute_total(
+        self, surrogate: Surrogate, shares: List[float], is_due: bool
+    ) -> Any:
+        """A scalar whose gradient is that of the loss."""
+        if not surrogate.draws:
+            return surrogate.kept
+        total = surrogate.as_scalar(shares)
         if is_due:
-            self._learn(
-                # Through the draws: a site shares the scale of those that it depends on.
-                {n: [p for t in terms for p in leaves(t)] for n, terms in log_q.items()},
-                _join(surrogate, partials, path),
-                lambda parameters: grads(score.as_scalar(draws), parameters),
-            )
-        return path
-
-
-def _join(surrogate: Surrogate, partials: Partials, path: _Path) -> torch.Tensor:
-    """A scalar with the whole gradient: what ``kept`` passes to the draws is replaced."""
-    total = surrogate.kept + path.as_scalar(surrogate.draws)
-    for draw, partial in zip(surrogate.draws, partials):
-        if partial is not None:
-            total = total - (partial * draw.value).sum()
-    return total
+            stop = {draw.value.grad_fn for draw in surrogate.draws}
+            leaves_of: Dict[str, List[torch.Tensor]] = {}
+            for draw in surrogate.draws:
+                leaves_of.setdefault(draw.site, []).extend(leaves(draw.log_q, stop))
+            self._learn(leaves_of, total, surrogate.differentiate_scores)
+        return total

@@ -9,6 +9,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.infer.traceenum_elbo import (
     _compute_dice_elbo,
     _compute_model_factors,
@@ -32,6 +33,8 @@ from pyro.util import (
     set_rng_state,
 )
 
+from pyro_rb.ops.importance import unsqueeze_right
+
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
 
@@ -39,6 +42,49 @@ Ordinal = FrozenSet[str]
 def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
     """Names and sites of a trace, of type sample: latent, observed and subsampling."""
     return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
+
+
+def find_density_scale(site: Any) -> Any:
+    """
+    The factor by which ``scale`` and all masks multiply the log density of a site's draw.
+
+    :param site: of a trace, with a ``log_prob``.
+    :return: a float, or a tensor that can be broadcast to the draw, or None if the factor
+        has a gradient, or a mask is inside of a transform.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with pyro.poutine.trace() as tp, pyro.poutine.scale(scale=0.5):
+    ...     _ = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    >>> find_density_scale(tp.trace.nodes["z"])
+    0.5
+    """
+    layer = fn = site["fn"]
+    mask = 1.0 if site["mask"] is None else site["mask"]
+    factor = _sum_to(site["scale"] * mask, fn.batch_shape)
+    if isinstance(factor, torch.Tensor):
+        factor = unsqueeze_right(factor, fn.event_dim)
+    is_transformed = False
+    while layer is not None:
+        if isinstance(layer, MaskedDistribution):
+            if is_transformed:
+                return None
+            mask = layer._mask
+            if isinstance(mask, torch.Tensor):
+                mask = unsqueeze_right(mask, layer.event_dim)
+            factor = factor * mask
+        is_transformed |= isinstance(layer, torch.distributions.TransformedDistribution)
+        layer = getattr(layer, "base_dist", None)
+    if not isinstance(factor, torch.Tensor):
+        return float(factor)
+    return None if factor.requires_grad else factor
+
+
+def _sum_to(factor: Any, batch_shape: torch.Size) -> Any:
+    """A larger batch of factors than of draws multiplies each draw's density by their sum."""
+    if not isinstance(factor, torch.Tensor):
+        return factor
+    shape = torch.broadcast_shapes(factor.shape, batch_shape)
+    return factor if shape == batch_shape else factor.expand(shape).sum_to_size(batch_shape)
 
 
 def is_replayed() -> bool:

@@ -30,7 +30,8 @@ def bound(request):
 
 def make(num_particles, bound, vectorize=True, scale=1.0):
     nesting = bound.nesting + 1  # the plate of copies
-    return DReG_ELBO(num_particles, vectorize, scale, max_plate_nesting=nesting)
+    options = {"vectorize_particles": vectorize, "control_variate_scale": scale}
+    return DReG_ELBO(num_particles, nesting, **options)
 
 
 def check_gradient(bound, elbo, num_particles):
@@ -108,7 +109,7 @@ def test_agrees_with_scale_0_on_autoguides(name, num_particles):
     case = AUTOGUIDES[name]()
     dreg, plain = (
         Bound(case, case.exact_loss, nesting=1).draw_gradients(
-            DReG_ELBO(num_particles, control_variate_scale=c, max_plate_nesting=2), 100, 150
+            DReG_ELBO(num_particles, 2, vectorize_particles=True, control_variate_scale=c), 100, 150
         )
         for c in (1.0, 0.0)
     )
@@ -157,7 +158,7 @@ def test_variance_on_a_narrow_guide():
 
 def test_adaptive_learns_what_links_sites():
     """Sites of which one depends on the other share a scale; others have their own."""
-    elbo = DReG_ELBO(4, control_variate_scale="adaptive", max_plate_nesting=0)
+    elbo = DReG_ELBO(4, 0, vectorize_particles=True, control_variate_scale="adaptive")
     case = BOUNDS["hierarchical"]().case
     for _ in range(60):
         elbo.loss_and_grads(case.model, case.guide)
@@ -166,7 +167,7 @@ def test_adaptive_learns_what_links_sites():
 
     pyro.clear_param_store()
     case = BOUNDS["global_and_local"]().case
-    elbo = DReG_ELBO(4, control_variate_scale="adaptive", max_plate_nesting=1)
+    elbo = DReG_ELBO(4, 1, vectorize_particles=True, control_variate_scale="adaptive")
     for _ in range(60):
         elbo.loss_and_grads(case.model, case.guide, *case.args)
     own = elbo.report()

@@ -1,0 +1,33 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import re
+from contextlib import contextmanager
+from typing import Callable, Iterator
+
+_SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
+
+
+@contextmanager
+def hint_at_shapes(find_hint: Callable[[], str]) -> Iterator[None]:
+    """
+    Adds a hint to errors that look as if a tensor had a shape that was not expected.
+
+    :param find_hint: called at such an error; gives a remedy, or an empty string.
+
+    >>> import torch
+    >>> with hint_at_shapes(lambda: "Did you try its transpose?"):
+    ...     torch.zeros(2, 3) @ torch.zeros(2)
+    Traceback (most recent call last):
+    RuntimeError: size mismatch, got input (2), mat (2x3), vec (2)
+    Did you try its transpose?
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as e:
+        is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
+        text = str(e).split("Trace Shapes:")[0]
+        hint = find_hint() if is_known and _SHAPES.search(text) else ""
+        if not hint:
+            raise
+        raise type(e)(f"{e}\n{hint}") from e
