@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Tuple
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
 
@@ -245,6 +246,103 @@ def global_and_local() -> Bound:
     return Bound(Case(model, guide, (x,), tapped={"u", "z"}), exact, 1)
 
 
+def tempered() -> Bound:
+    """hierarchical, with other scales in guide and model, and for each draw: below 1 for the
+    one that enters the other's distribution, and above."""
+
+    def model() -> None:
+        with poutine.scale(scale=0.7):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(()), 1.0))
+        with poutine.scale(scale=1.2):
+            z2 = pyro.sample("z2", dist.Normal(z1, 0.7))
+        pyro.sample("x", dist.Normal(z2, 0.5), obs=torch.tensor(1.3))
+        pyro.factor("constant", torch.tensor(-2.0))  # a loss that is not near zero
+
+    def guide() -> None:
+        with poutine.scale(scale=0.4):
+            z1 = pyro.sample("z1", dist.Normal(real("m1", 0.3), positive("s1", 0.8)))
+        loc = real("a", 0.2) + real("b", 0.6) * z1
+        with poutine.scale(scale=2.5):
+            pyro.sample("z2", dist.Normal(loc, positive("s2", 0.6)))
+
+    def exact(num_particles: int) -> torch.Tensor:
+        nodes, weights = grid(2)
+        m1, s1, a, b, s2 = (pyro.param(name) for name in ("m1", "s1", "a", "b", "s2"))
+        z1 = m1 + s1 * nodes[:, 0]
+        z2 = a + b * z1 + s2 * nodes[:, 1]
+        log_p = 0.7 * log_normal(z1, 0.0, 1.0) + 1.2 * log_normal(z2, z1, 0.7)
+        log_q = 0.4 * log_normal(z1, m1, s1) + 2.5 * log_normal(z2, a + b * z1, s2)
+        log_w = log_p + log_normal(1.3, z2, 0.5) - 2.0 - log_q
+        return iwae_loss(log_w, weights, num_particles)
+
+    return Bound(Case(model, guide, tapped={"z1", "z2"}), exact, 0)
+
+
+def tempered_elements() -> Bound:
+    """Elements of one site with scales of their own, of which one is masked out."""
+    x, scale = torch.tensor(CONJ_X[:3]), torch.tensor([0.5, 1.6, 1.0])
+    mask = torch.tensor([True, True, False])
+
+    def model(x: torch.Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 3), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(u, 0.8))
+            pyro.sample("x", dist.Normal(z, 0.6), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(real("u_loc", 0.2), positive("u_scale", 0.8)))
+        with pyro.plate("data", 3), poutine.scale(scale=scale), poutine.mask(mask=mask):
+            loc = real("z_loc", 0.3, -0.6, 0.4) + real("slope", 0.5) * u
+            pyro.sample("z", dist.Normal(loc, positive("z_scale", 0.7, 0.6, 0.5)))
+
+    def exact(num_particles: int) -> torch.Tensor:
+        nodes, weights = grid(3)
+        # The masked element is drawn, and has no effect.
+        m, s = pyro.param("z_loc")[:2], pyro.param("z_scale")[:2]
+        u = pyro.param("u_loc") + pyro.param("u_scale") * nodes[:, :1]
+        loc = m + pyro.param("slope") * u
+        z = loc + s * nodes[:, 1:]
+        log_w = log_normal(u, 0.0, 1.0) - log_normal(u, pyro.param("u_loc"), pyro.param("u_scale"))
+        local = log_normal(z, u, 0.8) + log_normal(x[:2], z, 0.6)
+        local = local - scale[:2] * log_normal(z, loc, s)
+        return iwae_loss(log_w.sum(-1) + local.sum(-1), weights, num_particles)
+
+    return Bound(Case(model, guide, (x,), tapped={"u", "z"}), exact, 1)
+
+
+def subsampled_locals() -> Bound:
+    """A latent outside of the plate, of which one of two items is taken: one weight, in which
+    the log densities of the item count twice."""
+    x = torch.tensor(CONJ_X[:2])
+
+    def model(x: torch.Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 2, subsample_size=1) as i:
+            z = pyro.sample("z", dist.Normal(u, 0.8))
+            pyro.sample("x", dist.Normal(z, 0.6), obs=x[i])
+
+    def guide(x: torch.Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(real("u_loc", 0.2), positive("u_scale", 0.6)))
+        m, s = real("z_loc", 0.3, -0.6), positive("z_scale", 0.6, 0.5)
+        with pyro.plate("data", 2, subsample_size=1) as i:
+            pyro.sample("z", dist.Normal(m[i] + real("slope", 0.4) * u, s[i]))
+
+    def exact(num_particles: int) -> torch.Tensor:
+        nodes, weights = grid(2)
+        m, s, slope = (pyro.param(name) for name in ("z_loc", "z_scale", "slope"))
+        u = pyro.param("u_loc") + pyro.param("u_scale") * nodes[:, 0]
+        log_w = log_normal(u, 0.0, 1.0) - log_normal(u, pyro.param("u_loc"), pyro.param("u_scale"))
+        losses = []
+        for i in range(2):
+            loc = m[i] + slope * u
+            z = loc + s[i] * nodes[:, 1]
+            local = log_normal(z, u, 0.8) + log_normal(x[i], z, 0.6) - log_normal(z, loc, s[i])
+            losses.append(iwae_loss(log_w + 2.0 * local, weights, num_particles))
+        return sum(losses) / 2
+
+    return Bound(Case(model, guide, (x,), tapped={"u", "z"}), exact, 1, subsamples=True)
+
+
 BOUNDS: Dict[str, Callable[[], Bound]] = {
     f.__name__: f
     for f in (
@@ -255,5 +353,8 @@ BOUNDS: Dict[str, Callable[[], Bound]] = {
         full_rank,
         nested_plates,
         global_and_local,
+        tempered,
+        tempered_elements,
+        subsampled_locals,
     )
 }

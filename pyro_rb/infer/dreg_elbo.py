@@ -1,38 +1,39 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+import warnings
 from contextlib import nullcontext
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO
 from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 
-from pyro_rb.infer.importance_bound import (
-    Draw,
-    Partials,
-    Surrogate,
-    check_reparameterized,
-    compute_bound,
-)
-from pyro_rb.infer.path_mixin import PathGradientMixin
+from pyro_rb.infer.hint import hint_at_shapes
+from pyro_rb.infer.importance_bound import compute_bound
+from pyro_rb.infer.importance_checks import check_densities, check_reparameterized
+from pyro_rb.infer.importance_surrogate import Surrogate
+from pyro_rb.infer.path_mixin import Groups, PathGradientMixin
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
 
 
-class _Path(NamedTuple):
-    """
-    A gradient in two parts: that of the draws, times ``of_draws``, and that of ``rest``.
-    """
-
-    of_draws: List[torch.Tensor]  # detached, one for each draw and of its shape
-    rest: List[torch.Tensor]  # scalars
-
-    def as_scalar(self, draws: Sequence[Draw]) -> Any:
-        terms = [(g * d.value).sum() for g, d in zip(self.of_draws, draws)]
-        return sum(terms + self.rest)
+def _find_hint(guide: Any, args: Tuple, kwargs: Dict) -> str:
+    """What to say of an error in a vectorized run, unless there is something clearer."""
+    try:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        guide_trace.compute_score_parts()
+    except Exception:  # the very error, perhaps
+        pass
+    else:
+        check_reparameterized(guide_trace)
+    return (
+        "The values of the guide sites have one more dim on the left, for the particles. If "
+        "the model or guide cannot do with it, set vectorize_particles=False."
+    )
 
 
 class DReG_ELBO(PathGradientMixin, RenyiELBO):
@@ -134,11 +135,13 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
     def __init__(
         self,
         num_particles: int = 2,
-        vectorize_particles: bool = True,
-        control_variate_scale: Union[float, str] = 1.0,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: Optional[int] = None,  # DEPRECATED
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
         *,
+        control_variate_scale: Union[float, str] = 1.0,
         retain_graph: Optional[bool] = None,
-        **kwargs: Any,
     ) -> None:
         is_int = isinstance(num_particles, int) and not isinstance(num_particles, bool)
         if not is_int or num_particles < 1:
@@ -147,10 +150,12 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
             )
         self._init_scales(control_variate_scale)
         super().__init__(
-            alpha=0,
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles,
-            **kwargs,
+            0,
+            num_particles,
+            max_plate_nesting,
+            max_iarange_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
         )
         self.retain_graph = retain_graph
 
@@ -161,15 +166,6 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         model_trace, guide_trace = super()._get_trace(model, tap(guide), args, kwargs)
         tap.path.raise_if_edited()
         guide_trace.tap = tap  # type: ignore[attr-defined]
-        if torch.is_grad_enabled():
-            self._scales = {}
-            self._latest = Summary(
-                [
-                    Row(name, None if tap.drawn_by.get(name) else self.otherwise, tap.reasons.get(name, ""))
-                    for name in guide_trace.stochastic_nodes
-                ],
-                self._scales,
-            )
         return model_trace, guide_trace
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -187,22 +183,12 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         :return: an estimate of minus the importance-weighted bound.
         """
         loss, surrogate, trainable = self._evaluate(model, guide, args, kwargs)
-        if not trainable:
-            return loss
-        # First through the model, down to the draws; then through the guide. What the
-        # second pass starts from is known after the first.
-        draws = surrogate.draws
-        for draw in draws:
-            draw.value.retain_grad()
-        if getattr(surrogate.kept, "requires_grad", False):
-            with surrogate.closed():
-                retain_graph = True if draws else self.retain_graph
-                surrogate.kept.backward(retain_graph=retain_graph)
-        if draws:
-            path = self._compute_path(surrogate, [draw.value.grad for draw in draws])
-            roots = [draw.value for draw in draws] + path.rest
-            gradients: Any = path.of_draws + [None] * len(path.rest)
-            torch.autograd.backward(roots, gradients, retain_graph=self.retain_graph)
+        if trainable:
+            shares, groups = self._find_shares(surrogate)
+            if groups or not surrogate.backward(shares, self.retain_graph):
+                total = self._compute_total(surrogate, shares, groups)
+                if getattr(total, "requires_grad", False):
+                    total.backward(retain_graph=self.retain_graph)
         return loss
 
     def differentiable_loss(
@@ -213,10 +199,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
             gradient is the one of :meth:`loss_and_grads`.
         """
         loss, surrogate, _ = self._evaluate(model, guide, args, kwargs)
-        total = surrogate.kept
-        if surrogate.draws:
-            partials = surrogate.partials_of_kept()
-            total = _join(surrogate, partials, self._compute_path(surrogate, partials))
+        total = self._compute_total(surrogate, *self._find_shares(surrogate))
         return loss + (total - total.detach()) if isinstance(total, torch.Tensor) else loss
 
     def _evaluate(
@@ -225,15 +208,29 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         """The loss, a surrogate for its gradient, and whether there is a param site."""
         self._note_call(model, guide, args, kwargs)
         is_vectorized = self.vectorize_particles and self.num_particles > 1
+
+        def find_hint() -> str:
+            return _find_hint(guide, args, kwargs) if is_vectorized else ""
+
         with nullcontext() if is_vectorized else SharedSubsampleMessenger():
-            traces = list(self._get_traces(model, guide, args, kwargs))
-        if torch.is_grad_enabled():
-            for _, guide_trace in traces:
+            with hint_at_shapes(find_hint):
+                traces = list(self._get_traces(model, guide, args, kwargs))
+        for _, guide_trace in traces:
+            check_densities(guide_trace)
+            if torch.is_grad_enabled():
                 check_reparameterized(guide_trace)
         particle_dim = -self.max_plate_nesting if is_vectorized else None
         loss: Any
         loss, surrogate = compute_bound(traces, particle_dim)
         warn_if_nan(loss, "loss")
+        self._note(traces[-1][1], surrogate)
+        if loss == math.inf and torch.is_grad_enabled():
+            warnings.warn(
+                "The loss of DReG_ELBO is infinite, as all particles have weight zero, at one "
+                "item of a plate at least, which adds nothing to the gradient. Expected draws "
+                "of the guide to which the model gives a density that is not zero: see to the "
+                "support of the guide, or where it starts."
+            )
         trainable = any(
             site["type"] == "param"
             for pair in traces
@@ -242,46 +239,37 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         )
         return loss, surrogate, trainable
 
-    def _compute_path(self, surrogate: Surrogate, partials: Partials) -> _Path:
-        """
-        :param partials: derivatives of ``surrogate.kept`` by each draw; None is zero.
-        """
+    def _find_shares(self, surrogate: Surrogate) -> Tuple[List[float], Groups]:
+        """By draw, how much of its score to reparameterize; and what to learn of from it."""
         draws = surrogate.draws
         log_q: Dict[str, List[torch.Tensor]] = {}
         for draw in draws:
-            log_q.setdefault(draw.site, []).append(draw.log_q)
-        # Through the draws: a site shares the scale of those that it depends on.
-        groups = self._find_scales(log_q)
-        path, score = _Path([], []), _Path([], [])
-        for draw, of_kept, a in zip(draws, partials, surrogate.partials_of_log_q()):
-            # Of minus log w, with the weight as a factor; the path has it once more.
-            g = a if of_kept is None else of_kept + a
-            doubled = draw.broad_weight * g
-            rest = 1.0 - self._scales[draw.site]
-            if rest == 0.0 and not groups:
-                path.of_draws.append(doubled)
-                continue
-            # What the gradient of RenyiELBO has beyond the doubly reparameterized one.
-            beyond, direct = g - doubled - a, draw.weighted_log_q
-            path.of_draws.append(doubled + rest * beyond)
-            path.rest.append(rest * direct)
-            score.of_draws.append(beyond)
-            score.rest.append(direct)
+            if draw.scale is not None:
+                log_q.setdefault(draw.site, []).append(draw.log_q)
+        groups = self._find_scales(log_q, {draw.value.grad_fn for draw in draws})
+        return [self._scales.get(draw.site, 0.0) for draw in draws], groups
+
+    def _compute_total(self, surrogate: Surrogate, shares: List[float], groups: Groups) -> Any:
+        """A scalar whose gradient is that of the loss."""
+        if not surrogate.draws:
+            return surrogate.kept
+        total = surrogate.as_scalar(shares)
         if groups:
-            values = [draw.value for draw in draws]
-            self._learn(
-                groups,
-                _join(surrogate, partials, path),
-                lambda parameters: quiet_grad([score.as_scalar(draws)], parameters, between=values),
-                values,
-            )
-        return path
+            values = [draw.value for draw in surrogate.draws]
+            self._learn(groups, total, surrogate.differentiate_scores, values)
+        return total
 
-
-def _join(surrogate: Surrogate, partials: Partials, path: _Path) -> torch.Tensor:
-    """A scalar with the whole gradient: what ``kept`` passes to the draws is replaced."""
-    total = surrogate.kept + path.as_scalar(surrogate.draws)
-    for draw, partial in zip(surrogate.draws, partials):
-        if partial is not None:
-            total = total - (partial * draw.value).sum()
-    return total
+    def _note(self, guide_trace: Any, surrogate: Surrogate) -> None:
+        """For the report."""
+        if not torch.is_grad_enabled():
+            return
+        unknown = {draw.site for draw in surrogate.draws if draw.scale is None}
+        tap, self._scales = guide_trace.tap, {}
+        rows = []
+        for name in guide_trace.stochastic_nodes:
+            treatment = self.otherwise if tap.drawn_by.get(name) is None else None
+            reason = tap.reasons.get(name, "")
+            if name in unknown:
+                treatment, reason = self.otherwise, "the factor of its log density is not known"
+            rows.append(Row(name, treatment, reason))
+        self._latest = Summary(rows, self._scales)

@@ -3,27 +3,31 @@
 
 import re
 from contextlib import contextmanager
-from typing import Iterator, Optional
-
-from pyro_rb.poutine import TopK
+from typing import Callable, Iterator
 
 _SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
 
 
 @contextmanager
-def hint(topk: Optional[TopK]) -> Iterator[None]:
-    """Names the sites that were enumerated in errors that they may have caused."""
+def hint_at_shapes(find_hint: Callable[[], str]) -> Iterator[None]:
+    """
+    Adds a hint to errors that look as if a tensor had a shape that was not expected.
+
+    :param find_hint: called at such an error; gives a remedy, or an empty string.
+
+    >>> import torch
+    >>> with hint_at_shapes(lambda: "Did you try its transpose?"):
+    ...     torch.zeros(2, 3) @ torch.zeros(2)
+    Traceback (most recent call last):
+    RuntimeError: size mismatch, got input (2), mat (2x3), vec (2)
+    Did you try its transpose?
+    """
     try:
         yield
     except (IndexError, RuntimeError, TypeError, ValueError) as e:
-        names = [site.name for site in topk.enumerated] if topk is not None else []
         is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
         text = str(e).split("Trace Shapes:")[0]
-        if not (is_known and names and _SHAPES.search(text)) or "{'topk'" in text:
+        hint = find_hint() if is_known and _SHAPES.search(text) else ""
+        if not hint:
             raise
-        raise type(e)(
-            f"{e}\nThe values of the guide sites {names} have one more dim on the left, "
-            "for the values that are looked at. If the model or guide cannot do with "
-            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
-            "infer={'topk': 0} at the site."
-        ) from e
+        raise type(e)(f"{e}\n{hint}") from e

@@ -15,7 +15,7 @@ from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 
 from pyro_rb.infer.path_mixin import Groups, PathGradientMixin, check_num_particles
-from pyro_rb.infer.hint import hint
+from pyro_rb.infer.hint import hint_at_shapes
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.surrogate import path_terms
 from pyro_rb.infer.util import (
@@ -128,7 +128,7 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
             run = self._make_run(path, guide)
             found = None
             try:
-                with hint(run.topk):
+                with hint_at_shapes(run.hint):
                     found = self._run(run, starts, model, guide, args, kwargs)
             except Exception:
                 # A derivative of what was projected may be the cause.

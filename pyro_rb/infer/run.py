@@ -60,6 +60,16 @@ class Run:
         ours = {} if self.projection is None else self.projection.sites
         return [n for n in self.path.values if n not in ours or ours[n].projected is None]
 
+    def hint(self) -> str:
+        """What to say of an error that the slots of sites may have caused."""
+        names = [] if self.topk is None else [site.name for site in self.topk.enumerated]
+        return names and (
+            f"The values of the guide sites {names} have one more dim on the left, "
+            "for the values that are looked at. If the model or guide cannot do with "
+            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
+            "infer={'topk': 0} at the site."
+        ) or ""
+
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
         fn = self.handler(fn)

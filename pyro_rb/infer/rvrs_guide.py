@@ -283,7 +283,8 @@ class RVRSGuide(PosteriorMixin, PyroModule):
                     dim = particles.dim - event_dim
                     value = _with_particles(value[: particles.size], dim)
                 fn = Delta(value, event_dim=event_dim, validate_args=False)
-                values[name] = pyro.sample(name, fn)
+                infer: Any = {"_no_density": "RVRSGuide"}
+                values[name] = pyro.sample(name, fn, infer=infer)
             pyro.factor("_rvrs_factor", factor, has_rsample=True)
         for name, (value, _) in proposer.globals.items():
             if name in run.sites:

@@ -9,6 +9,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.infer.traceenum_elbo import (
     _check_tmc_elbo_constraint,
     _compute_dice_elbo,
@@ -34,6 +35,8 @@ from pyro.util import (
     set_rng_state,
 )
 
+from pyro_rb.ops.importance import unsqueeze_right
+
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
 
@@ -48,6 +51,62 @@ def site_values(*traces: Trace) -> List[torch.Tensor]:
     nodes = [site for trace in traces for site in trace.nodes.values()]
     values = [site["value"] for site in nodes if site["type"] in ("sample", "param")]
     return [value for value in values if isinstance(value, torch.Tensor)]
+def find_density_scale(site: Any) -> Any:
+    """
+    The factor by which ``scale`` and all masks multiply the log density of a site's draw.
+
+    :param site: of a trace, with a ``log_prob``.
+    :return: a float, or a tensor that can be broadcast to the draw, or None if the factor
+        has a gradient, or a mask is inside of a transform.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with pyro.poutine.trace() as tp, pyro.poutine.scale(scale=0.5):
+    ...     _ = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    >>> find_density_scale(tp.trace.nodes["z"])
+    0.5
+    """
+    layer = fn = site["fn"]
+    mask = 1.0 if site["mask"] is None else site["mask"]
+    factor = _sum_to(site["scale"] * mask, fn.batch_shape)
+    if isinstance(factor, torch.Tensor):
+        factor = unsqueeze_right(factor, fn.event_dim)
+    is_transformed = False
+    while layer is not None:
+        if isinstance(layer, MaskedDistribution):
+            if is_transformed:
+                return None
+            mask = layer._mask
+            if isinstance(mask, torch.Tensor):
+                mask = unsqueeze_right(mask, layer.event_dim)
+            factor = factor * mask
+        is_transformed |= isinstance(layer, torch.distributions.TransformedDistribution)
+        layer = getattr(layer, "base_dist", None)
+    if not isinstance(factor, torch.Tensor):
+        return float(factor)
+    return None if factor.requires_grad else factor
+
+
+def _sum_to(factor: Any, batch_shape: torch.Size) -> Any:
+    """A larger batch of factors than of draws multiplies each draw's density by their sum."""
+    if not isinstance(factor, torch.Tensor):
+        return factor
+    shape = torch.broadcast_shapes(factor.shape, batch_shape)
+    return factor if shape == batch_shape else factor.expand(shape).sum_to_size(batch_shape)
+
+
+def is_replayed() -> bool:
+    """
+    Whether the code runs inside of a handler that may supply values of sample sites,
+    so that a guide's values need not be draws of its distributions.
+
+    >>> import pyro
+    >>> is_replayed()
+    False
+    >>> with pyro.poutine.replay(trace=pyro.poutine.Trace()):
+    ...     is_replayed()
+    True
+    """
+    return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
 
 
 def forget_parameters() -> None:

@@ -53,6 +53,35 @@ def leaves(
             yield node.variable
 
 
+def leaf_nodes(
+    roots: Iterable[Any], stop: AbstractSet[Optional[Node]] = frozenset()
+) -> Dict[Node, torch.Tensor]:
+    """
+    Returns the leaf tensors that some tensors were computed from, by graph node.
+
+    :param roots: tensors of any shape, or numbers.
+    :param stop: graph nodes that are not looked behind.
+
+    >>> x, y = (torch.ones((), requires_grad=True) for _ in range(2))
+    >>> [leaf is x for leaf in leaf_nodes([2.0 * x, 3.0 * x]).values()]
+    [True]
+    """
+    found: Dict[Node, torch.Tensor] = {}
+    seen = set(stop)
+    stack = [root.grad_fn for root in roots if isinstance(root, torch.Tensor)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parents = node.next_functions
+        if parents:
+            stack.extend([parent for parent, _ in parents])
+        elif hasattr(node, "variable"):
+            found[node] = node.variable
+    return found
+
+
 def iter_reached(
     roots: Iterable[Any], targets: Mapping[Tuple[Node, int], Key], seen: Set[Node]
 ) -> Iterator[Key]:

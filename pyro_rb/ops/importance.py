@@ -37,14 +37,16 @@ def normalize(log_weights: torch.Tensor, dim: int) -> Weights:
     Computes :math:`\log \frac1K \sum_k w_k` and :math:`w_k / \sum_j w_j`.
 
     :param log_weights: of any shape, with the particles along ``dim``.
-    :return: ``log_mean`` lacks ``dim``, ``normalized`` has the shape of ``log_weights``.
+    :return: ``log_mean`` lacks ``dim``, ``normalized`` has the shape of ``log_weights``, and
+        is zero where all weights are.
 
     >>> weights = normalize(torch.tensor([1.0, 3.0]).log(), dim=0)
     >>> weights.log_mean.exp(), weights.normalized
     (tensor(2.), tensor([0.2500, 0.7500]))
     """
-    log_mean = log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
-    return Weights(log_mean, log_weights.softmax(dim))
+    log_sum = log_weights.logsumexp(dim, keepdim=True)
+    normalized = log_weights.softmax(dim).masked_fill(log_sum.isneginf(), 0.0)
+    return Weights(log_sum.squeeze(dim) - math.log(log_weights.shape[dim]), normalized)
 
 
 def stack(terms: Sequence[Any]) -> torch.Tensor:
@@ -63,6 +65,19 @@ def stack(terms: Sequence[Any]) -> torch.Tensor:
         for term in terms
     ]
     return torch.stack(torch.broadcast_tensors(*tensors))
+
+
+def weighted_sum(weights: torch.Tensor, terms: Any) -> torch.Tensor:
+    """
+    Sums products, of which those with a weight of zero are zero: their terms may be infinite.
+
+    :param weights: of any shape.
+    :param terms: a tensor of a shape that can be broadcast to it, or a number.
+
+    >>> weighted_sum(torch.tensor([2.0, 0.0]), torch.tensor([3.0, -math.inf]))
+    tensor(6.)
+    """
+    return torch.where(weights != 0.0, weights * terms, 0.0).sum()
 
 
 def unsqueeze_right(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:

@@ -41,8 +41,7 @@ class TestDRegELBOContract(ELBOContract):
     options: Any = {}
 
     def make_elbo(self, **kwargs: Any) -> DReG_ELBO:
-        default = {"num_particles": 1, "vectorize_particles": False}
-        return DReG_ELBO(**{**default, **self.options, **kwargs})
+        return DReG_ELBO(**{"num_particles": 1, **self.options, **kwargs})
 
     def as_bound(self, case: Case) -> Bound:
         """With one particle the bound is the ELBO."""

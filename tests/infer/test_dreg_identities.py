@@ -74,7 +74,7 @@ def particles(request):
 def test_one_particle_is_stl(name, scale, entrance):
     case = GUIDES[name]()
     for vectorize in (False, True):
-        elbo = DReG_ELBO(1, vectorize, scale, max_plate_nesting=1)
+        elbo = DReG_ELBO(1, 1, vectorize_particles=vectorize, control_variate_scale=scale)
         expected = evaluate(STLTrace_ELBO(control_variate_scale=scale), case, entrance, seed=0)
         assert_same(evaluate(elbo, case, entrance, seed=0), expected, rtol=1e-7, atol=1e-8)
 
@@ -212,7 +212,7 @@ def test_particles_of_a_loop_are_those_of_a_plate():
     case.guide = guide
     for vectorize in (False, True):
         Fixed.index = 0
-        elbo = DReG_ELBO(3, vectorize, 0.4, max_plate_nesting=0)
+        elbo = DReG_ELBO(3, 0, vectorize_particles=vectorize, control_variate_scale=0.4)
         results.append(evaluate(elbo, case))
     assert_same(*results)
 
@@ -235,6 +235,6 @@ def test_lognormal_coordinate_does_not_matter(particles):
 
 def test_two_model_is_what_it_was():
     """``two_model`` has no plate: the particle plate is the only one."""
-    elbo = DReG_ELBO(4)
+    elbo = DReG_ELBO(4, vectorize_particles=True)
     elbo.loss(two_model, two().guide)
     assert elbo.max_plate_nesting == 1

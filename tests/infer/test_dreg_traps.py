@@ -54,7 +54,7 @@ def test_guide_site_outside_of_the_plate_counts_once():
 
     expected = loss(Trace_ELBO())
     for vectorize in (False, True):
-        elbo = DReG_ELBO(1, vectorize, max_plate_nesting=1)
+        elbo = DReG_ELBO(1, 1, vectorize_particles=vectorize)
         assert loss(elbo) == pytest.approx(expected)
     assert abs(loss(RenyiELBO(num_particles=1)) - expected) > 1.0
 
@@ -79,7 +79,7 @@ def test_weights_of_items_are_their_own():
     results = []
     for case, n in ((few, 1), (many, 4)):
         case.guide = fixed(n)
-        elbo = DReG_ELBO(3, max_plate_nesting=1)
+        elbo = DReG_ELBO(3, 1, vectorize_particles=True)
         results.append(evaluate(elbo, case)[1]["loc"])
     assert results[0][0] == pytest.approx(results[1][0].item())
 
@@ -124,7 +124,7 @@ def test_batch_without_a_plate_has_one_weight():
     with pyro.validation_enabled(False):
         for event in (lambda d: d.to_event(1), lambda d: d):
             pyro.set_rng_seed(0)
-            losses.append(DReG_ELBO(3, vectorize_particles=False).loss(*make(event)))
+            losses.append(DReG_ELBO(3).loss(*make(event)))
     assert losses[0] == pytest.approx(losses[1])
 
 
@@ -156,9 +156,9 @@ def subsampled(local):
 @pytest.mark.parametrize("local", [False, True])
 def test_looped_particles_share_the_subsample(local):
     model, guide, seen = subsampled(local)
-    DReG_ELBO(5, vectorize_particles=False).loss_and_grads(model, guide)
+    DReG_ELBO(5).loss_and_grads(model, guide)
     assert len(seen) == 5 and all(i == seen[0] for i in seen)
-    DReG_ELBO(5, vectorize_particles=False).loss_and_grads(model, guide)
+    DReG_ELBO(5).loss_and_grads(model, guide)
     assert seen[5] != seen[0] and all(i == seen[5] for i in seen[5:])
 
 
@@ -187,7 +187,7 @@ def test_subsampling_multiplies_the_bound():
 
         return model, guide
 
-    losses = [DReG_ELBO(3, max_plate_nesting=1).loss(*make(n)) for n in (1, 2, 4)]
+    losses = [DReG_ELBO(3, 1, vectorize_particles=True).loss(*make(n)) for n in (1, 2, 4)]
     assert losses == pytest.approx([losses[2]] * 3)
 
 
@@ -217,7 +217,7 @@ def test_scale_tempers_the_weights_as_renyi(entrance):
 def test_masked_items_add_nothing(vectorize):
     case, mask = conj(), torch.tensor([True, False, True, True])
     case.model, case.guide = (poutine.mask(f, mask) for f in (case.model, case.guide))
-    elbo = DReG_ELBO(3, vectorize)
+    elbo = DReG_ELBO(3, vectorize_particles=vectorize)
     for entrance in ENTRANCES:
         for gradient in evaluate(elbo, case, entrance)[1].values():
             assert gradient[1] == 0 and gradient[mask].all()
@@ -246,7 +246,7 @@ def discrete_model():
 def test_discrete_site_with_a_parameter(entrance, vectorize, num_particles):
     """RenyiELBO gives its parameter a gradient of zero, and says nothing."""
     guide = discrete_guide(lambda: pyro.param("p", torch.tensor(0.3)))
-    elbo = DReG_ELBO(num_particles, vectorize)
+    elbo = DReG_ELBO(num_particles, vectorize_particles=vectorize)
     message = "(?s)site 'k' from Bernoulli without.*log_prob depends on a parameter.*Trace_ELBO"
     with pytest.raises(NotImplementedError, match=message):
         getattr(elbo, entrance)(discrete_model, guide)
@@ -257,10 +257,10 @@ def test_discrete_site_with_a_parameter(entrance, vectorize, num_particles):
 def test_discrete_site_without_a_parameter():
     case = two()
     case.model, case.guide = discrete_model, discrete_guide(torch.tensor(0.3))
-    loss, gradient = evaluate(DReG_ELBO(3, max_plate_nesting=0), case, seed=0)
+    loss, gradient = evaluate(DReG_ELBO(3, 0, vectorize_particles=True), case, seed=0)
     renyi = RenyiELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=0)
     assert loss == pytest.approx(evaluate(renyi, case, seed=0)[0])
-    plain = DReG_ELBO(3, max_plate_nesting=0, control_variate_scale=0.0)
+    plain = DReG_ELBO(3, 0, vectorize_particles=True, control_variate_scale=0.0)
     assert_same(evaluate(plain, case, seed=0), evaluate(renyi, case, seed=0))
 
 
@@ -302,13 +302,12 @@ def test_delta_density_keeps_its_weight(entrance, vectorize):
 
 
 def test_replayed_values_are_no_draws():
-    options = {"vectorize_particles": False, "retain_graph": True}  # that of 2 * v
-    case, elbo = two(), DReG_ELBO(3, **options)
+    case, elbo = two(), DReG_ELBO(3, retain_graph=True)  # that of 2 * v
     trace = poutine.trace(case.guide).get_trace()
     v = real("v", 0.4)
     trace.nodes["z1"]["value"] = 2 * v
     case.guide = poutine.replay(case.guide, trace=trace)
-    expected = evaluate(DReG_ELBO(3, control_variate_scale=0.0, **options), case, seed=0)
+    expected = evaluate(DReG_ELBO(3, control_variate_scale=0.0, retain_graph=True), case, seed=0)
     for entrance in ENTRANCES:
         _, gradient = evaluate(elbo, case, entrance, seed=0)
         assert gradient["m1"] != 0
@@ -335,7 +334,7 @@ def test_changed_in_place():
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_loss_is_the_bound(vectorize):
     case = two()
-    elbo = DReG_ELBO(6, vectorize, max_plate_nesting=0)
+    elbo = DReG_ELBO(6, 0, vectorize_particles=vectorize)
     svi = SVI(case.model, case.guide, pyro.optim.SGD({"lr": 0.0}), elbo)
     pyro.set_rng_seed(0)
     evaluated = svi.evaluate_loss()
@@ -354,7 +353,7 @@ def test_loss_builds_no_graph():
     def guide():
         pyro.sample("z", dist.Normal(real("loc", 0.3), 1.0))
 
-    DReG_ELBO(3, max_plate_nesting=0).loss(model, guide)
+    DReG_ELBO(3, 0, vectorize_particles=True).loss(model, guide)
     assert calls == [False]
 
 
@@ -384,7 +383,7 @@ def test_particles_may_differ_in_structure():
         if z > 0:
             pyro.sample("u", dist.Normal(real(f"{where}_u", float(where == "guide")) + z, 1.0))
 
-    elbo = DReG_ELBO(8, vectorize_particles=False)
+    elbo = DReG_ELBO(8)
     loss = elbo.loss_and_grads(lambda: run("model"), lambda: run("guide"))
     gradients = [p.unconstrained().grad for p in map(pyro.param, ("model_u", "guide_u"))]
     assert all(g.isfinite() and g != 0 for g in gradients) and loss == loss
@@ -403,7 +402,7 @@ def test_other_losses_on_a_draw_keep_their_gradient(vectorize):
         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
         pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(1.3))
 
-    loss = DReG_ELBO(3, vectorize, max_plate_nesting=0).differentiable_loss(model, guide)
+    loss = DReG_ELBO(3, 0, vectorize_particles=vectorize).differentiable_loss(model, guide)
     loc = pyro.param("loc")
     (alone,) = torch.autograd.grad(loss, loc, retain_graph=True)
     (both,) = torch.autograd.grad(loss + 7.0 * sum(z.sum() for z in stashed), loc)
@@ -417,7 +416,7 @@ def count_tensors():
 def test_no_graph_is_left_behind():
     case = conj()
     for vectorize in (False, True):
-        elbo = DReG_ELBO(4, vectorize, "adaptive")
+        elbo = DReG_ELBO(4, vectorize_particles=vectorize, control_variate_scale="adaptive")
         evaluate(elbo, case)
         gc.collect()
         before = count_tensors()
