@@ -61,8 +61,9 @@ def make_loss(name: str) -> ELBO:
 
     :param str name: The name of an ELBO class of Pyro or pyro_rb, optionally followed by a
         colon and constructor arguments separated by commas, of which those with ``=`` are
-        keyword arguments: ``"Trace_ELBO:num_particles=10"``. Arguments are Python literals,
-        else strings. ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
+        keyword arguments: ``"Trace_ELBO:num_particles=10"``. One without is the first option
+        that a loss of pyro_rb has of its own: ``"R2G2_ELBO:local"``. Arguments are Python
+        literals, else strings. ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
     :raises ValueError: If there is no such class, or it does not take these arguments.
 
     **Example**
@@ -80,10 +81,11 @@ def make_loss(name: str) -> ELBO:
     keywords: Dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
-        if equals:
-            keywords[key.strip()] = _literal(value)
-        else:
+        option = key.strip() if equals else _own_option(classes[class_name])
+        if option is None:
             positional.append(_literal(item))
+        else:
+            keywords[option] = _literal(value if equals else item)
     try:
         return classes[class_name](*positional, **keywords)
     except (TypeError, ValueError) as error:
@@ -158,10 +160,17 @@ def usage(name: str) -> Optional[str]:
     given = []
     for item in filter(None, rest.split(",")):
         key, equals, value = item.rpartition("=")
+        option = key.strip() if equals else _own_option(type(loss))
         found = _literal(value)
         text = json.dumps(found) if isinstance(found, str) else repr(found)
-        given.append(f"{key.strip()}{equals}{text}")
+        given.append(text if option is None else f"{option}={text}")
     return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
+
+
+def _own_option(loss: Type[ELBO]) -> Optional[str]:
+    """The first option that is not one of Pyro's, and so takes a keyword."""
+    parameters = inspect.signature(loss).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.KEYWORD_ONLY), None)
 
 
 def _name(loss: Any) -> str:
