@@ -7,7 +7,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_rb.ops.gaussian import GaussianDraw, find_family
+from pyro_rb.ops.family import GAUSSIANS, find_changes, find_family, strip_independent
+from pyro_rb.ops.gaussian import GaussianDraw
 from pyro_rb.ops.graph import iter_reached
 from pyro_rb.poutine.gaussian_site import (
     Elements,
@@ -60,7 +61,8 @@ class R2G2Messenger(Messenger):
         self._mode = LinearUseMode(options, reason)
         self._plain = {} if plain is None else plain
         self._draws_here = False
-        self._pending: Dict[str, GaussianSite] = {}
+        self._needs_gradient = torch.is_grad_enabled()
+        self._drawn: Dict[str, Tuple[Any, torch.Tensor, Optional[GaussianSite]]] = {}
         #: Sites of the guide that this handler drew, by name.
         self.sites = self._mode.sites
         #: What it did not draw, and why.
@@ -108,24 +110,34 @@ class R2G2Messenger(Messenger):
         elif msg["infer"].get("_do_not_trace"):
             self.reasons[name] = "its density is that of another site"
         elif find_family(fn) is None:
-            self.reasons[name] = "not Gaussian"
+            self.reasons[name] = _why_not_gaussian(fn)
+        elif self._needs_gradient and not torch.is_grad_enabled():
+            self.reasons[name] = "drawn without gradient"
         else:
-            draw = GaussianDraw(fn)
-            if not draw.value.requires_grad and torch.is_grad_enabled():
+            draw, site = GaussianDraw(fn), None
+            if not draw.value.requires_grad and self._needs_gradient:
                 self.reasons[name] = "depends on no parameter"
             else:
                 plain = self._plain.get((name, draw.shape), Plain(None, ""))
-                self._pending[name] = GaussianSite(name, draw, plain)
+                site = GaussianSite(name, draw, plain)
+            self._drawn[name] = fn, draw.value, site
             msg["value"] = draw.value
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        site = self._pending.pop(msg["name"], None)
-        if site is None:
+        name = msg["name"]
+        if name not in self._drawn:
             return
-        if msg["value"] is site.draw.value:
-            self._mode.add_site(site, msg["value"])
-        else:  # by a handler around this one
-            self.reasons[msg["name"]] = "its value was supplied, not drawn"
+        fn, value, site = self._drawn.pop(name)
+        if msg["value"] is not value:  # by a handler around this one
+            self.reasons[name] = "its value was supplied, not drawn"
+        elif msg["fn"] is not fn:
+            raise NotImplementedError(
+                f"A handler around the loss replaced the distribution of guide site {name!r}, "
+                f"{fn}, after its value was drawn. Expected a handler around the guide: "
+                "SVI(model, handler(guide), ...)."
+            )
+        elif site is not None:
+            self._mode.add_site(site, value)
 
     def note_hidden_uses(self, terms: Mapping[Any, Tuple[Any, List[Any]]]) -> None:
         """
@@ -172,3 +184,13 @@ class R2G2Messenger(Messenger):
             for name, site in self.sites.items()
             if site.violated is not None
         }
+
+
+def _why_not_gaussian(fn: Any) -> str:
+    base = strip_independent(fn)
+    for family in GAUSSIANS:
+        if isinstance(base, family):
+            changes = find_changes(base, family)
+            if changes:
+                return f"not Gaussian ({type(base).__name__} has its own {', '.join(changes)})"
+    return "not Gaussian"
