@@ -66,14 +66,14 @@ METHODS = {
     "plain": (True, lambda: by_elbo(TraceMeanField_ELBO())),
     "local, by hand": (True, lambda: local_by_hand),
     "R2G2 shared": (False, lambda: by_elbo(R2G2_ELBO(solver="cholesky"))),
-    "R2G2 local": (False, lambda: by_elbo(R2G2_ELBO("local"))),
+    "R2G2 local": (False, lambda: by_elbo(R2G2_ELBO(pre_activations="local"))),
 }
 TRAINED = [name for name in METHODS if name != "Trace_ELBO"]  # that one is timed only
 #: For variances at given parameters.
 LOSSES = {
     "plain": TraceMeanField_ELBO,
     "R2G2 shared": partial(R2G2_ELBO, solver="cholesky"),
-    "R2G2 local": partial(R2G2_ELBO, "local"),
+    "R2G2 local": partial(R2G2_ELBO, pre_activations="local"),
 }
 
 

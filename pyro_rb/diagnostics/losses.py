@@ -179,6 +179,12 @@ def usage(name: str) -> Optional[str]:
     return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
 
 
+def _own_option(loss: Type[ELBO]) -> Optional[str]:
+    """The first option that is not one of Pyro's, and so takes a keyword."""
+    parameters = inspect.signature(loss).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.KEYWORD_ONLY), None)
+
+
 def _name(loss: Any) -> str:
     if not isinstance(loss, ELBO):
         return str(loss)

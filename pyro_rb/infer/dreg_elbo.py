@@ -18,6 +18,7 @@ from pyro_rb.infer.importance_checks import check_densities, check_reparameteriz
 from pyro_rb.infer.importance_surrogate import Surrogate
 from pyro_rb.infer.path_mixin import Groups, PathGradientMixin
 from pyro_rb.infer.report import Row, Summary
+from pyro_rb.infer.util import under
 from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
 
 
@@ -163,7 +164,8 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[Trace, Trace]:
         tap = TapMessenger(self._obstacle())
-        model_trace, guide_trace = super()._get_trace(model, tap(guide), args, kwargs)
+        model_trace, guide_trace = super()._get_trace(model, under(tap, guide), args, kwargs)
+        tap.settle(guide_trace)
         tap.path.raise_if_edited()
         guide_trace.tap = tap  # type: ignore[attr-defined]
         return model_trace, guide_trace

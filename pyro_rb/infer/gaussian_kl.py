@@ -11,11 +11,11 @@ from pyro.distributions import constraints
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine import Trace
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, Normal
 
 from pyro_rb.infer.report import SiteReport
 from pyro_rb.infer.util import sample_sites
-from pyro_rb.ops.gaussian import strip_independent
+from pyro_rb.ops.family import find_kl, is_exactly, strip_independent
 from pyro_rb.poutine import Projection
 from pyro_rb.poutine.gaussian_site import GaussianSite, View
 
@@ -86,8 +86,7 @@ def _is_apart(view: View, prior: Any) -> bool:
     if view.site.draw.is_diagonal:
         return True
     base = strip_independent(prior)
-    parameters = [getattr(base, name, None) for name in base.arg_constraints]
-    return not any(isinstance(p, torch.Tensor) and p.requires_grad for p in parameters)
+    return is_exactly(base, Normal) and not (base.loc.requires_grad or base.scale.requires_grad)
 
 
 def _expected_log_prob(
@@ -95,27 +94,34 @@ def _expected_log_prob(
 ) -> Optional[torch.Tensor]:
     """In the shape of the prior's batch; None if there is no formula."""
     base, draw = strip_independent(prior), view.site.draw
-    if type(base).log_prob is torch.distributions.Normal.log_prob:
+    if is_exactly(base, Normal):
         loc, variance = view.replay(draw.loc), view.replay(draw.variance)
         if prior.batch_shape + prior.event_shape != loc.shape:
             return None
         mean, scale = _shrink(base.loc), _shrink(base.scale)
         square = (loc - mean).square() + variance
         rest = scale.log() + 0.5 * math.log(2 * math.pi)
-        event = tuple(range(len(prior.batch_shape), loc.dim()))
         expected = torch.addcdiv(-rest, square, scale.square(), value=-0.5)
-        return expected.sum(event) if event else expected
+        return _sum_event(expected, prior)
     if view.tensor is not draw.value or name != view.site.name:
         return None
     guide: Any = guide_trace.nodes[name]["fn"]
-    is_real = _strip_support(prior) in (constraints.real, constraints.real_vector)
-    if not is_real or guide.batch_shape != prior.batch_shape:
+    if guide.batch_shape != prior.batch_shape or not _is_real(prior):
         return None
-    try:
-        kl = kl_divergence(guide, prior)
-    except NotImplementedError:
+    guide = strip_independent(guide)
+    event_dim = len(base.event_shape) - len(guide.event_shape)
+    if event_dim > 0:
+        guide = Independent(guide, event_dim)
+    kl_divergence = find_kl(guide, base)
+    if kl_divergence is None:
         return None
-    return -kl - draw.entropy(len(prior.batch_shape))
+    return -_sum_event(kl_divergence(guide, base), prior) - draw.entropy(len(prior.batch_shape))
+
+
+def _sum_event(x: torch.Tensor, fn: Any) -> torch.Tensor:
+    """Sums over the dims that are right of the batch."""
+    event = tuple(range(len(fn.batch_shape), x.dim()))
+    return x.sum(event) if event else x
 
 
 def _shrink(x: torch.Tensor) -> torch.Tensor:
@@ -124,12 +130,15 @@ def _shrink(x: torch.Tensor) -> torch.Tensor:
     return x[(0,) * x.dim()] if is_one and x.numel() else x
 
 
-def _strip_support(fn: Any) -> Any:
-    """The support of a distribution, of one element if it is a product."""
-    support = fn.support
+def _is_real(fn: Any) -> bool:
+    """Whether the density is positive everywhere; False if it does not say."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return False
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support
+    return support in (constraints.real, constraints.real_vector)
 
 
 def note_uses(

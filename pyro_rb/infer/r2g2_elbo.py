@@ -30,25 +30,27 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
 
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, without change.
     Projected is each latent site of the guide that is exactly a ``Normal``,
-    ``MultivariateNormal`` or ``LowRankMultivariateNormal`` (under any ``to_event``),
-    at ``F.linear``, ``F.conv1d`` to ``F.conv3d``, ``@`` and the ``matmul`` family,
-    ``torch.einsum`` with a string, ``tensordot``, ``inner`` and ``dot``, in guide and
-    model. Reshaped, transposed, indexed and split values are followed. Each element of a
-    value may be used once. Where it is used twice, by a non-linear function, under
-    ``no_grad``, inside of ``torch.func``, a checkpoint or compiled code, its
-    gradient is the plain one; and so it is where there are as many rows as
-    inputs, as nothing can be gained there. :meth:`report` tells for each site.
+    ``MultivariateNormal`` or ``LowRankMultivariateNormal`` (under any ``to_event``, or a
+    subclass that changes no method; priors are told in the same way), at ``F.linear``,
+    ``F.conv1d`` to ``F.conv3d``, ``@`` and the ``matmul`` family, ``torch.einsum`` with a
+    string, ``tensordot``, ``inner`` and ``dot``, in guide and model. Reshaped, transposed,
+    indexed and split values are followed. Each element of a value may be used once. Where
+    it is used twice, by a non-linear function, under ``no_grad``, inside of ``torch.func``,
+    a checkpoint or a function that ``torch.compile`` made, its gradient is the plain one;
+    and so it is where there are as many rows as inputs, as nothing can be gained there. A
+    value that was drawn under ``no_grad`` has no gradient, as in ``Trace_ELBO``.
+    :meth:`report` tells for each site.
 
     If such a use is found after the projection, guide and model are run once
     more, with the same random numbers. It happens in the first steps, and is remembered
     by site name and shape. Code with side effects is then run twice.
 
     **What cannot be seen.** Uses without a gradient in code that bypasses PyTorch's
-    function dispatch, such as ``w.detach()`` inside of a ``torch.jit.script`` function. A
-    generator of the user's own, a data iterator or BatchNorm statistics inside of guide or
-    model, which the second run does not rewind. A prior that depends, without a
-    gradient, on an earlier part of the same *correlated* guide site. ``pre_activations=
-    "local"`` on models that couple rows, see below.
+    function dispatch, such as ``w.detach()`` inside of a function that ``torch.jit.script``
+    or ``torch.compile`` (by Inductor) made. A generator of the user's own, a data iterator
+    or BatchNorm statistics inside of guide or model, which the second run does not rewind.
+    A prior that depends, without a gradient, on an earlier part of the same *correlated*
+    guide site. ``pre_activations="local"`` on models that couple rows, see below.
 
     **When it is worse.** A step takes longer: a solve for each layer, and one more
     evaluation of each linear function. Several particles for the same time
@@ -59,6 +61,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     scales are small, they matter less, hence ``num_steps``. Gradients are first order
     only: Hessians of the surrogate loss are wrong.
 
+    :param args: The positional arguments of :class:`~pyro.infer.Trace_ELBO`, in its order.
     :param str pre_activations: ``"shared"`` (default): one draw of the weights for all
         rows; always valid. ``"local"``: pre-activations of ``F.linear`` with inputs of
         shape ``[rows, inputs]`` and a diagonal guide are drawn for each row, as in [2];
@@ -74,10 +77,9 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     :param int num_steps: After that many calls of ``loss_and_grads`` or
         ``differentiable_loss``, however many particles, the plain gradient is taken, with
         analytic KL terms. Defaults to None, never.
-    :param kwargs: The arguments of :class:`~pyro.infer.Trace_ELBO`:
-        ``num_particles``, ``vectorize_particles``, ``max_plate_nesting``,
-        ``retain_graph`` and so on.
-    :raises ValueError: if one of the first three arguments is none of these.
+    :param kwargs: Its keyword arguments: ``num_particles``, ``vectorize_particles``,
+        ``max_plate_nesting``, ``retain_graph`` and so on.
+    :raises ValueError: if one of the three options is none of these.
     :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
 
     Example::

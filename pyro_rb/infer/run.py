@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 
 from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
 from pyro_rb.infer.report import Row, Summary
+from pyro_rb.infer.util import under
 from pyro_rb.infer.weights import has_own_baseline
 from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import (
@@ -72,7 +73,7 @@ class Run:
 
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
-        fn = self.handler(fn)
+        fn = under(self.handler, fn)
         return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
 
     def model(self, fn: Callable) -> Callable:
@@ -83,6 +84,7 @@ class Run:
 
     def compute_densities(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Computes log densities and score parts, which the traces have not so far."""
+        self.handler.settle(guide_trace)
         if self.projection is None:
             model_trace.compute_log_prob()
             guide_trace.compute_score_parts()

@@ -5,7 +5,8 @@
 The one place that touches Pyro's private names.
 """
 
-from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Tuple
 
 import torch
 from pyro import poutine
@@ -22,6 +23,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -107,6 +109,33 @@ def is_replayed() -> bool:
     True
     """
     return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
+
+
+def under(messenger: Messenger, fn: Callable) -> Callable:
+    """
+    Returns ``fn`` such that it runs under a messenger outside of all that are, and inside of
+    each that may stop a message: what it makes of a value, all others see.
+
+    >>> outer, inner = Messenger(), Messenger()
+    >>> with inner:
+    ...     under(outer, lambda: _PYRO_STACK == [outer, inner])()
+    True
+    """
+    return partial(_run_under, messenger, fn)
+
+
+def _run_under(messenger: Messenger, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    with messenger:  # starts it anew
+        pass
+    blocks = [i for i, frame in enumerate(_PYRO_STACK) if isinstance(frame, BlockMessenger)]
+    places = [0, *(i + 1 for i in blocks)]
+    for place in reversed(places):
+        _PYRO_STACK.insert(place, messenger)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        for _ in places:
+            _PYRO_STACK.remove(messenger)
 
 
 def forget_parameters() -> None:

@@ -7,49 +7,10 @@ import math
 from typing import Any, Optional
 
 import torch
+from torch.distributions import MultivariateNormal, Normal
 from torch.distributions.utils import _standard_normal
 
-_FAMILIES = (
-    torch.distributions.Normal,
-    torch.distributions.MultivariateNormal,
-    torch.distributions.LowRankMultivariateNormal,
-)
-#: A subclass that changes one of these is another distribution.
-_METHODS = ("rsample", "log_prob", "entropy")
-
-
-def strip_independent(fn: Any) -> Any:
-    """
-    The distribution inside of any number of :class:`~torch.distributions.Independent`.
-
-    >>> normal = torch.distributions.Normal(torch.zeros(2), 1.0)
-    >>> strip_independent(torch.distributions.Independent(normal, 1)) is normal
-    True
-    """
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
-
-
-def find_family(fn: Any) -> Optional[type]:
-    """
-    Which of Normal, MultivariateNormal and LowRankMultivariateNormal a distribution is,
-    after stripping ``Independent``; None if it is neither, or not reparameterised.
-
-    >>> find_family(torch.distributions.Normal(torch.zeros(2), 1.0)).__name__
-    'Normal'
-    >>> find_family(torch.distributions.Cauchy(torch.zeros(2), 1.0))
-    """
-    base = strip_independent(fn)
-    if not (getattr(fn, "has_rsample", False) and getattr(base, "has_rsample", False)):
-        return None
-    for family in _FAMILIES:
-        if isinstance(base, family) and all(
-            getattr(type(base), method) is getattr(family, method)
-            for method in _METHODS
-        ):
-            return family
-    return None
+from pyro_rb.ops.family import find_family, strip_independent
 
 
 class GaussianDraw:
@@ -57,7 +18,7 @@ class GaussianDraw:
     A draw :math:`v = \mu + V \epsilon` that keeps :math:`\epsilon`, from the generator
     stream that ``rsample`` would use.
 
-    :param fn: a distribution for which :func:`find_family` finds a family.
+    :param fn: a distribution for which ``find_family`` finds a family.
 
     >>> fn = torch.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 2.0]))
     >>> draw = GaussianDraw(fn)
@@ -69,18 +30,18 @@ class GaussianDraw:
 
     def __init__(self, fn: Any) -> None:
         base = strip_independent(fn)
-        shape = base._extended_shape()
+        shape = base.batch_shape + base.event_shape
         like = {"dtype": base.loc.dtype, "device": base.loc.device}
         self.shape = shape
-        self.loc = base.loc  # of the same shape
+        self.loc = base.loc.expand(shape)
         self._factor: Optional[torch.Tensor] = None
         family = find_family(fn)
         #: Whether each element of the value has a noise of its own.
-        self.is_diagonal = family is torch.distributions.Normal
+        self.is_diagonal = family is Normal
         if self.is_diagonal:
             self.scale = base.scale  # of the same shape
             self.noise = _standard_normal(shape, **like)
-        elif family is torch.distributions.MultivariateNormal:
+        elif family is MultivariateNormal:
             self._factor = base._unbroadcasted_scale_tril  # [*batch, n, n]
             self.noise = _standard_normal(shape, **like)
         else:
@@ -105,7 +66,12 @@ class GaussianDraw:
     @property
     def variance(self) -> torch.Tensor:
         """Of each element, in the shape of the value."""
-        return self._base.variance
+        if self._factor is None:
+            return self.scale.square()
+        variance = self._factor.square().sum(-1)
+        if self._factor.shape[-1] < self.noise.shape[-1]:
+            variance = variance + self.scale.square()
+        return variance.expand(self.shape)
 
     def entropy(self, batch_dim: int) -> torch.Tensor:
         """

@@ -23,6 +23,7 @@ _SIGNATURES: Dict[Any, _Signature] = {
     torch.matmul: _MATMUL,
     torch.Tensor.matmul: _MATMUL,
     torch.Tensor.__matmul__: _MATMUL,
+    torch.linalg.matmul: _MATMUL,
     torch.einsum: _Signature(("equation",), ()),
     torch.tensordot: _Signature(("a", "b"), (0, 1)),
 }
@@ -33,6 +34,7 @@ for _name, _signature in {
     "mv": _Signature(("input", "vec"), (0, 1)),
     "bmm": _Signature(("input", "mat2"), (0, 1)),
     "dot": _Signature(("input", "tensor"), (0, 1)),
+    "vdot": _Signature(("input", "other"), (0, 1)),
     "inner": _Signature(("input", "other"), (0, 1)),
     "addmm": _ADDMM,
     "addmv": _Signature(("input", "mat", "vec"), (1, 2), 0),
@@ -97,10 +99,11 @@ class LinearCall:
             if len(bound) == 2 and isinstance(bound[1], (list, tuple)):
                 bound = [bound[0], *bound[1]]
             factors = tuple(range(1, len(bound)))
-        if not all(i < len(bound) and isinstance(bound[i], torch.Tensor) for i in factors):
-            return None
         if term is not None and (term >= len(bound) or bound[term] is None):
             term = None
+        tensors = factors if term is None else (*factors, term)
+        if not all(i < len(bound) and isinstance(bound[i], torch.Tensor) for i in tensors):
+            return None
         return cls(func, bound, rest, factors, term)
 
     def __call__(self, replaced: Dict[int, Any]) -> torch.Tensor:
@@ -144,6 +147,8 @@ def find_rows(call: LinearCall, factor: int, has_term: bool) -> Optional[Rows]:
         return None
     u = call.args[factor]
     other = call.args[sum(call.factors) - factor].detach()
+    if u.dim() == 0 or other.dim() == 0:
+        return None
     is_left = factor == call.factors[0]
     if call.func is F.linear or call.func in (torch.inner, torch.Tensor.inner):
         # Both have their contracted dim last; bias is by unit if the weight is random.

@@ -30,11 +30,19 @@ class Strategy:
         """
         raise NotImplementedError
 
-    def accept(self, msg: Any) -> bool:
+    def recall(self, name: str, value: Any) -> bool:
         """
-        Is called with a site that it drew, when all handlers had their turn.
+        Is asked about a value that was supplied.
 
-        :return: whether the value is still the one that was drawn.
+        :return: whether it was drawn here, before the guide started from a partial trace.
+        """
+        return False
+
+    def settle(self, name: str, value: Any) -> bool:
+        """
+        Is told the value of a site in the trace of the guide.
+
+        :return: whether it is the one that was drawn here.
         """
         return True
 
@@ -49,10 +57,12 @@ class UnseenEnumMessenger(EnumMessenger):
 
 class DrawMessenger(UnseenEnumMessenger):
     """
-    Draws each latent site of a guide by the first of some strategies that accepts it, at
-    the time when it is drawn, so that all other handlers see the value that the model gets.
+    Draws each latent site of a guide by the first of some strategies that accepts it, so
+    that all other handlers see the value that the model gets.
 
-    Sites that none accepts are left to Pyro, and so are those whose value was supplied.
+    Sites that none accepts are left to Pyro, and so are those whose value was supplied. It
+    belongs outside of all other handlers, which then have said what they have to say of a
+    site's distribution.
 
     :param strategies: in the order in which they are asked.
     :param int first_available_dim: as for
@@ -87,11 +97,14 @@ class DrawMessenger(UnseenEnumMessenger):
             self.enumerate(msg)
             return
         name = msg["name"]
-        self.drawn_by[name] = None
         if msg["done"] or msg["value"] is not None:
-            self.reasons[name] = SUPPLIED
-            self.enumerate(msg)
+            if self.drawn_by.get(name) is None:  # else by this handler, installed again
+                known = (s for s in self.strategies if s.recall(name, msg["value"]))
+                self.drawn_by[name] = strategy = next(known, None)
+                self.reasons.setdefault(name, SUPPLIED if strategy is None else "")
+                self.enumerate(msg)
             return
+        self.drawn_by[name] = None
         reasons: List[str] = []
         strategies = self.strategies
         if msg["infer"].get("rao_blackwell") is False:
@@ -106,16 +119,26 @@ class DrawMessenger(UnseenEnumMessenger):
         self.reasons[name] = "; ".join(filter(None, reasons))
         self.enumerate(msg)
 
+    def settle(self, trace: Any) -> None:
+        """
+        Lets go of sites whose value in the trace of the guide is not the one that was drawn.
+
+        :param Trace trace: of the guide, made under this messenger.
+        """
+        for name in trace.stochastic_nodes:
+            self.reasons.setdefault(name, "a handler around the loss hides it")
+        for name, strategy in self.drawn_by.items():
+            value = trace.nodes[name]["value"] if name in trace else None
+            if strategy is not None and not strategy.settle(name, value):
+                self.drawn_by[name] = None
+                self.reasons[name] = "a handler has replaced its value"
+
     def enumerate(self, msg: Any) -> None:
         """What :class:`~pyro.poutine.enum_messenger.EnumMessenger` does at a site."""
         if self.first_available_dim is not None:
             super()._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        strategy = self.drawn_by.get(msg["name"])
-        if strategy is not None and not strategy.accept(msg):
-            self.drawn_by[msg["name"]] = None
-            self.reasons[msg["name"]] = SUPPLIED
         if self.first_available_dim is not None:
             super()._pyro_post_sample(msg)
 

@@ -109,6 +109,8 @@ class GaussianSite:
 
     def use(self, elements: Elements, reason: str) -> None:
         """Notes a use of elements that does not project."""
+        if self.used is True and self.projected is None:
+            return  # all is said
         again = overlap(elements, self.projected)
         if again is not None:
             self.violate(again, reason)

@@ -1,41 +1,73 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from pyro_rb.ops.linear_call import LinearCall
 from pyro_rb.poutine.gaussian_site import GaussianSite, Step, View
-from pyro_rb.poutine.projected_use import ProjectionOptions, project_use
+from pyro_rb.poutine.projected_use import (
+    TRANSFORMED,
+    ProjectionOptions,
+    is_transformed,
+    project_use,
+)
+
+
+def _functions(names: str) -> FrozenSet[Callable]:
+    """The functions, methods and getters of PyTorch that have these names."""
+    found = (
+        getattr(space, name, None) for name in names.split() for space in (torch, torch.Tensor)
+    )
+    functions = (f if callable(f) else getattr(f, "__get__", None) for f in found)
+    return frozenset(f for f in functions if f is not None)
+
 
 #: Results show elements of the first argument, each once if their number is the same.
-_SHAPES = frozenset(
+_SHAPES = _functions(
     """T mT H mH adjoint broadcast_to clone contiguous expand expand_as flatten movedim
     moveaxis permute ravel reshape reshape_as squeeze swapaxes swapdims t transpose
-    unflatten unsqueeze view view_as""".split()
+    unflatten unsqueeze view view_as"""
 )
 #: Results show elements of the first argument, chosen by the others.
-_CHOICES = frozenset(
+_CHOICES = _functions(
     """__getitem__ chunk index_select narrow select split split_with_sizes tensor_split
-    unbind""".split()
+    unbind"""
 )
-#: Nothing is learned about the elements.
-_METADATA = frozenset(
-    """__hash__ __len__ __repr__ can_cast device dim dtype element_size get_device grad_fn
+#: Nothing is learned about the elements of the first argument.
+_METADATA = _functions(
+    """__hash__ __len__ __repr__ can_cast device dim dtype element_size get_device
     has_names itemsize layout names nbytes ndim ndimension nelement numel output_nr
-    requires_grad result_type retains_grad shape size storage_offset stride
-    _version""".split()
+    requires_grad result_type retains_grad shape size storage_offset stride _version
+    empty_like full_like ones_like rand_like randint_like randn_like zeros_like
+    new new_empty new_empty_strided new_full new_ones new_tensor new_zeros
+    is_complex is_conj is_contiguous is_cpu is_cuda is_distributed is_floating_point
+    is_inference is_leaf is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized
+    is_same_size is_shared is_signed is_sparse is_sparse_csr is_xla is_xpu"""
 )
-_METADATA_OF_SECOND = frozenset("expand_as reshape_as type_as view_as".split())
-_CASTS = frozenset("cpu cuda double float to type".split())
+_METADATA_OF_SECOND = _functions("expand_as is_same_size reshape_as type_as view_as")
+_EQUALITY = _functions("eq __eq__")
+_CASTS = _functions("cpu cuda double float to type")
 #: Memory may be changed through the result, or behind its back.
 _LEAKS = frozenset(
     """__setitem__ data data_ptr numpy __array__ __dlpack__ __cuda_array_interface__ storage
     untyped_storage set_ share_memory_ resize_""".split()
 )
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+# Of PyTorch before 2.3 the compiler looks away from modes.
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 
 class LinearUseMode(TorchFunctionMode):
@@ -58,16 +90,23 @@ class LinearUseMode(TorchFunctionMode):
         self.projects = True
         self.sites: Dict[str, GaussianSite] = {}
         self._views: Dict[int, View] = {}  # keeps the tensors, lest an id be used again
+        self._by_memory: Dict[int, View] = {}
 
     def forget(self) -> None:
         """Forgets all sites."""
-        self.sites.clear()
-        self._views.clear()
+        for known in (self.sites, self._views, self._by_memory):
+            known.clear()
 
     def add_site(self, site: GaussianSite, value: torch.Tensor) -> None:
         """Starts to watch the value of a site."""
         self.sites[site.name] = site
-        self._views[id(value)] = View(site, value)
+        self._add(View(site, value))
+
+    def _add(self, view: View) -> None:
+        memory = view.tensor.data_ptr()  # zero if it is empty
+        if memory:
+            self._by_memory.setdefault(memory, view)
+        self._views[id(view.tensor)] = view
 
     def find(self, value: Any) -> Optional[View]:
         """What is known of a tensor."""
@@ -82,6 +121,8 @@ class LinearUseMode(TorchFunctionMode):
         self, func: Callable, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _is_compiling():
+            return func(*args, **kwargs)
         found: List[View] = []
         self._collect(args, found)
         if kwargs:
@@ -90,21 +131,21 @@ class LinearUseMode(TorchFunctionMode):
             if func in _DERIVATIVES:
                 self._note_derivative()
             return func(*args, **kwargs)
-        name = _name(func)
-        if _is_harmless(name, args, kwargs, found):
+        if _is_harmless(func, args, kwargs, found):
             return func(*args, **kwargs)
-        if name in _SHAPES or name in _CHOICES:
+        if func in _SHAPES or func in _CHOICES:
             if len(found) == 1 and args and args[0] is found[0].tensor:
-                return self._view(func, name, args, kwargs, found[0])
+                return self._view(func, args, kwargs, found[0])
         result = self._project(func, args, kwargs, found)
         if isinstance(result, torch.Tensor):
             return result
-        if name in _CASTS:
+        if func in _CASTS:
             same = func(*args, **kwargs)
             if same is found[0].tensor:
                 return same
         if func in _DERIVATIVES:
             self._note_derivative()
+        name = _name(func)
         changes = name in _LEAKS or kwargs.get("out") is not None or _is_in_place(name)
         for view in found:
             view.site.use(True if changes else view.elements, result)
@@ -113,13 +154,24 @@ class LinearUseMode(TorchFunctionMode):
     def _collect(self, items: Iterable[Any], found: List[View]) -> None:
         """What is known of the tensors in nested arguments."""
         for item in items:
-            view = self._views.get(id(item))
-            if view is not None and view.tensor is item:
-                found.append(view)
+            if isinstance(item, torch.Tensor):
+                view = self._views.get(id(item))
+                if view is None or view.tensor is not item:
+                    view = self._find_memory(item)
+                if view is not None:
+                    found.append(view)
             elif isinstance(item, (tuple, list)):
                 self._collect(item, found)
             elif isinstance(item, dict):
                 self._collect(item.values(), found)
+
+    def _find_memory(self, x: torch.Tensor) -> Optional[View]:
+        """What is known of a tensor that was made of a known one by means not seen."""
+        try:
+            return self._by_memory.get(x.data_ptr())
+        except RuntimeError:  # a function transform has wrapped it
+            inner = _unwrap(x)
+            return None if inner is x else self.find(inner) or self._find_memory(inner)
 
     def _project(
         self, func: Callable, args: Tuple, kwargs: Any, found: List[View]
@@ -130,13 +182,11 @@ class LinearUseMode(TorchFunctionMode):
             return f"non-linear use ({_name(func)})"
         views = {i: v for i, v in enumerate(map(self.find, call.args)) if v is not None}
         if len(views) < len(found):
-            return f"non-linear use ({_name(func)})"
+            return TRANSFORMED if is_transformed() else f"non-linear use ({_name(func)})"
         reason = self._reason or ("" if self.projects else "used in the guide")
         return reason or project_use(call, views, self._options)
 
-    def _view(
-        self, func: Callable, name: str, args: Tuple, kwargs: Any, parent: View
-    ) -> Any:
+    def _view(self, func: Callable, args: Tuple, kwargs: Any, parent: View) -> Any:
         found = func(*args, **kwargs)
         args, kwargs = _freeze(args[1:]), _freeze(kwargs)
         results = list(enumerate(found)) if isinstance(found, (tuple, list)) else [(None, found)]
@@ -144,11 +194,11 @@ class LinearUseMode(TorchFunctionMode):
             if self.find(result) is not None:
                 continue
             if result.dtype != parent.tensor.dtype:
-                parent.site.use(parent.elements, f"non-linear use ({name})")
+                parent.site.use(parent.elements, f"non-linear use ({_name(func)})")
                 continue
-            is_whole = name in _SHAPES and result.numel() == parent.tensor.numel()
+            is_whole = func in _SHAPES and result.numel() == parent.tensor.numel()
             step = Step(func, args, kwargs, item)
-            self._views[id(result)] = View(parent.site, result, parent, step, is_whole)
+            self._add(View(parent.site, result, parent, step, is_whole))
         return found
 
     def _note_derivative(self) -> None:
@@ -166,23 +216,25 @@ def _name(func: Callable) -> str:
     return name
 
 
+def _unwrap(x: torch.Tensor) -> torch.Tensor:
+    """The tensor inside of one that a function transform made of it."""
+    functorch = torch._C._functorch
+    return functorch.get_unwrapped(x) if functorch.is_functorch_wrapped_tensor(x) else x
+
+
 def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _is_harmless(name: str, args: Tuple, kwargs: Any, found: List[View]) -> bool:
+def _is_harmless(func: Callable, args: Tuple, kwargs: Any, found: List[View]) -> bool:
     if len(found) == 1:
-        is_first = bool(args) and args[0] is found[0].tensor
-        if is_first and (
-            name in _METADATA
-            or name.startswith(("is_", "new_"))
-            or name.endswith("_like")
-            or (name == "type" and len(args) == 1 and not kwargs)
-        ):
-            return True
-        return len(args) == 2 and args[1] is found[0].tensor and name in _METADATA_OF_SECOND
+        tensor = found[0].tensor
+        if args and args[0] is tensor:
+            is_question = func is torch.Tensor.type and len(args) == 1 and not kwargs
+            return func in _METADATA or is_question
+        return len(args) == 2 and args[1] is tensor and func in _METADATA_OF_SECOND
     # Validation asks for NaN in this way.
-    return name in ("eq", "__eq__") and len(args) == 2 and args[0] is args[1]
+    return func in _EQUALITY and len(args) == 2 and args[0] is args[1]
 
 
 def _freeze(x: Any) -> Any:

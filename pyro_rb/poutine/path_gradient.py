@@ -84,11 +84,11 @@ class PathGradient(Strategy):
             raise Declined("not reparameterised, keeps its score function")
         if msg["value"] is None:
             msg["value"] = fn(*msg["args"], **msg["kwargs"])
-        reason = self.inspect(name, fn, msg["value"])
+        reason = self.inspect(fn, msg["value"])
         msg["value"] = self.tap(name, msg["value"])
         return reason
 
-    def inspect(self, name: str, fn: Any, value: Any) -> str:
+    def inspect(self, fn: Any, value: Any) -> str:
         """
         :return: what there is to say of a draw that can be tapped.
         :raises Declined: with the reason why it cannot.
@@ -110,17 +110,19 @@ class PathGradient(Strategy):
         self._taps[id(value)] = value, gate
         return value
 
-    def accept(self, msg: Any) -> bool:
-        name, value, mine = msg["name"], msg["value"], self.values[msg["name"]]
-        if value is mine:
-            return True
-        # For good open: what became of the value still depends on its parents.
+    def settle(self, name: str, value: Any) -> bool:
+        mine = self.values.get(name)
+        if mine is None or value is mine:
+            return mine is not None
+        # Its gate stays open, as what replaced the value may be made of it.
         del self.values[name], self._taps[id(mine)]
-        if id(value) not in self._taps:
-            return False
-        # The guide starts from a partial trace, for each value of an enumerated site.
-        self.values[name] = value
-        return True
+        return False
+
+    def recall(self, name: str, value: Any) -> bool:
+        is_known = id(value) in self._taps
+        if is_known:
+            self.values[name] = value
+        return is_known
 
     @property
     def nodes(self) -> Set[Any]:

@@ -10,6 +10,7 @@ from pyro_rb.ops.projection import choose_solver, pays, project_map, project_row
 from pyro_rb.poutine.gaussian_site import Elements, GaussianSite, View, overlap
 
 ROWS = "rows >= fan-in"
+TRANSFORMED = "used inside of a function transform or checkpoint"
 DOES_NOT_PAY = "would not pay (solver='auto')"
 
 
@@ -81,11 +82,13 @@ def project_use(
     """
     try:
         factor, term = _find_factors(call, views)
+        _check_factors(call)
         if options.pre_activations == "local" and _can_be_local(call, factor, term):
             return _draw_locally(call, views, factor, term)
+        # With gradients: autocast keeps what it casts, and would keep it without.
+        z = call({}).detach()
+        _check_dtypes(call, z)
         with torch.no_grad():
-            z = call({})
-            _check_result(call, z)
             stars, summary = _solve(call, z, factor, term, options.solver)
     except _Plain as e:
         return str(e)
@@ -106,8 +109,8 @@ def _find_factors(
         raise _Plain("product of Gaussian values")
     if not torch.is_grad_enabled():
         raise _Plain("used without gradient")
-    if _is_transformed():
-        raise _Plain("used inside of a function transform or checkpoint")
+    if is_transformed():
+        raise _Plain(TRANSFORMED)
     factor = _factor(found[0], views[found[0]])
     if factor.free is None:
         raise _Plain(_why_taken(factor.view))
@@ -151,7 +154,7 @@ def _why_taken(view: View) -> str:
     return view.site.plain_reason
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether tensors may be other than they seem, or are to be made a second time."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -161,15 +164,19 @@ def _is_transformed() -> bool:
     return hooks is not None and hooks(False) is not None
 
 
-def _check_result(call: LinearCall, z: torch.Tensor) -> None:
-    factors = [call.args[i] for i in call.factors]
-    is_usual = all(
-        type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided
-        for x in factors
-    )
-    dtypes = {x.dtype for x in factors} | {z.dtype}
-    if not is_usual or dtypes not in ({torch.float32}, {torch.float64}):
-        raise _Plain(f"a result of {z.dtype}, or of sparse or other tensors")
+def _check_factors(call: LinearCall) -> None:
+    for i in call.factors:
+        x = call.args[i]
+        if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.layout != torch.strided:
+            raise _Plain(f"{call.func.__name__} of sparse or other tensors")
+        if not x.numel():
+            raise _Plain(f"{call.func.__name__} of no elements")
+
+
+def _check_dtypes(call: LinearCall, z: torch.Tensor) -> None:
+    dtypes = {call.args[i].dtype for i in call.factors} | {z.dtype}
+    if dtypes not in ({torch.float32}, {torch.float64}):
+        raise _Plain(f"{call.func.__name__} with a result of {z.dtype}")
 
 
 def _solve(

@@ -5,7 +5,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-from pyro_rb.ops.gaussian import GaussianDraw, find_family
+from pyro_rb.ops.family import GAUSSIANS, find_changes, find_family, strip_independent
+from pyro_rb.ops.gaussian import GaussianDraw
 from pyro_rb.ops.graph import iter_reached
 from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
 from pyro_rb.poutine.gaussian_site import (
@@ -61,37 +62,39 @@ class Projection(Strategy):
         self.mode = LinearUseMode(options, reason)
         self._plain = {} if plain is None else plain
         self._path = path
-        self._pending: Dict[str, GaussianSite] = {}
+        self._needs_gradient = torch.is_grad_enabled()
         #: Sites of the guide that were drawn here, by name.
         self.sites = self.mode.sites
         self._projected_in_guide: Dict[str, Elements] = {}
 
-    def draw(self, msg: Any, handler: DrawMessenger) -> str:
-        name, fn = msg["name"], msg["fn"]
-        if find_family(fn) is None:
-            raise Declined("not Gaussian")
-        draw = GaussianDraw(fn)
-        msg["value"] = draw.value
-        if not draw.value.requires_grad and torch.is_grad_enabled():
-            raise Declined("depends on no parameter")
-        reason = ""
-        if self._path is not None:
-            reason = self._path.inspect(name, fn, draw.value)
-            msg["value"] = draw.value = self._path.tap(name, draw.value)
-        plain = self._plain.get((name, draw.shape), Plain(None, ""))
-        self._pending[name] = GaussianSite(name, draw, plain)
-        return reason
-
     def begin(self) -> None:
         self.mode.forget()
 
-    def accept(self, msg: Any) -> bool:
-        site = self._pending.pop(msg["name"])
-        is_tapped = self._path is not None and self._path.accept(msg)
-        if msg["value"] is not site.draw.value:  # by a handler around this one
-            return is_tapped
-        self.mode.add_site(site, msg["value"])
-        return True
+    def draw(self, msg: Any, handler: DrawMessenger) -> str:
+        name, fn = msg["name"], msg["fn"]
+        if find_family(fn) is None:
+            raise Declined(_why_not_gaussian(fn))
+        if self._needs_gradient and not torch.is_grad_enabled():
+            raise Declined("drawn without gradient")
+        draw = GaussianDraw(fn)
+        msg["value"] = draw.value
+        if not draw.value.requires_grad and self._needs_gradient:
+            raise Declined("depends on no parameter")
+        reason = ""
+        if self._path is not None:
+            reason = self._path.inspect(fn, draw.value)
+            msg["value"] = draw.value = self._path.tap(name, draw.value)
+        plain = self._plain.get((name, draw.shape), Plain(None, ""))
+        self.mode.add_site(GaussianSite(name, draw, plain), draw.value)
+        return reason
+
+    def settle(self, name: str, value: Any) -> bool:
+        if value is self.sites[name].draw.value:
+            return True
+        del self.sites[name]
+        if self._path is not None:
+            self._path.settle(name, value)
+        return False
 
     @property
     def has_path(self) -> bool:
@@ -164,3 +167,13 @@ class Projection(Strategy):
             for name, site in self.sites.items()
             if site.violated is not None
         }
+
+
+def _why_not_gaussian(fn: Any) -> str:
+    base = strip_independent(fn)
+    for family in GAUSSIANS:
+        if isinstance(base, family):
+            changes = find_changes(base, family)
+            if changes:
+                return f"not Gaussian ({type(base).__name__} has its own {', '.join(changes)})"
+    return "not Gaussian"

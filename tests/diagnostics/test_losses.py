@@ -31,6 +31,10 @@ def test_arguments_by_name_and_position():
     assert make_loss("STLTrace_ELBO:adaptive").control_variate_scale == "adaptive"
     assert make_loss("STLTrace_ELBO:0.5,num_particles=3").control_variate_scale == 0.5
     assert make_loss("STLTrace_ELBO:0.5,num_particles=3").num_particles == 3
+    assert make_loss("Trace_ELBO:5").num_particles == 5
+    # Options of our own are keywords; by name, the first of them needs none.
+    local = make_loss("R2G2_ELBO:local,num_particles=3")
+    assert (local.pre_activations, local.num_particles) == ("local", 3)
     loss = make_loss("RenyiELBO:alpha=0, num_particles=4, vectorize_particles=True")
     assert isinstance(loss, RenyiELBO)
     assert (loss.alpha, loss.num_particles, loss.vectorize_particles) == (0, 4, True)
@@ -127,4 +131,5 @@ def test_usage_makes_the_same_loss(name):
 
 def test_usage_of_other_losses():
     assert "config_enumerate(guide), optim, loss=TraceEnum_ELBO())" in usage("TraceEnum_ELBO+config_enumerate")
+    assert usage("R2G2_ELBO:local").endswith('loss=R2G2_ELBO(pre_activations="local"))')
     assert usage("MyOwn_ELBO") is None

@@ -53,6 +53,14 @@ def test_invalid_arguments(arguments, message):
         R2G2_ELBO(**arguments)
 
 
+def test_positional_arguments_are_those_of_pyro():
+    elbo = R2G2_ELBO(8, 2, None, True, False)
+    for name, value in vars(Trace_ELBO(8, 2, None, True, False)).items():
+        assert getattr(elbo, name) == value
+    with pytest.raises(ValueError, match=r"num_particles: 'local'.*R2G2_ELBO\(pre_activations='local'\)"):
+        R2G2_ELBO("local")
+
+
 def test_report():
     elbo = R2G2_ELBO()
     with pytest.raises(RuntimeError, match="there was none"):
@@ -196,7 +204,7 @@ def test_local_is_finite_at_dead_units():
 
 def test_local_is_for_matrices_of_inputs_only():
     """The positions of one example share their weights."""
-    case, elbo = weights(lambda x, w: F.linear(x[:, None], w).tanh()), R2G2_ELBO("local")
+    case, elbo = weights(lambda x, w: F.linear(x[:, None], w).tanh()), R2G2_ELBO(pre_activations="local")
     assert_same(evaluate(elbo, case, seed=0), evaluate(R2G2_ELBO(), case, seed=0))
     assert treatments(elbo) == {"w": "projected"}
 
@@ -205,7 +213,7 @@ def test_local_leaves_correlated_sites_and_other_functions():
     for make in (lambda: regression("scale_tril"), lambda: weights(lambda x, w: (x @ w.mT).tanh())):
         pyro.clear_param_store()
         case = make()
-        elbo = R2G2_ELBO("local")
+        elbo = R2G2_ELBO(pre_activations="local")
         assert_same(evaluate(elbo, case, seed=0), evaluate(R2G2_ELBO(), case, seed=0))
         assert treatments(elbo) == {"w": "projected"}
 

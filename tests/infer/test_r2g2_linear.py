@@ -11,7 +11,7 @@ from pyro import poutine
 
 from pyro_rb.infer import R2G2_ELBO
 from tests.infer.elbo_contract import assert_same, evaluate
-from tests.infer.r2g2_models import fixed, treatments, weights
+from tests.infer.r2g2_models import fixed, reasons, spent, treatments, weights
 
 
 def moved_index(x, w):
@@ -40,6 +40,8 @@ LINEAR = {
     "mixed_batch": lambda x, w: (x[:2, None, None, :3] @ w.reshape(4, 3, 2)),
     "mv": lambda x, w: torch.cat([x.mv(w[0]), x[:2].mv(w[1])]),
     "dot": lambda x, w: torch.dot(x[0], w[2]),
+    "vdot": lambda x, w: torch.vdot(x[0], w[2]),
+    "linalg_matmul": lambda x, w: torch.linalg.matmul(x, w.mT),
     "inner": lambda x, w: torch.inner(x, w),
     "inner_left": lambda x, w: torch.inner(w, x),
     "addmm": lambda x, w: torch.addmm(w[:, 5], x[:, :5], w[:, :5].mT),
@@ -82,3 +84,38 @@ def test_gradient_has_the_conditional_mean(name, solver):
         assert_same(gradient["w.scale"], expected, rtol=1e-7, atol=1e-8)
         assert (adjoint * (star - eps)).abs().max() > 1e-3
     assert treatments(elbo)["w"].startswith("projected")
+
+
+TWO = torch.tensor(2.0, dtype=torch.float64)
+#: Nothing can be gained, for want of inputs or elements.
+SMALL = {
+    "inner_of_number": lambda x, w: torch.inner(x, w[0, 0]),
+    "inner_of_number_left": lambda x, w: torch.inner(w[0, 0], x),
+    "inner_with_number": lambda x, w: torch.inner(TWO, w),
+    "inner_of_two_numbers": lambda x, w: torch.inner(TWO, w[0, 0]),
+    "tensordot_of_number": lambda x, w: torch.tensordot(x, w[0, 0], 0),
+    "tensordot_with_number": lambda x, w: torch.tensordot(w, TWO, dims=([], [])),
+    "einsum_of_number": lambda x, w: torch.einsum(",bi->b", w[0, 0], x),
+    "einsum_of_two_numbers": lambda x, w: torch.einsum(",->", w[0, 0], TWO),
+    "einsum_with_dots": lambda x, w: torch.einsum("...,...->...", w[0, 0], x),
+    "no_inputs": lambda x, w: F.linear(x[:, :0], w[:, :0]) + w.sum(),
+    "no_elements": lambda x, w: x.sum(-1) + F.linear(x, w[:0]).sum(),
+}
+
+
+@pytest.mark.parametrize("solver", ["auto", "cg", "qr"])
+@pytest.mark.parametrize("name", SMALL)
+def test_numbers_and_empty_tensors_are_plain(name, solver):
+    torch.set_default_dtype(torch.float64)
+    case, elbo = weights(lambda x, w: SMALL[name](x, w).tanh()), R2G2_ELBO(solver=solver)
+    assert_same(evaluate(elbo, case, seed=0), evaluate(spent(case), case, seed=0))
+    assert treatments(elbo) == {"w": "plain"}, reasons(elbo)
+
+
+@pytest.mark.filterwarnings("ignore:This overload of addmm:UserWarning")
+def test_deprecated_order_of_arguments_is_plain():
+    torch.set_default_dtype(torch.float64)
+    case = weights(lambda x, w: torch.addmm(2.0, x[:, :4], x, w.mT).tanh())
+    elbo = R2G2_ELBO()
+    assert_same(evaluate(elbo, case, seed=0), evaluate(spent(case), case, seed=0))
+    assert treatments(elbo) == {"w": "plain"}

@@ -3,6 +3,8 @@
 
 """Uses that may not be projected, and what is said about them."""
 
+import copy
+import pickle
 import re
 import warnings
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pyro_rb.infer import R2G2_ELBO
 from tests.infer.elbo_contract import assert_same, evaluate
@@ -128,6 +131,48 @@ def moved_index(x, w):
     return x @ row
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+@torch.overrides.wrap_torch_function(lambda w: (w,))
+def view(w):
+    """Has the name of a harmless method."""
+    return torch.Tensor.detach(w).norm()
+
+
+@torch.overrides.wrap_torch_function(lambda w: (w,))
+def is_large(w):
+    return (torch.Tensor.detach(w) > 0.0).double().mean()
+
+
+def hook(x, w):
+    if w.requires_grad:
+        w.register_hook(lambda grad: 2 * grad)
+    return F.linear(x, w)
+
+
+def hook_of_node(x, w):
+    if w.requires_grad:
+        w.grad_fn.register_prehook(lambda grads: (2 * grads[0],))
+    return F.linear(x, w)
+
+
+def saved_elsewhere(x, w):
+    with torch.autograd.graph.save_on_cpu():
+        return F.linear(x, w).tanh()
+
+
+def autocast(x, w):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.linear(x.float(), w.float()).double()
+
+
+def sum_in(transform):
+    """A use by the argument of a function transform, of which no gradient is left."""
+    return lambda x, w: F.linear(x, w) * transform(lambda u: u.exp().sum())(w).detach().norm()
+
+
 # Each is linear or not in the end, but its elements have a second use, or a hidden one.
 USES = {
     "parallel": (lambda x, w: F.linear(x, w) * F.linear(x.roll(1, 0), w), "used twice"),
@@ -156,7 +201,7 @@ USES = {
     "forward_mode": (forward_mode, "function transform"),
     "dual_numbers": (dual_numbers, "function transform"),
     "vmap": (lambda x, w: torch.func.vmap(lambda r: w @ r)(x).tanh(), "function transform"),
-    "vmap_over": (lambda x, w: torch.func.vmap(lambda r: x @ r)(w).tanh(), "not seen"),
+    "vmap_over": (lambda x, w: torch.func.vmap(lambda r: x @ r)(w).tanh(), "function transform"),
     "checkpoint": (lambda x, w: checkpoint(lambda w: F.linear(x, w).tanh(), w, use_reentrant=False), "checkpoint"),
     "reentrant": (lambda x, w: checkpoint(lambda w: F.linear(x, w).tanh(), w, use_reentrant=True), "without gradient"),
     "attention": (attention, "", (6, 6)),
@@ -173,6 +218,21 @@ USES = {
     "one_hot": (lambda x, w: x @ torch.diag_embed(w[0]), "diag_embed"),
     "float32": (lambda x, w: F.linear(x.float(), w.float()).double(), r"non-linear use \(float\)"),
     "half": (lambda x, w: F.linear(x.bfloat16(), w.to(torch.bfloat16)).double(), r"\(to\)"),
+    "parameter": (lambda x, w: F.linear(x, w) * torch.nn.Parameter(w).norm(), r"non-linear use \(norm\)"),
+    "subclass": (lambda x, w: F.linear(x, w.as_subclass(Subclass)).as_subclass(torch.Tensor), r"\(linear\)"),
+    "constructor": (lambda x, w: F.linear(x, w) * torch.Tensor(w).detach().norm(), r"\(detach\)"),
+    "dlpack": (lambda x, w: F.linear(x, w) * from_dlpack(to_dlpack(w.detach())).norm(), r"\(detach\)"),
+    "of_a_library": (lambda x, w: F.linear(x, w) * view(w), r"non-linear use \(view\)"),
+    "of_a_library_too": (lambda x, w: F.linear(x, w) * is_large(w), r"non-linear use \(is_large\)"),
+    "vmap_without_gradient": (sum_in(torch.func.vmap), r"non-linear use \(exp\)"),
+    "grad_without_gradient": (sum_in(torch.func.grad), r"non-linear use \(requires_grad_\)"),
+    "grad_of_closure": (lambda x, w: torch.func.grad(lambda x: F.linear(x, w).tanh().sum())(x), "transform"),
+    "hook": (hook, r"non-linear use \(register_hook\)"),
+    "hook_of_node": (hook_of_node, r"non-linear use \(grad_fn\)"),
+    "saved_elsewhere": (saved_elsewhere, "checkpoint"),
+    "autocast": (autocast, r"non-linear use \(float\)"),
+    "deepcopy": (lambda x, w: F.linear(x, w) * copy.deepcopy(w.detach()).norm(), r"\(detach\)"),
+    "pickle": (lambda x, w: F.linear(x, w) * pickle.loads(pickle.dumps(w.detach())).norm(), r"\(detach\)"),
     "sparse": (lambda x, w: (x.to_sparse() @ w.mT).tanh(), "sparse"),
 }
 
@@ -192,3 +252,50 @@ def test_use_is_plain_from_the_first_step_on(name):
         assert re.search(reason, reasons(elbo)["w"])
         # What is known now takes one run, with the same result.
         assert_same(evaluate(elbo, case, seed=seed), expected)
+
+
+def test_use_without_gradient_for_a_metric():
+    """What is printed or logged may be in the loss, by detach(), for all that is known."""
+
+    def use(x, w):
+        f = F.linear(x, w)
+        with torch.no_grad():
+            f.square().mean().item(), (w.shape, w.dtype, repr(w))
+        return f.tanh()
+
+    case, elbo = weights(use), R2G2_ELBO()
+    evaluate(elbo, case)
+    assert treatments(elbo) == {"w": "projected"}  # the results are no values of the site
+
+
+@pytest.mark.parametrize("local", ["shared", "local"])
+def test_autocast(local):
+    """The decoder keeps its gradient: autocast remembers the first cast of a parameter."""
+    torch.set_default_dtype(torch.float32)
+
+    def use(x, w):
+        decoder = pyro.param("decoder", lambda: torch.linspace(-1.0, 1.0, 30).reshape(5, 6))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(w, decoder).float().tanh()
+
+    case = weights(use)
+    elbo = R2G2_ELBO(pre_activations=local)
+    expected = evaluate(spent(case), case, seed=0)
+    assert_same(evaluate(elbo, case, seed=0), expected)
+    assert expected[1]["decoder"].abs().max() > 0.1
+    assert reasons(elbo) == {"w": "linear with a result of torch.bfloat16"}
+
+
+def test_checkpoint_of_what_follows():
+    case = weights(lambda x, w: checkpoint(lambda f: f.tanh().exp(), F.linear(x, w), use_reentrant=False))
+    other = weights(lambda x, w: F.linear(x, w).tanh().exp())
+    elbo = R2G2_ELBO()
+    assert_same(evaluate(elbo, case, seed=0), evaluate(R2G2_ELBO(), other, seed=0))
+    assert treatments(elbo) == {"w": "projected"}
+
+
+def test_asking_whether_an_element_is_zero_is_a_use():
+    case, elbo = weights(lambda x, w: F.linear(x, w) * (2.0 if w[0, 0].is_nonzero() else 1.0)), R2G2_ELBO()
+    evaluate(elbo, case)
+    assert treatments(elbo) == {"w": "projected (96 %)"}
+    assert reasons(elbo)["w"].endswith("non-linear use (is_nonzero)")

@@ -98,7 +98,7 @@ def test_local():
             loss.backward()
             return loss.item()
 
-    ours = draw_gradients(R2G2_ELBO("local"), case, 150, seed=0)
+    ours = draw_gradients(R2G2_ELBO(pre_activations="local"), case, 150, seed=0)
     by_hand = draw_gradients(ByHand(), case, 150, seed=1)
     for name in ("locs.l0.weight", "scales.l0.weight", "scales.l1.weight", "scales.l2.weight"):
         a, b = (s[f"AutoNormal.{name}"] for s in (ours, by_hand))
