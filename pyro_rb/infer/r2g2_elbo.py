@@ -84,7 +84,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
 
     Example::
 
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro.infer import SVI
         >>> from pyro.infer.autoguide import AutoNormal
         >>> pyro.clear_param_store()

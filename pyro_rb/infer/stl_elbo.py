@@ -60,7 +60,7 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
 
     Example::
 
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro.infer import SVI
         >>> from pyro.infer.autoguide import AutoNormal
         >>> def model(data):

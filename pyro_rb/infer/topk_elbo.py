@@ -76,7 +76,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
 
     Example::
 
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro.infer import SVI
         >>> def model(data):
         ...     with pyro.plate("data", len(data)):

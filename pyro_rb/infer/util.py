@@ -96,21 +96,6 @@ def _sum_to(factor: Any, batch_shape: torch.Size) -> Any:
     return factor if shape == batch_shape else factor.expand(shape).sum_to_size(batch_shape)
 
 
-def is_replayed() -> bool:
-    """
-    Whether the code runs inside of a handler that may supply values of sample sites,
-    so that a guide's values need not be draws of its distributions.
-
-    >>> import pyro
-    >>> is_replayed()
-    False
-    >>> with pyro.poutine.replay(trace=pyro.poutine.Trace()):
-    ...     is_replayed()
-    True
-    """
-    return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
-
-
 def under(messenger: Messenger, fn: Callable) -> Callable:
     """
     Returns ``fn`` such that it runs under a messenger outside of all that are, and inside of

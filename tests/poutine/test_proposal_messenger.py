@@ -81,7 +81,7 @@ def test_tap():
     pyro.param("loc", torch.tensor(0.3))
     with ProposalMessenger(-2, 5, tap=tap) as run:
         z, _ = model()
-    assert set(tap.values) == {"z", "w"} and run.sites["z"].value is z is tap.values["z"]
+    assert set(tap.path.values) == {"z", "w"} and run.sites["z"].value is z is tap.path.values["z"]
 
 
 def test_plate_too_far_left():

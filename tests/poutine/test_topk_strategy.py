@@ -10,13 +10,8 @@ import torch
 from pyro import poutine
 
 from pyro_rb.ops.topk import PROBE
-from pyro_rb.poutine.topk_messenger import (
-    MAX_DIMS,
-    MAX_JOINT,
-    TopKMessenger,
-    TopKModelMessenger,
-    TopKOptions,
-)
+from pyro_rb.poutine import DrawMessenger, TopK, TopKModelMessenger, TopKOptions
+from pyro_rb.poutine.topk_strategy import MAX_DIMS, MAX_JOINT
 from pyro_rb.poutine.topk_table import (
     MAX_TABLE,
     MIN_GATHER,
@@ -27,7 +22,7 @@ from pyro_rb.poutine.topk_table import (
 
 
 def run(guide, nesting=1, options=TopKOptions(), **kwargs):
-    handler = TopKMessenger(options, -1 - nesting, **kwargs)
+    handler = DrawMessenger([TopK(options, **kwargs)], -1 - nesting)
     return handler, poutine.trace(handler(guide)).get_trace()
 
 
@@ -156,11 +151,11 @@ def test_handler_can_be_used_again():
     def guide():
         pyro.sample("z", dist.Categorical(torch.ones(5)))
 
-    handler = TopKMessenger(TopKOptions(), -1)
+    handler = DrawMessenger([TopK(TopKOptions())], -1)
     for _ in range(2):
         trace = poutine.trace(handler(guide)).get_trace()
         assert trace.nodes["z"]["infer"]["_enumerate_dim"] == -1
-        assert [site.name for site in handler.enumerated] == ["z"]
+        assert [site.name for site in handler.strategies[0].enumerated] == ["z"]
 
 
 def test_infer_of_the_user_is_not_changed():
@@ -249,11 +244,12 @@ def test_model_gets_the_cheap_categorical_at_treated_sites():
         for name in "zy":
             pyro.sample(name, dist.Categorical(torch.ones(MIN_GATHER)))
 
-    guide = TopKMessenger(TopKOptions(), -1)
+    topk = TopK(TopKOptions())
+    guide = DrawMessenger([topk], -1)
     fn = dist.Categorical(torch.ones(MIN_GATHER))
     guide_trace = poutine.trace(guide(lambda: pyro.sample("z", fn))).get_trace()
     assert type(guide_trace.nodes["z"]["fn"]) is GatherCategorical
-    model = poutine.replay(TopKModelMessenger(guide)(model), trace=guide_trace)
+    model = poutine.replay(TopKModelMessenger(topk)(model), trace=guide_trace)
     trace = poutine.trace(model).get_trace()
     assert type(trace.nodes["z"]["fn"]) is GatherCategorical
     assert type(trace.nodes["y"]["fn"]) is dist.Categorical
@@ -287,9 +283,9 @@ def test_product_in_the_model():
     def model():
         pyro.sample("x", dist.Normal(sum(guide()), 1.0), obs=torch.tensor(0.0))
 
-    handler = TopKMessenger(TopKOptions(), -1, max_evaluations=64)
-    trace = poutine.trace(handler(guide)).get_trace()
-    model = poutine.replay(TopKModelMessenger(handler)(model), trace=trace)
+    topk = TopK(TopKOptions(), max_evaluations=64)
+    trace = poutine.trace(DrawMessenger([topk], -1)(guide)).get_trace()
+    model = poutine.replay(TopKModelMessenger(topk)(model), trace=trace)
     with pytest.raises(ValueError, match="Site 'x' needs 128 evaluations.*'z_0': 2.*'z_6': 2"):
         model()
 
@@ -305,7 +301,7 @@ def test_more_sites_than_can_be_risked_are_plain():
 
     handler, _ = run(guide)
     treated = int(math.log2(MAX_JOINT))
-    assert [site.name for site in handler.enumerated] == [f"z_{i}" for i in range(treated)]
+    assert [site.name for site in handler.strategies[0].enumerated] == [f"z_{i}" for i in range(treated)]
     assert f"more than {MAX_JOINT} terms" in handler.reasons["z_29"]
 
 
@@ -316,7 +312,7 @@ def test_iterations_of_a_sequential_plate_do_not_multiply():
             assert a.dim() == 0 or a.shape[0] == 2
 
     handler, _ = run(guide)
-    assert len(handler.enumerated) == MAX_DIMS - 1
+    assert len(handler.strategies[0].enumerated) == MAX_DIMS - 1
     assert handler.reasons["a_59"] == "no tensor dim is left"
 
 
@@ -326,7 +322,7 @@ def test_sites_that_share_a_dim_do_not_multiply():
             pyro.sample(f"z_{i}", dist.Categorical(torch.ones(5)))
 
     handler, _ = run(guide)
-    assert len(handler.enumerated) == 60
+    assert len(handler.strategies[0].enumerated) == 60
 
 
 def test_options_are_checked():
