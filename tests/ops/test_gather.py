@@ -42,10 +42,21 @@ def test_gradient_has_the_size_of_one_table():
         value = gather_last(table.expand(50, 40, 1000), index)
     node, nodes = value.grad_fn, []
     while node is not None:
-        nodes.append(type(node).__name__)
+        nodes.append(node)
         node = node.next_functions[0][0] if node.next_functions else None
     assert max(sizes, default=0) <= 2000
-    assert "GatherBackward0" not in nodes
+    gathers = [node for node in nodes if type(node).__name__ == "GatherBackward0"]
+    assert [node._saved_self.shape for node in gathers] == [(1000,)]
+
+
+@pytest.mark.parametrize("index", [5, -1, 7, -6])
+@pytest.mark.parametrize("table", [torch.randn(5), torch.randn(5).expand(3, 5), torch.randn(3, 5)])
+def test_an_index_out_of_range_is_an_error(table, index):
+    for position in range(3):
+        indices = torch.tensor([0, 1, 4])
+        indices[position] = index
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            gather_last(table, indices)
 
 
 def test_compact_undoes_expand():
