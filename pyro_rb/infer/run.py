@@ -12,8 +12,9 @@ from pyro.poutine import Trace
 from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import under
-from pyro_rb.infer.weights import has_own_baseline
+from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
 from pyro_rb.ops.topk import Slots
+from pyro_rb.poutine.draw_messenger import SUPPLIED
 from pyro_rb.poutine import (
     DrawMessenger,
     PathGradient,
@@ -94,7 +95,7 @@ class Run:
         )
         note_uses(model_trace, guide_trace, self.projection)
 
-    def summarize(self, guide_trace: Trace, otherwise: str) -> Summary:
+    def summarize(self, guide_trace: Trace, otherwise: str, baselines: Baselines) -> Summary:
         """
         :param otherwise: what is said of sites that are left to Pyro.
         """
@@ -104,7 +105,10 @@ class Run:
             strategy = self.handler.drawn_by.get(name)
             treatment: Any = otherwise
             reason = self.handler.reasons.get(name, "")
-            if strategy is None:
+            if strategy is None and self.topk is not None and is_single_draw(site):
+                if reason not in ("one value", SUPPLIED):
+                    treatment, reason = _describe_single_draw(site, reason, baselines)
+            elif strategy is None:
                 view = None if self.projection is None else self.projection.find(site["value"])
                 if view is not None:
                     treatment, reason = f"as {view.site.name}", "shows its value"
@@ -115,10 +119,21 @@ class Run:
                 _, treatment, reason = describe(ours, name not in self._not_analytic)
             else:
                 treatment = None  # its scale is not known yet
-            if has_own_baseline(site):
+            if self.topk is not None and has_own_baseline(site):
                 reason += ", infer={'baseline': ...}"
             rows.append(Row(name, treatment, reason))
         return Summary(rows, self.scales)
+
+
+def _describe_single_draw(site: Any, reason: str, baselines: Baselines) -> Tuple[str, str]:
+    if baselines.over_particles(site):
+        num_others = baselines.num_particles - 1
+        return f"single draw, baseline over {num_others} other particles", reason
+    if has_own_baseline(site):
+        return "single draw", reason
+    if baselines.kind is not None:
+        reason += "; num_particles > 1 or infer={'baseline': ...} would give a baseline"
+    return "single draw, no baseline", reason
 
 
 class _Slots(NamedTuple):

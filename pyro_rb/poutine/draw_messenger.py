@@ -116,7 +116,8 @@ class DrawMessenger(UnseenEnumMessenger):
                 return
             except Declined as e:
                 reasons.append(str(e))
-        self.reasons[name] = "; ".join(filter(None, reasons))
+        # The first strategy is for draws without rsample, the last for all others.
+        self.reasons[name] = reasons[-1 if msg["fn"].has_rsample else 0] if reasons else ""
         self.enumerate(msg)
 
     def settle(self, trace: Any) -> None:

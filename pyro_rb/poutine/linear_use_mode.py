@@ -103,7 +103,7 @@ class LinearUseMode(TorchFunctionMode):
         self._add(View(site, value))
 
     def _add(self, view: View) -> None:
-        memory = view.tensor.data_ptr()  # zero if it is empty
+        memory = _address(view.tensor)  # zero if it is empty
         if memory:
             self._by_memory.setdefault(memory, view)
         self._views[id(view.tensor)] = view
@@ -168,7 +168,7 @@ class LinearUseMode(TorchFunctionMode):
     def _find_memory(self, x: torch.Tensor) -> Optional[View]:
         """What is known of a tensor that was made of a known one by means not seen."""
         try:
-            return self._by_memory.get(x.data_ptr())
+            return self._by_memory.get(_address(x))
         except RuntimeError:  # a function transform has wrapped it
             inner = _unwrap(x)
             return None if inner is x else self.find(inner) or self._find_memory(inner)
@@ -206,6 +206,11 @@ class LinearUseMode(TorchFunctionMode):
         for site in self.sites.values():
             if site.projected is not None:
                 site.violate(site.projected, "torch.autograd inside of the model")
+
+
+def _address(x: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():  # modes around this one see no use of it
+        return x.data_ptr()
 
 
 def _name(func: Callable) -> str:

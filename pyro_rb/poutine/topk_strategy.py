@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from pyro.distributions.torch_distribution import (
@@ -16,10 +16,15 @@ from pyro_rb.poutine.draw_messenger import (
     Declined,
     DrawMessenger,
     Strategy,
-    UnseenEnumMessenger,
 )
 from pyro_rb.poutine.topk_options import TopKOptions
-from pyro_rb.poutine.topk_table import GatherCategorical, NoTable, Table, find_table
+from pyro_rb.poutine.topk_table import (
+    GatherCategorical,
+    NoTable,
+    Table,
+    TableTooLarge,
+    find_table,
+)
 
 #: Dims for slots; a tensor has at most 64 in all.
 MAX_DIMS = 40
@@ -65,8 +70,10 @@ class TopK(Strategy):
     :param int max_evaluations: the largest cartesian product of slots.
     :param int num_draws: independent draws at sites whose values cannot be listed, without
         ``infer={"draws": ...}``. Defaults to 1, which leaves them as they are.
+    :param dict plain: names of sites that are to have a single draw whatever they say
+        themselves, with the reasons.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
-        followed; if its table or the product of slots is too large.
+        followed; if the product of slots is too large.
 
     >>> import pyro, pyro.distributions as dist
     >>> with DrawMessenger([TopK(TopKOptions(k=1))], first_available_dim=-1):
@@ -80,9 +87,11 @@ class TopK(Strategy):
         probe: bool = False,
         max_evaluations: int = 2**16,
         num_draws: int = 1,
+        plain: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.options = options
         self.num_draws = num_draws
+        self.plain = {} if plain is None else plain
         self.probe = probe
         self.max_evaluations = max_evaluations
         self.first_available_dim = -1
@@ -105,6 +114,8 @@ class TopK(Strategy):
         self._check(msg, num_slots)
         fn, slots, values = msg["fn"], None, None
         reason = f"{num_slots} of {table.num_categories} values"
+        if table.is_truncated:
+            reason += ", which have all but 1e-9 of the mass"
         if options.num_slots < table.num_categories:
             is_adaptive = options.budget is not None
             k = options.num_slots - 1 if is_adaptive else options.k
@@ -163,7 +174,8 @@ class TopK(Strategy):
         fn = msg["fn"]
         if values is not None:
             msg["fn"] = _Chosen(fn, values)
-        msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+        # Without "enumerate" Pyro does not look at the number of samples.
+        msg["infer"] = {**msg["infer"], "enumerate": "parallel", "num_samples": None}
         try:
             handler.enumerate(msg)
         finally:
@@ -177,6 +189,9 @@ class TopK(Strategy):
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"
+        if msg["name"] in self.plain:
+            msg["infer"] = {**infer, "enumerate": None}
+            raise Declined(self.plain[msg["name"]])
         asked = infer.get("topk")
         if "enumerate" in infer and (asked is None or infer["enumerate"] is not None):
             if asked is None:
@@ -209,16 +224,11 @@ class TopK(Strategy):
         try:
             table = find_table(msg["fn"])
         except NoTable as e:
-            if asked is None:
+            if asked is None or isinstance(e, TableTooLarge):
                 raise Declined(str(e)) from None
             raise ValueError(
                 f"Found infer={{'topk': {asked!r}}} at guide site '{name}', whose values "
                 f"cannot be listed: {e}. Remove the option, or set {{'topk': 0}}."
-            ) from None
-        except ValueError as e:
-            raise ValueError(
-                f"Too many values at guide site '{name}': {e}. "
-                "Set infer={'topk': 0} there for a plain draw."
             ) from None
         if table.num_categories == 1:
             raise Declined("one value")
@@ -262,35 +272,6 @@ class TopK(Strategy):
                 f"max_evaluations={self.max_evaluations}. Set infer={{'topk': 0}}, a plain "
                 "draw, at most of these sites, or raise max_evaluations."
             )
-
-
-class TopKModelMessenger(UnseenEnumMessenger):
-    """
-    The handler of the model that runs after a guide with :class:`TopK` sites. It
-    bounds the cartesian product of slots, and makes Categorical priors cheap.
-
-    :param TopK guide: the strategy of the guide.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> topk = TopK(TopKOptions(k=1))
-    >>> with DrawMessenger([topk], first_available_dim=-1):
-    ...     z = pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
-    >>> with TopKModelMessenger(topk), pyro.poutine.condition(data={"z": z}):
-    ...     pyro.sample("z", dist.Categorical(torch.ones(3))).shape
-    torch.Size([2])
-    """
-
-    def __init__(self, guide: TopK) -> None:
-        super().__init__()
-        self._guide = guide
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], TorchDistributionMixin) and not site_is_subsample(msg):
-            if self._guide.enumerated:
-                self._guide.check_product(msg["name"], msg["fn"].batch_shape)
-            if any(msg["name"] == site.name for site in self._guide.enumerated):
-                msg["fn"] = GatherCategorical.of(msg["fn"])
-        super()._pyro_sample(msg)
 
 
 def _sequential_counters(msg: Any) -> Dict[str, int]:
