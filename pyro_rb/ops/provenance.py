@@ -198,7 +198,11 @@ class _Operators(TorchDispatchMode):
 def _is_check() -> bool:
     """Whether the function that the mode sees is called by code that only checks values."""
     frame: Any = sys._getframe(2)
-    while frame.f_globals["__name__"] == "torch.overrides":
+    # Other modes may stand in between.
+    while (
+        frame.f_code.co_name == "__torch_function__"
+        or frame.f_globals["__name__"] == "torch.overrides"
+    ):
         frame = frame.f_back
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     is_assert = line.lstrip().startswith("assert ")
