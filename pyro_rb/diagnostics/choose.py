@@ -239,7 +239,10 @@ class Chooser:
         loss = self._try(TOP_K)
         if loss is not None and not is_treated(loss, "top-k"):
             self._tried.remove(TOP_K)
-            self._left_out[TOP_K] = "there are too few values: all are summed"
+            others = [row for row in loss.report() if row.site in self.sites.discrete]
+            reasons = [f"'{row.site}': {row.reason}" for row in others if row.treatment != "exact"]
+            all_summed = "there are too few values: all are summed"
+            self._left_out[TOP_K] = f"it treats no site; {_shortened(reasons)}" if reasons else all_summed
 
     def _choose_importance_weighted(self, reference: str, loss: RenyiELBO) -> None:
         elbos = [MEAN_FIELD, GRAPH, ENUMERATED, STL, TOP_K]

@@ -3,9 +3,7 @@
 
 import math
 import queue
-import re
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from pyro import poutine
@@ -16,78 +14,20 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 
-from pyro_rb.infer.report import Report, SiteReport
+from pyro_rb.infer.outside_plates import OutsidePlates, Run
+from pyro_rb.infer.particle_baseline import Draw, compute_scores
+from pyro_rb.infer.report import Report
+from pyro_rb.infer.topk_report import Treated, hint, summarize
 from pyro_rb.infer.topk_surrogate import (
+    Baselines,
     compute_elbo,
     compute_surrogate,
-    has_own_baseline,
+    drop_own_scores,
 )
-from pyro_rb.ops.topk import Slots
+from pyro_rb.infer.util import get_packed_traces
 from pyro_rb.poutine import TopKMessenger, TopKModelMessenger, TopKOptions
 
 BASELINES = (None, "loo", "reinforce+")
-_SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
-
-
-class _Treated(NamedTuple):
-    """What was done at a latent site, and why."""
-
-    site: str
-    treatment: str
-    reason: str
-    slots: Optional[Slots] = None
-    dim: int = 0
-
-    def report(self) -> SiteReport:
-        treatment = self.treatment
-        if self.slots is not None:
-            top, sampled = (x.sum(self.dim).double() for x in self.slots[2:])
-            mass = (self.slots.log_weight.exp() * self.slots.is_sampled).sum(self.dim)
-            treatment = (
-                f"{treatment}, k = {top.mean().item():.3g}, n = {sampled.mean().item():.3g}, "
-                f"complement {mass.mean().item():.3g}"
-            )
-        return SiteReport(self.site, treatment, self.reason)
-
-
-@contextmanager
-def _hint(handler: TopKMessenger) -> Iterator[None]:
-    """Names the sites that were enumerated in errors that they may have caused."""
-    try:
-        yield
-    except (IndexError, RuntimeError, TypeError, ValueError) as e:
-        names = [site.name for site in handler.enumerated]
-        is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
-        text = str(e).split("Trace Shapes:")[0]
-        if not (is_known and names and _SHAPES.search(text)) or "{'topk'" in text:
-            raise
-        raise type(e)(
-            f"{e}\nThe values of the guide sites {names} have one more dim on the left, "
-            "for the values that are looked at. If the model or guide cannot do with "
-            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
-            "infer={'topk': 0} at the site."
-        ) from e
-
-
-def _summarize(guide_trace: Trace, handler: TopKMessenger) -> List[_Treated]:
-    enumerated = {site.name for site in handler.enumerated}
-    rows = []
-    for name in guide_trace.stochastic_nodes:
-        site: Any = guide_trace.nodes[name]
-        infer = site["infer"]
-        reason = handler.reasons.get(name, "")
-        treatment = "as TraceEnum_ELBO"
-        if name in enumerated:
-            # A replay around the loss comes after the handler, and puts its own options.
-            if infer.get("enumerate") is None:
-                reason = "its value was supplied, not drawn"
-            else:
-                treatment = "top-k" if "_topk" in infer else "exact"
-        if has_own_baseline(site):
-            reason += ", infer={'baseline': ...}"
-        slots, dim = infer.get("_topk"), infer.get("_enumerate_dim", 0)
-        rows.append(_Treated(name, treatment, reason, slots, dim))
-    return rows
 
 
 class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
@@ -185,6 +125,7 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
 
     def __init__(
         self,
+        *args: Any,
         k: Optional[int] = None,
         num_samples: Optional[int] = None,
         budget: Optional[int] = None,
@@ -203,13 +144,20 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
             )
         self.baseline = baseline
         self.max_evaluations = max_evaluations
-        kwargs.setdefault("strict_enumeration_warning", False)
-        super().__init__(**kwargs)
-        self._latest: Optional[List[_Treated]] = None
+        super().__init__(*args, **kwargs)
+        self._outside = OutsidePlates()
+        self._latest: Optional[List[Treated]] = None
 
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Iterator[Tuple[Trace, Trace]]:
+        for _, run in self._get_runs(model, guide, args, kwargs):
+            yield run.model_trace, run.guide_trace
+
+    def _get_runs(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Iterator[Tuple[int, Run]]:
+        """The number of a particle, and its runs: one, but for sequential enumeration."""
         if isinstance(poutine.unwrap(guide), Messenger):
             raise NotImplementedError(
                 "RaoBlackwellTopK_ELBO does not support GuideMessenger"
@@ -226,6 +174,7 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
             first_available_dim=-1 - self.max_plate_nesting,
             probe=self.baseline == "reinforce+",
             max_evaluations=self.max_evaluations,
+            plain=self._outside.reasons,
         )
         model = TopKModelMessenger(handler)(model)
         traces: Any = queue.LifoQueue()
@@ -235,34 +184,46 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
             escape_fn=iter_discrete_escape,
             extend_fn=iter_discrete_extend,
         )
-        for _ in range(1 if self.vectorize_particles else self.num_particles):
-            traces.put(Trace())
-            while not traces.empty():
-                with _hint(handler):
-                    pair = self._get_trace(model, guide, args, kwargs)
-                self._latest = _summarize(pair[1], handler)
-                yield pair
 
-    def _surrogates(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Iterator[Tuple[Any, Trace, Trace]]:
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            if torch.is_grad_enabled():
-                elbo = compute_surrogate(model_trace, guide_trace, self.baseline)
-            else:
-                elbo = compute_elbo(model_trace, guide_trace)
-            yield elbo / self.num_particles, model_trace, guide_trace
+        def get_traces(*watches: Messenger) -> Tuple[Trace, Trace]:
+            watched = [f(g) for f, g in zip(watches, (model, guide))] or [model, guide]
+            with hint(handler):
+                pair = get_packed_traces(
+                    watched[0], watched[1], args, kwargs, self.max_plate_nesting
+                )
+            drop_own_scores(pair[1], self._baselines)
+            self._latest = summarize(pair[1], handler, self._baselines)
+            return pair
+
+        for particle in range(1 if self.vectorize_particles else self.num_particles):
+            for run in self._outside.get_runs(get_traces, traces):
+                yield particle, run
+
+    @property
+    def _baselines(self) -> Baselines:
+        return Baselines(self.baseline, self.num_particles)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """
         :return: an estimate of the loss, minus the ELBO. It does not depend on
             ``baseline`` other than by the random numbers that ``"reinforce+"`` takes.
         """
-        traces = self._get_traces(model, guide, args, kwargs)
-        elbo = sum(torch_item(compute_elbo(*pair)) for pair in traces)
+        runs = self._get_runs(model, guide, args, kwargs)
+        elbo = sum(torch_item(compute_elbo(run)) for _, run in runs)
         loss = -elbo / self.num_particles
         warn_if_nan(loss, "loss")
         return loss
+
+    def _surrogates(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Iterator[Tuple[Any, Run, List[Tuple[int, Draw]]]]:
+        """Surrogates of runs, and the draws whose scores wait for the other particles."""
+        for particle, run in self._get_runs(model, guide, args, kwargs):
+            if torch.is_grad_enabled():
+                elbo, draws = compute_surrogate(run, self._baselines, self._outside.dependents)
+            else:
+                elbo, draws = compute_elbo(run), []
+            yield elbo / self.num_particles, run, [(particle, draw) for draw in draws]
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """
@@ -270,9 +231,11 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
             derivatives are estimates of those of the loss; higher ones are not.
         """
         elbo: Any = 0.0
-        for particle, _, _ in self._surrogates(model, guide, args, kwargs):
+        waiting = []
+        for particle, _, draws in self._surrogates(model, guide, args, kwargs):
             elbo = elbo + particle
-        loss = -elbo
+            waiting += draws
+        loss = -(elbo + compute_scores(waiting) / self.num_particles)
         warn_if_nan(loss, "loss")
         return loss
 
@@ -282,13 +245,22 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
             added to the ``.grad`` of the parameters.
         """
         loss: Any = 0.0
-        for elbo, model_trace, guide_trace in self._surrogates(model, guide, args, kwargs):
+        kept: Any = 0.0
+        waiting = []
+        for elbo, run, draws in self._surrogates(model, guide, args, kwargs):
             loss -= torch_item(elbo)
-            nodes: List[Any] = [*model_trace.nodes.values(), *guide_trace.nodes.values()]
-            if any(site["type"] == "param" for site in nodes):
+            nodes: List[Any] = [*run.model_trace.nodes.values(), *run.guide_trace.nodes.values()]
+            if not any(site["type"] == "param" for site in nodes):
+                continue
+            if draws:
+                kept = kept + elbo
+                waiting += draws
+            else:
                 # Sites that are enumerated in a loop share a graph.
                 shares_graph = any("_enum_total" in site.get("infer", {}) for site in nodes)
                 torch_backward(-elbo, retain_graph=shares_graph or self.retain_graph)
+        kept = kept + compute_scores(waiting) / self.num_particles
+        torch_backward(-kept, retain_graph=self.retain_graph)
         warn_if_nan(loss, "loss")
         return loss
 
@@ -296,7 +268,7 @@ class RaoBlackwellTopK_ELBO(TraceEnum_ELBO):
         return TraceEnum_ELBO(
             num_particles=self.num_particles,
             max_plate_nesting=self.max_plate_nesting,
-            strict_enumeration_warning=self.strict_enumeration_warning,
+            strict_enumeration_warning=False,
         )
 
     def compute_marginals(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:

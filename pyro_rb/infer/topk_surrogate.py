@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-From a pair of traces to one scalar: its value is the ELBO, its gradient the estimate.
+From a run of model and guide to one scalar: its value is the ELBO, its gradient the
+estimate.
 
 The guide ran under a :class:`~pyro_rb.poutine.topk_messenger.TopKMessenger`. Pyro's
 ``Dice`` weighs the terms of the ELBO by the product of the weights of slots. It does so
@@ -10,21 +11,16 @@ on tensors without a graph: its derivative with respect to a weight is the downs
 cost, from which the score part of the gradient is made.
 """
 
-from itertools import chain
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from pyro.infer.util import Dice
 from pyro.ops import packed
 from pyro.poutine import Trace
 
-from pyro_rb.infer.util import (
-    Ordinal,
-    compute_baseline,
-    compute_costs,
-    compute_dice_elbo,
-    sample_sites,
-)
+from pyro_rb.infer.outside_plates import Dependents, Run
+from pyro_rb.infer.particle_baseline import Draw
+from pyro_rb.infer.util import PARTICLES, Ordinal, compute_baseline, sample_sites
 from pyro_rb.ops.topk import (
     Slots,
     leave_one_out_baseline,
@@ -32,7 +28,24 @@ from pyro_rb.ops.topk import (
     score_coefficients,
 )
 
-Costs = Dict[Ordinal, List[Any]]  # of packed tensors
+Group = Tuple[Ordinal, str]  # an ordinal and packed dims: costs of a group have one weight
+
+
+class Baselines(NamedTuple):
+    """What is subtracted from costs, at sites that do not say so themselves."""
+
+    #: For slots; None is for no baseline at all.
+    kind: Optional[str]
+    num_particles: int
+
+    def over_particles(self, site: Any) -> bool:
+        """Whether a site has the mean cost of the other particles for its baseline."""
+        has_others = self.kind is not None and self.num_particles > 1
+        return has_others and is_single_draw(site) and not has_own_baseline(site)
+
+    def any(self, site: Any) -> bool:
+        is_treated = self.kind is not None and "_topk" in site["infer"]
+        return is_treated or has_own_baseline(site) or self.over_particles(site)
 
 
 def _score_function(site: Any) -> Any:
@@ -40,42 +53,27 @@ def _score_function(site: Any) -> Any:
     return site["score_parts"].score_function
 
 
+def is_single_draw(site: Any) -> bool:
+    """Whether a site of a guide has a score, and neither slots nor other values."""
+    is_drawn = site["infer"].get("enumerate") is None and not site["is_observed"]
+    return is_drawn and not getattr(site["fn"], "has_rsample", False)
+
+
 def has_own_baseline(site: Any) -> bool:
     """Whether ``infer={"baseline": ...}`` is to be followed: where there is a score."""
-    infer = site["infer"]
-    is_drawn = infer.get("enumerate") is None or "_topk" in infer
-    has_score = not (site["is_observed"] or site["fn"].has_rsample)
-    return is_drawn and has_score and bool(infer.get("baseline"))
+    is_drawn = is_single_draw(site) or "_topk" in site["infer"]
+    return is_drawn and bool(site["infer"].get("baseline"))
 
 
-def _has_something_to_do(guide_trace: Trace) -> bool:
-    return any(
-        "_topk" in site["infer"] or has_own_baseline(site)
-        for _, site in sample_sites(guide_trace)
-    )
-
-
-def _check_plates(
-    model_trace: Trace, guide_trace: Trace, ordering: Dict[str, Ordinal]
-) -> None:
-    """``Dice`` would leave such weights out, without a word."""
-    treated = {
-        site["infer"]["_enumerate_symbol"]: name
-        for name, site in sample_sites(guide_trace)
-        if "_topk" in site["infer"]
-    }
-    for trace in (guide_trace, model_trace):
-        for name, site in sample_sites(trace):
-            for symbol in set(site["packed"]["log_prob"]._pyro_dims) & set(treated):
-                source = treated[symbol]
-                if not ordering[source] <= ordering[name]:
-                    plates = [f.name for f in guide_trace.nodes[source]["cond_indep_stack"]]
-                    raise ValueError(
-                        f"Site '{name}' depends on guide site '{source}', which is inside of "
-                        f"plates {plates} that '{name}' is outside of. Expected, as in "
-                        "TraceEnum_ELBO, that nothing outside of a plate depends on what "
-                        "is inside. Use Trace_ELBO or TraceGraph_ELBO for this model."
-                    )
+def drop_own_scores(guide_trace: Trace, baselines: Baselines) -> None:
+    """
+    Detaches ``log q`` in the cost of each site with a baseline. Its own gradient has mean
+    zero, and would be the only noise left where the guide is the posterior.
+    """
+    for _, site in sample_sites(guide_trace):
+        if baselines.any(site):
+            log_prob = site["packed"]["log_prob"]
+            site["packed"]["log_prob"] = _with_dims(log_prob.detach(), log_prob)
 
 
 def _with_dims(x: Any, other: Any) -> Any:
@@ -103,47 +101,52 @@ def _set_dice_factors(guide_trace: Trace) -> Dict[str, torch.Tensor]:
     return factors
 
 
-def _drop_own_scores(guide_trace: Trace, baseline: Optional[str]) -> None:
-    """
-    Detaches ``log q`` in the cost of each site with a baseline. Its own gradient has mean
-    zero, and would be the only noise left where the guide is the posterior.
-    """
-    for _, site in sample_sites(guide_trace):
-        is_treated = baseline is not None and "_topk" in site["infer"]
-        if is_treated or has_own_baseline(site):
-            log_prob = site["packed"]["log_prob"]
-            site["packed"]["log_prob"] = _with_dims(log_prob.detach(), log_prob)
-
-
-def _group(costs: Costs) -> Costs:
-    """Adds up what has the same dims, and so the same weights."""
-    groups: Costs = {}
-    for ordinal, terms in costs.items():
-        by_dims: Dict[str, Any] = {}
-        for term in terms:
-            dims = term._pyro_dims
-            total = by_dims[dims] + term if dims in by_dims else term
-            by_dims[dims] = _with_dims(total, term)
-        groups[ordinal] = list(by_dims.values())
+def _grouped(run: Run) -> Dict[Group, Any]:
+    """The sums of costs that have the same weights."""
+    groups: Dict[Group, Any] = {}
+    for cost in run.costs:
+        key = (cost.ordinal, cost.value._pyro_dims)
+        total = groups[key] + cost.value if key in groups else cost.value
+        groups[key] = _with_dims(total, cost.value)
     return groups
 
 
-def _compute_costs(
-    model_trace: Trace, guide_trace: Trace
-) -> Tuple[Costs, Dict[str, Ordinal]]:
-    try:
-        costs, ordering = compute_costs(model_trace, guide_trace)
-    except ValueError as e:
-        if "guide enumeration" not in str(e):
-            raise
-        raise ValueError(f"{e} Or set infer={{'topk': 0}} at that guide site.") from e
-    _check_plates(model_trace, guide_trace, ordering)
-    return _group(costs), ordering
+def _by_ordinal(terms: List[Tuple[Ordinal, Any]]) -> Dict[Ordinal, List[Any]]:
+    """Laid out for ``Dice``."""
+    costs: Dict[Ordinal, List[Any]] = {}
+    for ordinal, term in terms:
+        costs.setdefault(ordinal, []).append(term)
+    return costs
 
 
 def _dot(coefficient: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
     """The sum of products, where 0 times infinity is 0."""
     return (coefficient * term.masked_fill(coefficient == 0, 0.0)).sum()
+
+
+def _outside_cost(
+    name: str, run: Run, probs: Dict[Group, Any], dependents: Dependents
+) -> Any:
+    """
+    What depends on a guide site from outside of its plates: the full cost, as
+    ``Trace_ELBO`` has it, laid out as ``log_prob``.
+
+    :param probs: the weights of costs.
+    """
+    site: Any = run.guide_trace.nodes[name]
+    dims = site["packed"]["log_prob"]._pyro_dims
+    symbol_to_dim = {symbol: dim for dim, symbol in site["infer"]["_dim_to_symbol"].items()}
+    total: Any = 0.0
+    for cost in run.costs:
+        prob = probs.get((cost.ordinal, cost.value._pyro_dims))
+        is_outside = cost.site in dependents[name] and not run.ordering[name] <= cost.ordinal
+        if is_outside and prob is not None:
+            value: Any = prob * cost.value.detach().masked_fill(prob == 0, 0.0)
+            kept = "".join(d for d in cost.value._pyro_dims if d in dims)
+            value = torch.einsum(f"{cost.value._pyro_dims}->{kept}", value)
+            value._pyro_dims = kept
+            total = total + packed.unpack(value, symbol_to_dim)
+    return total
 
 
 def _own_baseline(
@@ -186,57 +189,80 @@ def _coefficients(
     return score_coefficients(grad, weight, slots.is_top, slots.is_sampled, dim, own)
 
 
-def compute_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
+def compute_elbo(run: Run) -> Any:
     """The weighted sum over slots, without a gradient for the parameters."""
     with torch.no_grad():
-        if not _has_something_to_do(guide_trace):
-            return compute_dice_elbo(model_trace, guide_trace)
-        costs, ordering = _compute_costs(model_trace, guide_trace)
-        _set_dice_factors(guide_trace)
-        return Dice(guide_trace, ordering).compute_expectation(costs)
+        _set_dice_factors(run.guide_trace)
+        costs = _by_ordinal([(cost.ordinal, cost.value) for cost in run.costs])
+        return Dice(run.guide_trace, run.ordering).compute_expectation(costs)
 
 
 def compute_surrogate(
-    model_trace: Trace, guide_trace: Trace, baseline: Optional[str]
-) -> Any:
-    """A scalar whose value is the ELBO and whose gradient is the estimate."""
-    if not _has_something_to_do(guide_trace):
-        return compute_dice_elbo(model_trace, guide_trace)
-    _drop_own_scores(guide_trace, baseline)
-    costs, ordering = _compute_costs(model_trace, guide_trace)
+    run: Run, baselines: Baselines, dependents: Dependents
+) -> Tuple[Any, List[Draw]]:
+    """
+    :param dependents: for guide sites that have a single draw, costs outside of their plates.
+    :return: a scalar whose value is the ELBO and whose gradient is the estimate; but for
+        the scores of some sites, which have to wait for the other particles.
+    """
+    guide_trace, ordering = run.guide_trace, run.ordering
+    sites = dict(sample_sites(guide_trace))
+    if not any(
+        "_topk" in site["infer"] or name in dependents or baselines.any(site)
+        for name, site in sites.items()
+    ):
+        costs = _by_ordinal([(cost.ordinal, cost.value) for cost in run.costs])
+        return Dice(guide_trace, ordering).compute_expectation(costs), []
+    groups = _grouped(run)
     factors = _set_dice_factors(guide_trace)
     dice = Dice(guide_trace, ordering)
-    leaves = {
-        ordinal: [_with_dims(term.detach().requires_grad_(), term) for term in terms]
-        for ordinal, terms in costs.items()
-    }
-    elbo = dice.compute_expectation(leaves)
+    leaves = {k: _with_dims(x.detach().requires_grad_(), x) for k, x in groups.items()}
+    elbo = dice.compute_expectation(_by_ordinal([(k[0], x) for k, x in leaves.items()]))
     if not isinstance(elbo, torch.Tensor):
-        return elbo
-    inputs = [*factors.values(), *chain(*leaves.values())]
+        return elbo, []
+    inputs = [*factors.values(), *leaves.values()]
     grads = torch.autograd.grad(elbo, inputs, allow_unused=True)
+    probs = dict(zip(groups, grads[len(factors) :]))
 
     # The expectation is linear in the costs, so that this has its value.
-    surrogate = torch.zeros_like(elbo)
-    for term, prob in zip(chain(*costs.values()), grads[len(factors) :]):
-        if prob is not None:
-            surrogate = surrogate + _dot(prob, term)
+    surrogate, draws = torch.zeros_like(elbo), []
+    for key, term in groups.items():
+        if probs[key] is not None:
+            surrogate = surrogate + _dot(probs[key], term)
     for (name, factor), grad in zip(factors.items(), grads):
+        site, own = sites[name], None
+        if name in dependents:
+            grad = _outside_cost(name, run, probs, dependents) + (
+                torch.zeros_like(factor) if grad is None else grad
+            )
         if grad is None:
             continue
-        site = guide_trace.nodes[name]
-        own: Optional[torch.Tensor] = None
         if has_own_baseline(site):
-            log_prob = site["packed"]["log_prob"]
-            ones = _with_dims(torch.ones_like(log_prob), log_prob)
-            total = dice.compute_expectation({ordering[name]: [ones]})
-            (weights,) = torch.autograd.grad(total, [factor])
-            own, loss = _own_baseline(name, site, grad, weights)
+            weight = _upstream_weight(name, run, dice, factor)
+            own, loss = _own_baseline(name, site, grad, weight)
             surrogate = surrogate - _without_value(loss)
-        coefficient = _coefficients(site, grad, baseline, own)
+        elif baselines.over_particles(site):
+            weight = _upstream_weight(name, run, dice, factor)
+            frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+            dim = frames[PARTICLES].dim if PARTICLES in frames else None
+            is_subsampled = any((f.full_size or 0) > f.size for f in frames.values())
+            draws.append(Draw(name, grad, weight, _score_function(site), dim, is_subsampled))
+            continue
+        coefficient = _coefficients(site, grad, baselines.kind, own)
         score = _dot(coefficient, _score_function(site))
         surrogate = surrogate + _without_value(score)
-    return surrogate
+    return surrogate, draws
+
+
+def _upstream_weight(name: str, run: Run, dice: Dice, factor: torch.Tensor) -> torch.Tensor:
+    """The product of the weights of the slots before a site, times its own weight."""
+    site: Any = run.guide_trace.nodes[name]
+    log_prob = site["packed"]["log_prob"]
+    if set(log_prob._pyro_dims) <= run.ordering[name] and not dice.log_denom:
+        return torch.ones_like(factor)
+    ones = _with_dims(torch.ones_like(log_prob), log_prob)
+    total = dice.compute_expectation({run.ordering[name]: [ones]})
+    return torch.autograd.grad(total, [factor])[0]
 
 
 def _without_value(x: Any) -> Any:

@@ -5,12 +5,13 @@
 The one place that touches Pyro's private names.
 """
 
-from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Tuple
 
 import torch
 from pyro import poutine
+from pyro.infer.enum import get_importance_trace
 from pyro.infer.traceenum_elbo import (
-    _compute_dice_elbo,
+    _check_tmc_elbo_constraint,
     _compute_model_factors,
     shared_intermediates,
 )
@@ -32,6 +33,8 @@ from pyro.util import (
     set_rng_state,
 )
 
+#: The plate that Pyro puts around vectorised particles.
+PARTICLES = "num_particles_vectorized"
 #: Names of the vectorised plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
 
@@ -74,22 +77,32 @@ def forget_parameters() -> None:
                 frame.trace.remove_node(name)
 
 
+class Cost(NamedTuple):
+    """A term of the ELBO, as ``TraceEnum_ELBO`` takes its expectation."""
+
+    #: The site of model or guide. Empty for a sum over sites that the model enumerates.
+    site: str
+    ordinal: Ordinal
+    #: Packed.
+    value: Any
+
+
 def compute_costs(
     model_trace: Trace, guide_trace: Trace
-) -> Tuple[Dict[Ordinal, List[torch.Tensor]], Dict[str, Ordinal]]:
+) -> Tuple[List[Cost], Dict[str, Ordinal]]:
     """
-    The terms of the ELBO that ``TraceEnum_ELBO`` takes expectations of, by
-    ``pyro.infer.util.Dice``.
+    The terms of the ELBO, of which ``pyro.infer.util.Dice`` takes the expectation.
 
-    :param model_trace: packed, as ``TraceEnum_ELBO._get_trace`` returns it.
+    :param model_trace: packed, as :func:`get_packed_traces` returns it.
     :param guide_trace: likewise.
-    :return: packed log probabilities of the model, in which sites that the model
-        enumerates are summed out, and negative ones of the guide, by ordinal; and the
-        ordinal of each site.
+    :return: log probabilities of the model, in which sites that the model enumerates are
+        summed out, and negative ones of the guide; and the ordinal of each site.
     """
-    costs, log_factors, ordering, sum_dims, scale = _compute_model_factors(
+    names = {id(site["packed"]["log_prob"]): n for n, site in sample_sites(model_trace)}
+    terms, log_factors, ordering, sum_dims, scale = _compute_model_factors(
         model_trace, guide_trace
     )
+    costs = [Cost(names[id(x)], t, x) for t, xs in terms.items() for x in xs]
     if log_factors:
         dim_to_size = {
             dim: size
@@ -102,17 +115,10 @@ def compute_costs(
             log_factors = contract_tensor_tree(log_factors, sum_dims, ring=ring)
         for ordinal, terms in log_factors.items():
             scaled = [packed.scale_and_mask(term, scale=scale) for term in terms]
-            costs.setdefault(ordinal, []).extend(scaled)
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample":
-            cost = packed.neg(site["packed"]["log_prob"])
-            costs.setdefault(ordering[name], []).append(cost)
+            costs.extend(Cost("", ordinal, term) for term in scaled)
+    for name, site in sample_sites(guide_trace):
+        costs.append(Cost(name, ordering[name], packed.neg(site["packed"]["log_prob"])))
     return costs, ordering
-
-
-def compute_dice_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
-    """The differentiable ELBO of ``TraceEnum_ELBO``, a scalar or 0.0."""
-    return _compute_dice_elbo(model_trace, guide_trace)
 
 
 def compute_baseline(
@@ -142,6 +148,23 @@ def get_traces(
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def get_packed_traces(
+    model: Any, guide: Any, args: Tuple, kwargs: Dict[str, Any], max_plate_nesting: Any
+) -> Tuple[Trace, Trace]:
+    """
+    As ``TraceEnum_ELBO._get_trace``, but for its warnings that a site outside of a plate
+    comes after one inside, which need not depend on it.
+    """
+    model_trace, guide_trace = get_importance_trace(
+        "flat", max_plate_nesting, model, guide, args, kwargs
+    )
+    if is_validation_enabled():
+        _check_tmc_elbo_constraint(model_trace, guide_trace)
+    guide_trace.pack_tensors()
+    model_trace.pack_tensors(guide_trace.plate_to_symbol)
+    return model_trace, guide_trace
 
 
 def check_shapes(model_trace: Trace, guide_trace: Trace, max_plate_nesting: Any) -> None:

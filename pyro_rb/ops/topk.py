@@ -201,6 +201,26 @@ def probe_baseline(
     return probe * weight * is_sampled
 
 
+def particle_baseline(grad: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """
+    For each particle, the mean cost of the others, which does not depend on its own draw.
+
+    :param grad: ``[..., P, ...]``, weight times downstream cost.
+    :param weight: ``[..., P, ...]``, of the same shape.
+    :param dim: the dimension of particles.
+    :return: ``[..., P, ...]``, 0 where the others have next to no weight.
+
+    >>> particle_baseline(torch.tensor([1.0, 2.0, 6.0]), torch.ones(3), 0)
+    tensor([4.0000, 3.5000, 1.5000])
+    """
+    others = grad.sum(dim, keepdim=True) - grad
+    other_weights = weight.sum(dim, keepdim=True) - weight
+    # Below, the differences are rounding errors.
+    is_known = other_weights > weight * torch.finfo(grad.dtype).eps ** 0.5
+    baseline = others / other_weights.masked_fill(~is_known, 1.0)
+    return baseline.masked_fill(~is_known, 0.0)
+
+
 def score_coefficients(
     grad: Tensor,
     weight: Tensor,

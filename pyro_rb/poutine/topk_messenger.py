@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from pyro.distributions.torch_distribution import (
@@ -14,7 +14,13 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.topk import Slots, select_slots
 from pyro_rb.poutine.topk_options import TopKOptions
-from pyro_rb.poutine.topk_table import GatherCategorical, NoTable, Table, find_table
+from pyro_rb.poutine.topk_table import (
+    GatherCategorical,
+    NoTable,
+    Table,
+    TableTooLarge,
+    find_table,
+)
 
 #: Dims for slots; a tensor has at most 64 in all.
 MAX_DIMS = 40
@@ -64,8 +70,10 @@ class TopKMessenger(EnumMessenger):
     :param bool probe: whether each site gets one more slot, for a draw from the whole
         distribution that has nearly no weight.
     :param int max_evaluations: the largest cartesian product of slots.
+    :param dict plain: names of sites that are to have a single draw whatever they say
+        themselves, with the reasons.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
-        followed; if its table or the product of slots is too large.
+        followed; if the product of slots is too large.
 
     >>> import pyro, pyro.distributions as dist
     >>> with TopKMessenger(TopKOptions(k=1), first_available_dim=-1):
@@ -79,11 +87,13 @@ class TopKMessenger(EnumMessenger):
         first_available_dim: int,
         probe: bool = False,
         max_evaluations: int = 2**16,
+        plain: Optional[Mapping[str, str]] = None,
     ) -> None:
         super().__init__(first_available_dim)
         self.options = options
         self.probe = probe
         self.max_evaluations = max_evaluations
+        self.plain = {} if plain is None else plain
         #: Latent sites, with what there is to say of the treatment.
         self.reasons: Dict[str, str] = {}
         self.enumerated: List[_Enumerated] = []
@@ -115,6 +125,8 @@ class TopKMessenger(EnumMessenger):
         self.check_product(name, fn.batch_shape, num_slots)
 
         self.reasons[name] = f"{num_slots} of {table.num_categories} values"
+        if table.is_truncated:
+            self.reasons[name] += ", which have all but 1e-9 of the mass"
         if options.num_slots < table.num_categories:
             is_adaptive = options.budget is not None
             k = options.num_slots - 1 if is_adaptive else options.k
@@ -128,7 +140,8 @@ class TopKMessenger(EnumMessenger):
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
             msg["fn"] = _Chosen(fn, table.values(index.reshape(shape)))
-        msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+        # Without "enumerate" Pyro does not look at the number of samples.
+        msg["infer"] = {**msg["infer"], "enumerate": "parallel", "num_samples": None}
         try:
             super()._pyro_sample(msg)
         finally:
@@ -141,6 +154,9 @@ class TopKMessenger(EnumMessenger):
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"
+        if msg["name"] in self.plain:
+            msg["infer"] = {**infer, "enumerate": None}
+            raise _Plain(self.plain[msg["name"]])
         asked = infer.get("topk")
         if "enumerate" in infer and (asked is None or infer["enumerate"] is not None):
             if asked is None:
@@ -173,16 +189,11 @@ class TopKMessenger(EnumMessenger):
         try:
             table = find_table(msg["fn"])
         except NoTable as e:
-            if asked is None:
+            if asked is None or isinstance(e, TableTooLarge):
                 raise _Plain(str(e)) from None
             raise ValueError(
                 f"Found infer={{'topk': {asked!r}}} at guide site '{name}', whose values "
                 f"cannot be listed: {e}. Remove the option, or set {{'topk': 0}}."
-            ) from None
-        except ValueError as e:
-            raise ValueError(
-                f"Too many values at guide site '{name}': {e}. "
-                "Set infer={'topk': 0} there for a plain draw."
             ) from None
         if table.num_categories == 1:
             raise _Plain("one value")
@@ -227,35 +238,6 @@ class TopKMessenger(EnumMessenger):
                 f"max_evaluations={self.max_evaluations}. Set infer={{'topk': 0}}, a plain "
                 "draw, at most of these sites, or raise max_evaluations."
             )
-
-
-class TopKModelMessenger(EnumMessenger):
-    """
-    The handler of the model that runs after a guide with a :class:`TopKMessenger`. It
-    bounds the cartesian product of slots, and makes Categorical priors cheap.
-
-    :param TopKMessenger guide: the handler of the guide.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> handler = TopKMessenger(TopKOptions(k=1), first_available_dim=-1)
-    >>> with handler:
-    ...     z = pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
-    >>> with TopKModelMessenger(handler), pyro.poutine.condition(data={"z": z}):
-    ...     pyro.sample("z", dist.Categorical(torch.ones(3))).shape
-    torch.Size([2])
-    """
-
-    def __init__(self, guide: TopKMessenger) -> None:
-        super().__init__()
-        self._guide = guide
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], TorchDistributionMixin) and not site_is_subsample(msg):
-            if self._guide.enumerated:
-                self._guide.check_product(msg["name"], msg["fn"].batch_shape)
-            if any(msg["name"] == site.name for site in self._guide.enumerated):
-                msg["fn"] = GatherCategorical.of(msg["fn"])
-        super()._pyro_sample(msg)
 
 
 def _is_drawn(msg: Any) -> bool:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro_rb.ops.countable import negative_binomial_window, poisson_window
 from pyro_rb.ops.gather import compact, gather_last
 
-#: Largest table that is made for a distribution over 0, 1, 2, ...
-MAX_TABLE = 2**16
+#: Most elements of a table, all rows together: in float32 it then takes 0.3 GB to choose
+#: slots, and about half a second.
+MAX_TABLE = 2**23
 
 #: Smallest Categorical whose expanded table costs more than the look-up.
 MIN_GATHER = 64
@@ -21,6 +22,10 @@ MIN_GATHER = 64
 
 class NoTable(Exception):
     """Says why a distribution has no table."""
+
+
+class TableTooLarge(NoTable):
+    """Says how large a table would be."""
 
 
 class GatherCategorical(dist.Categorical):
@@ -46,6 +51,9 @@ class GatherCategorical(dist.Categorical):
             return fn
         new = fn.expand(fn.batch_shape, _instance=cls.__new__(cls))
         new._validate_args = fn._validate_args
+        if "logits" not in fn.__dict__:
+            # In the class above they are the logarithm of probabilities for each element.
+            new.logits = _unexpanded(fn).logits.expand(fn.batch_shape + (-1,))
         return new
 
 
@@ -81,10 +89,11 @@ def find_table(fn: Any) -> Table:
     """
     Makes the table of a distribution over finitely many values that does not say how to
     be reparameterised, or of a Poisson, Geometric or NegativeBinomial up to where less
-    than 1e-9 of the mass is left.
+    than 1e-9 of the mass is left. Batch dims along which a distribution is expanded have
+    size 1 in the table.
 
     :raises NoTable: with the reason, where there is none.
-    :raises ValueError: if the table would have more than :data:`MAX_TABLE` columns.
+    :raises TableTooLarge: if it would have more than :data:`MAX_TABLE` elements.
 
     >>> find_table(dist.Binomial(2, torch.tensor(0.5))).log_q.exp()
     tensor([0.2500, 0.5000, 0.2500])
@@ -95,36 +104,74 @@ def find_table(fn: Any) -> Table:
         if isinstance(fn, MaskedDistribution):
             raise NoTable("a masked distribution; use poutine.mask in its place")
         if type(fn) is dist.Categorical:
-            return Table(compact(fn.logits))
+            return _checked(Table(compact(_unexpanded(fn).logits)))
         if type(fn) is dist.OneHotCategorical:
-            return OneHotTable(compact(fn.logits))
+            return _checked(OneHotTable(compact(fn.logits)))
         if type(fn) in _WINDOWS:
-            return _truncated_table(fn, _WINDOWS[type(fn)](fn))
+            return _truncated_table(fn)
         if not getattr(fn, "has_enumerate_support", False):
             reason = "no enumerable support"
             if isinstance(fn, dist.Independent):
                 reason += ": an event of several variables, see to_event()"
             raise NoTable(reason)
+        event_shape, fn = fn.event_shape, _unexpanded(fn)
+        if hasattr(fn, "total_count"):
+            # Before the values are listed.
+            _check_size(torch.as_tensor(fn.total_count).max().item() + 1, fn.batch_shape)
         try:
             support = fn.enumerate_support(expand=False)
         except NotImplementedError as e:
             raise NoTable(f"no enumerable support: {e}") from None
+        _check_size(len(support), fn.batch_shape)
         log_q = fn.log_prob(support).movedim(0, -1)
-        return Table(log_q, support.reshape(support.shape[:1] + fn.event_shape))
+        return Table(log_q, support.reshape(support.shape[:1] + event_shape))
 
 
-def _truncated_table(fn: Any, window: torch.Tensor) -> Table:
-    last = window.max().item()
-    if not last < MAX_TABLE:
-        raise ValueError(
-            f"a table of {last:.3g} values, to hold all but 1e-9 of the mass of "
-            f"{type(fn).__name__}, exceeds {MAX_TABLE}"
-        )
-    support = torch.arange(math.ceil(last) + 1, device=window.device).to(fn.mean.dtype)
+def _truncated_table(fn: Any) -> Table:
+    fn = _unexpanded(fn)
+    last = _WINDOWS[type(fn)](fn).max().item()
+    _check_size(last + 1, fn.batch_shape)
+    support = torch.arange(math.ceil(last) + 1, device=fn.mean.device).to(fn.mean.dtype)
     shape = (-1,) + (1,) * len(fn.batch_shape)
     return Table(fn.log_prob(support.reshape(shape)).movedim(0, -1), support, True)
 
 
+def _checked(table: Table) -> Table:
+    _check_size(table.num_categories, table.log_q.shape[:-1])
+    return table
+
+
+def _check_size(num_categories: float, batch_shape: torch.Size) -> None:
+    size = num_categories * batch_shape.numel()
+    if not size <= MAX_TABLE:
+        raise TableTooLarge(f"a table of {size:.3g} elements, more than {MAX_TABLE}")
+
+
+def _unexpanded(fn: Any) -> Any:
+    """The same distribution, without the batch dims along which it is but expanded."""
+    if type(fn) not in _ARGUMENTS:
+        return fn
+    num_kept = 1 if type(fn) is dist.Categorical else 0
+    names = _ARGUMENTS[type(fn)]
+    if "probs" in names:
+        # What was made of the other was made for each element.
+        names = tuple(n for n in names if n not in ("probs", "logits") or n in fn.__dict__)
+    given = {name: compact(getattr(fn, name), num_kept) for name in names}
+    if "probs" in given and "logits" in given:
+        del given[max(("probs", "logits"), key=lambda name: given[name].numel())]
+    return type(fn)(**given, validate_args=False)
+
+
+#: Arguments of distributions that can be made without ``expand``.
+_ARGUMENTS: Dict[Any, Tuple[str, ...]] = {
+    dist.Bernoulli: ("probs", "logits"),
+    dist.BetaBinomial: ("concentration1", "concentration0", "total_count"),
+    dist.Binomial: ("total_count", "probs", "logits"),
+    dist.Categorical: ("probs", "logits"),
+    dist.Geometric: ("probs", "logits"),
+    dist.NegativeBinomial: ("total_count", "probs", "logits"),
+    dist.Poisson: ("rate",),
+}
 _WINDOWS: Dict[Any, Callable[[Any], torch.Tensor]] = {
     dist.Poisson: lambda fn: poisson_window(fn.rate),
     dist.Geometric: lambda fn: negative_binomial_window(

@@ -43,8 +43,8 @@ def double():
 NESTING = {"max_plate_nesting": 2}
 
 
-def topk(*args, **kwargs):
-    return RaoBlackwellTopK_ELBO(*args, **NESTING, **kwargs)
+def topk(**kwargs):
+    return RaoBlackwellTopK_ELBO(**NESTING, **kwargs)
 
 
 def trace_enum(**kwargs):
@@ -327,10 +327,18 @@ def test_invalid_baseline(value):
 
 def test_defaults():
     assert topk().options == (1, 1, None)
-    assert topk(3, 2).options == (3, 2, None)
+    assert topk(k=3, num_samples=2).options == (3, 2, None)
     assert topk(budget=3).options.budget == 3
     assert topk().baseline == "loo"
-    assert not topk().strict_enumeration_warning
+
+
+def test_positional_arguments_are_pyros():
+    ours, pyros = (loss(3, 2, None, True, False) for loss in (RaoBlackwellTopK_ELBO, TraceEnum_ELBO))
+    names = ["num_particles", "max_plate_nesting", "vectorize_particles", "strict_enumeration_warning", "retain_graph"]
+    assert [getattr(ours, n) for n in names] == [getattr(pyros, n) for n in names] == [3, 3, True, False, None]
+    assert RaoBlackwellTopK_ELBO(8).num_particles == 8
+    with pytest.raises(TypeError, match="positional"):
+        RaoBlackwellTopK_ELBO(1, 1, None, False, True, False, None, None, -1.0, 3)
 
 
 def test_guide_messengers_are_refused():
@@ -417,7 +425,8 @@ def test_options_of_a_site(site, own, default):
 def test_zero_is_a_plain_draw(baseline):
     elbo = topk(k=2, num_samples=4, baseline=baseline)
     assert_close(step(elbo, with_options(0)), step(trace_enum(), mixture()), 0.0)
-    assert elbo.report()[0][1:] == ("as TraceEnum_ELBO", "infer={'topk': 0}")
+    (row,) = elbo.report()
+    assert row.treatment == "single draw, no baseline" and row.reason.startswith("infer={'topk': 0}")
 
 
 @pytest.mark.parametrize(
@@ -454,7 +463,21 @@ def test_annotated_sites_keep_their_meaning(options):
     case = Case(case.model, guide)
     elbo = topk()
     assert_close(step(elbo, case), step(trace_enum(), case), 0.0)
-    assert elbo.report()[0][1:] == ("as TraceEnum_ELBO", f"infer={{'enumerate': {options['default']!r}}}")
+    (row,) = elbo.report()
+    assert row.treatment == ("as TraceEnum_ELBO" if options["default"] else "single draw, no baseline")
+    assert row.reason.startswith(f"infer={{'enumerate': {options['default']!r}}}")
+
+
+@pytest.mark.parametrize("infer", [{"num_samples": 2}, {"num_samples": 2, "tmc": "mixture"}])
+def test_number_of_samples_without_enumeration_changes_nothing(infer):
+    """As in TraceEnum_ELBO, which looks at it only beside "enumerate"."""
+    case = mixture()
+    guide = poutine.infer_config(case.guide, lambda site: infer if site["name"] == "z" else {})
+    for options in ({}, {"k": 2}, {"budget": 3}, {"k": 5}, {"k": 0}):
+        elbo = topk(**options)
+        expected, reasons = step(elbo, case), elbo.report()
+        assert_close(step(elbo, Case(case.model, guide, case.args)), expected, 0.0)
+        assert elbo.report() == reasons
 
 
 def test_local_sampling_keeps_its_meaning():
@@ -489,12 +512,17 @@ def test_report_of_a_mixed_guide():
     with pytest.raises(RuntimeError, match="Expected a step"):
         elbo.report()
     elbo.loss(model, guide)
+    remedy = "num_particles > 1 or infer={'baseline': ...} would give a baseline"
     assert elbo.report() == [
         ("categorical", "top-k, k = 1, n = 1, complement 0.3", "2 of 6 values"),
         ("coin", "exact", "2 of 2 values"),
         ("normal", "as TraceEnum_ELBO", "reparameterised"),
-        ("event", "as TraceEnum_ELBO", "no enumerable support: an event of several variables, see to_event()"),
-        ("masked", "as TraceEnum_ELBO", "a masked distribution; use poutine.mask in its place"),
+        (
+            "event",
+            "single draw, no baseline",
+            "no enumerable support: an event of several variables, see to_event(); " + remedy,
+        ),
+        ("masked", "single draw, no baseline", "a masked distribution; use poutine.mask in its place; " + remedy),
         ("one", "as TraceEnum_ELBO", "one value"),
     ]
     elbo = topk(k=2, baseline="reinforce+")
@@ -519,23 +547,24 @@ def test_report_of_a_supplied_value():
 # -- Errors at a step -----------------------------------------------------------------
 
 
-def test_dependence_across_a_plate():
+@pytest.mark.parametrize("options", [{}, {"budget": 3}, {"k": 0}])
+def test_values_that_a_prior_does_not_have(options):
+    """With validation off PyTorch says so too. More dims are not to blame."""
+    shape = torch.linspace(0.0, 1.0, 80)
+
     def model():
-        with pyro.plate("data", 3):
-            z = pyro.sample("z", dist.Categorical(torch.ones(5)))
-        loc = z.to(torch.get_default_dtype()).sum(-1, keepdim=True)
-        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.zeros(1))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Categorical(logits=shape * torch.arange(1.0, 5.0).unsqueeze(-1)))
 
     def guide():
-        with pyro.plate("data", 3):
-            pyro.sample("z", dist.Categorical(logits=table("logits", 3, 5)))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Categorical(logits=torch.linspace(0.0, 9.0, 100).expand(4, 100)))
 
-    message = r"Site 'x' depends on guide site 'z'.*inside of plates \['data'\].*Use Trace_ELBO"
-    # The order of sites is seen by Pyro, which warns.
-    with pytest.warns(RuntimeWarning, match="possibly invalid dependency"):
-        for method in ("loss", "loss_and_grads", "differentiable_loss"):
-            with pytest.raises(ValueError, match=message):
-                getattr(topk(), method)(model, guide)
+    with pyro.validation_enabled(False):
+        with pytest.raises(RuntimeError, match="out of bounds") as info:
+            for _ in range(3):
+                topk(**options).loss(model, guide)
+    assert "one more dim" not in str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -579,18 +608,3 @@ def test_no_hint_for_other_errors():
     with pytest.raises(ValueError) as info:
         topk().loss(model, failing)
     assert "topk" not in str(info.value)
-
-
-def test_model_enumeration_upstream_of_the_guide():
-    def model():
-        y = pyro.sample("y", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
-        with pyro.plate("data", 2):
-            z = pyro.sample("z", dist.Categorical(torch.ones(5)))
-            pyro.sample("x", dist.Normal(1.0 * y + z, 1.0), obs=torch.zeros(2))
-
-    def guide():
-        with pyro.plate("data", 2):
-            pyro.sample("z", dist.Categorical(logits=table("logits", 5)))
-
-    with pytest.raises(ValueError, match="no more global than guide.*'z'.*'topk': 0"):
-        topk().loss(model, guide)

@@ -14,14 +14,16 @@ from pyro_rb.poutine.topk_messenger import (
     MAX_DIMS,
     MAX_JOINT,
     TopKMessenger,
-    TopKModelMessenger,
     TopKOptions,
+    _Plain,
 )
+from pyro_rb.poutine.topk_model_messenger import TopKModelMessenger
 from pyro_rb.poutine.topk_table import (
     MAX_TABLE,
     MIN_GATHER,
     GatherCategorical,
     NoTable,
+    TableTooLarge,
     find_table,
 )
 
@@ -196,12 +198,34 @@ def test_no_table(fn, reason):
 
 
 @pytest.mark.parametrize(
-    "fn", [dist.Poisson(1e7), dist.Geometric(1e-6), dist.NegativeBinomial(10.0, torch.tensor(0.9999))]
+    "fn",
+    [
+        dist.Poisson(1e8),
+        dist.Poisson(torch.tensor(math.nan), validate_args=False),
+        dist.Poisson(300.0 * torch.rand(30000)),
+        dist.Geometric(1e-6),
+        dist.NegativeBinomial(10.0, torch.tensor(0.999999)),
+        dist.Binomial(10**6, torch.rand(100)),
+        dist.Binomial(10**9, torch.rand(())),
+        dist.BetaBinomial(torch.ones(100), torch.ones(100), 10**6),
+        dist.Categorical(logits=torch.zeros(2**12, 1).expand(2**12, 2**12)),
+        dist.OneHotCategorical(logits=torch.zeros(2**12, 1).expand(2**12, 2**12)),
+    ],
+    ids=lambda fn: type(fn).__name__,
 )
-def test_table_too_large(fn):
-    with pytest.raises(ValueError, match=f"guide site 'z'.*exceeds {MAX_TABLE}.*'topk': 0"):
-        run(lambda: pyro.sample("z", fn))
-    run(lambda: pyro.sample("z", fn, infer={"topk": 0}))
+@pytest.mark.parametrize("infer", [{}, {"topk": 3}])
+def test_a_table_that_is_too_large_is_a_plain_draw(fn, infer):
+    with pytest.raises(TableTooLarge, match=f"elements, more than {MAX_TABLE}"):
+        find_table(fn)
+    messenger = TopKMessenger(TopKOptions(), -2)
+    msg = {"name": "z", "fn": fn, "infer": infer}
+    with pytest.raises(_Plain, match="elements, more than"):
+        messenger._find_table(msg)
+
+
+def test_size_is_that_of_the_rows_that_differ():
+    fn = dist.Poisson(torch.tensor([[300.0], [1.0]])).expand([2, 10**6])
+    assert find_table(fn).log_q.shape[:-1] == (2, 1)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -212,9 +236,47 @@ def test_tables_are_normalised(name):
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
 
 
-def test_shared_table_is_not_expanded():
-    fn = dist.Categorical(logits=torch.zeros(1000)).expand([50, 20])
-    assert find_table(fn).log_q.numel() == 1000
+R = torch.tensor([[0.2], [0.7], [0.9]])
+SHARED = {
+    "Poisson": lambda: dist.Poisson(300.0),
+    "Poisson_partly": lambda: dist.Poisson(9.0 * R),
+    "Bernoulli": lambda: dist.Bernoulli(R),
+    "Binomial": lambda: dist.Binomial(7, R),
+    "Binomial_logits": lambda: dist.Binomial(torch.tensor([[7.0]]), logits=R[0]),
+    "BetaBinomial": lambda: dist.BetaBinomial(R, R[0], 4),
+    "Geometric": lambda: dist.Geometric(R),
+    "Geometric_logits": lambda: dist.Geometric(logits=R),
+    "NegativeBinomial": lambda: dist.NegativeBinomial(3.0, R),
+    "NegativeBinomial_logits": lambda: dist.NegativeBinomial(3.0, logits=R),
+    "Categorical": lambda: dist.Categorical(torch.rand(3, 1, 8)),
+    "Categorical_logits": lambda: dist.Categorical(logits=torch.randn(8)),
+    "OneHotCategorical": lambda: dist.OneHotCategorical(logits=torch.randn(8)),
+}
+
+
+@pytest.mark.parametrize("is_looked_at", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_table_is_not_expanded(name, is_looked_at):
+    fn = SHARED[name]()
+    wide = fn.expand([3, 50])
+    if is_looked_at:
+        # Makes the one of the other, for each element.
+        [getattr(wide, name, None) for name in ("probs", "logits")]
+    table = find_table(wide)
+    rows = fn.batch_shape.numel()
+    assert table.log_q.numel() == rows * table.num_categories
+    values = table.values(torch.arange(table.num_categories).expand(3, 50, -1))
+    expected = wide.log_prob(values).movedim(0, -1)
+    torch.testing.assert_close(table.log_q.expand_as(expected), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_draws_from_a_shared_table_are_independent():
+    def guide():
+        with pyro.plate("data", 1000):
+            return pyro.sample("z", dist.Poisson(300.0))
+
+    _, trace = run(guide, options=TopKOptions(budget=3))
+    assert len(set(trace.nodes["z"]["value"][0].tolist())) > 50
 
 
 # -- Categorical without expansion ---------------------------------------------------------
@@ -240,6 +302,9 @@ def test_only_large_categoricals_are_turned():
     turned = GatherCategorical.of(large)
     assert type(turned) is GatherCategorical and turned.batch_shape == (3,)
     assert torch.equal(turned.probs, large.probs) and turned._validate_args is False
+    shared = GatherCategorical.of(dist.Categorical(torch.rand(MIN_GATHER)).expand([10, 3]))
+    assert shared.logits.stride()[:2] == (0, 0) and shared.batch_shape == (10, 3)
+    torch.testing.assert_close(shared.logits, shared.probs.log())
     others = [dist.Bernoulli(0.5), large.mask(True), turned, dist.Categorical(torch.ones(MIN_GATHER - 1))]
     assert all(GatherCategorical.of(other) is other for other in others)
 

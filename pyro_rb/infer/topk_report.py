@@ -1,0 +1,95 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO` says of a run."""
+
+import re
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+from pyro.poutine import Trace
+
+from pyro_rb.infer.report import SiteReport
+from pyro_rb.infer.topk_surrogate import Baselines, has_own_baseline, is_single_draw
+from pyro_rb.ops.topk import Slots
+from pyro_rb.poutine import TopKMessenger
+
+_SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
+#: A value that a table does not have. Fewer dims would not help.
+_VALUES = re.compile("out of bounds|out of range in self")
+
+
+class Treated(NamedTuple):
+    """What was done at a latent site, and why."""
+
+    site: str
+    treatment: str
+    reason: str
+    slots: Optional[Slots] = None
+    dim: int = 0
+
+    def report(self) -> SiteReport:
+        treatment = self.treatment
+        if self.slots is not None:
+            top, sampled = (x.sum(self.dim).double() for x in self.slots[2:])
+            mass = (self.slots.log_weight.exp() * self.slots.is_sampled).sum(self.dim)
+            treatment = (
+                f"{treatment}, k = {top.mean().item():.3g}, n = {sampled.mean().item():.3g}, "
+                f"complement {mass.mean().item():.3g}"
+            )
+        return SiteReport(self.site, treatment, self.reason)
+
+
+@contextmanager
+def hint(handler: TopKMessenger) -> Iterator[None]:
+    """Names the sites that were enumerated in errors that they may have caused."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as e:
+        names = [site.name for site in handler.enumerated]
+        is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
+        text = str(e).split("Trace Shapes:")[0]
+        is_by_shape = _SHAPES.search(text) and not _VALUES.search(text)
+        if not (is_known and names and is_by_shape) or "{'topk'" in text:
+            raise
+        raise type(e)(
+            f"{e}\nThe values of the guide sites {names} have one more dim on the left, "
+            "for the values that are looked at. If the model or guide cannot do with "
+            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
+            "infer={'topk': 0} at the site, which then has a single draw."
+        ) from e
+
+
+def summarize(
+    guide_trace: Trace, handler: TopKMessenger, baselines: Baselines
+) -> List[Treated]:
+    enumerated = {site.name for site in handler.enumerated}
+    return [
+        _treated(name, guide_trace.nodes[name], name in enumerated, handler.reasons, baselines)
+        for name in guide_trace.stochastic_nodes
+    ]
+
+
+def _treated(
+    name: str, site: Any, is_enumerated: bool, reasons: Dict[str, str], baselines: Baselines
+) -> Treated:
+    infer, reason = site["infer"], reasons.get(name, "")
+    treatment = "as TraceEnum_ELBO"
+    if is_enumerated:
+        # A replay around the loss comes after the handler, and puts its own options.
+        if infer.get("enumerate") is None:
+            reason = "its value was supplied, not drawn"
+        else:
+            treatment = "top-k" if "_topk" in infer else "exact"
+    elif reason != "one value" and name in reasons and is_single_draw(site):
+        treatment = "single draw, no baseline"
+        if baselines.over_particles(site):
+            num_others = baselines.num_particles - 1
+            treatment = f"single draw, baseline over {num_others} other particles"
+        elif has_own_baseline(site):
+            treatment = "single draw"
+        elif baselines.kind is not None:
+            reason += "; num_particles > 1 or infer={'baseline': ...} would give a baseline"
+    if has_own_baseline(site):
+        reason += ", infer={'baseline': ...}"
+    return Treated(name, treatment, reason, infer.get("_topk"), infer.get("_enumerate_dim", 0))

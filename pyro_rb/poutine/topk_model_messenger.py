@@ -1,0 +1,40 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any
+
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_rb.poutine.topk_messenger import TopKMessenger
+from pyro_rb.poutine.topk_table import GatherCategorical
+
+
+class TopKModelMessenger(EnumMessenger):
+    """
+    The handler of the model that runs after a guide with a :class:`TopKMessenger`. It
+    bounds the cartesian product of slots, and makes Categorical priors cheap.
+
+    :param TopKMessenger guide: the handler of the guide.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> handler = TopKMessenger(TopKOptions(k=1), first_available_dim=-1)
+    >>> with handler:
+    ...     z = pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
+    >>> with TopKModelMessenger(handler), pyro.poutine.condition(data={"z": z}):
+    ...     pyro.sample("z", dist.Categorical(torch.ones(3))).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, guide: TopKMessenger) -> None:
+        super().__init__()
+        self._guide = guide
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], TorchDistributionMixin) and not site_is_subsample(msg):
+            if self._guide.enumerated:
+                self._guide.check_product(msg["name"], msg["fn"].batch_shape)
+            if any(msg["name"] == site.name for site in self._guide.enumerated):
+                msg["fn"] = GatherCategorical.of(msg["fn"])
+        super()._pyro_sample(msg)
