@@ -114,7 +114,7 @@ def mixed_batch(step):
 
 
 def semi_supervised():
-    vae = SemiSupervisedVae(digits()[0].shape[1], style_size=8, width=128, aux_weight=0.0)
+    vae = SemiSupervisedVae(digits()[0].shape[1], style_size=8, width=128, aux_weight=50.0)
     return vae.model, vae.guide
 
 

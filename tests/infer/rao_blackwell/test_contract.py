@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.nn import PyroModule, PyroParam
 from pyro.util import get_rng_state, set_rng_state
 
@@ -87,11 +87,12 @@ def test_loss_is_the_same_without_gradients():
 
 
 def test_positional_arguments_are_pyros():
-    elbo = RaoBlackwell_ELBO(4, 2, True)
-    assert (elbo.num_particles, elbo.vectorize_particles) == (4, True)
-    assert elbo.max_plate_nesting == 3  # one more for the particles, as in Pyro
-    with pytest.raises(TypeError):
-        RaoBlackwell_ELBO(1, 2, False, True, False, None, None, -1.0, 3)
+    arguments = (4, 2, None, True, False, True, {"check_trace": False}, True, -0.5)
+    elbo, reference = RaoBlackwell_ELBO(*arguments), Trace_ELBO(*arguments)
+    for name, value in vars(reference).items():
+        assert getattr(elbo, name) == value
+    with pytest.raises(TypeError, match="positional"):
+        RaoBlackwell_ELBO(*arguments, 3)
 
 
 @pytest.mark.parametrize(
