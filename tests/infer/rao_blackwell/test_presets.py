@@ -21,6 +21,7 @@ from tests.infer.r2g2_models import KINDS, net, regression
 OTHERS = (
     "discrete_first",
     "discrete_last",
+    "gamma_partly_reparameterized",
     "gamma_score_function",
     "normal_score_function",
     "AutoGaussian_funsor",

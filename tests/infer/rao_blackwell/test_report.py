@@ -68,8 +68,8 @@ KINDS = {
     "delta": ("as ", "Delta"),
     "normal": ("path gradient, c = ", "."),
     "lognormal": ("path gradient, c = ", "."),
-    "gamma": ("draws", "."),
-    "bits": ("draws", "to_event|variables"),
+    "gamma": (".", "2 draws"),
+    "bits": (".", "2 draws.*to_event"),
     "weights": ("projected", "3 rows, fan-in 20"),
     "bernoulli": ("exact", "2 of 2 values"),
     "categorical": ("top-k", "3 of 6 values"),
@@ -85,6 +85,8 @@ def test_kinds_of_sites(site):
     treatment, reason = KINDS[site]
     assert re.search(treatment, rows[site].treatment), rows[site]
     assert re.search(reason, rows[site].reason), rows[site]
+    if "draws" in reason:
+        assert "top-k" not in rows[site].treatment
 
 
 def test_numbers_of_draws():
@@ -92,7 +94,7 @@ def test_numbers_of_draws():
     by_site = {"bits": {"draws": 5}, "categorical": {"topk": {"k": 2, "num_samples": 2}}}
     guide = poutine.infer_config(guide, lambda site: by_site.get(site["name"], {}))
     rows = rows_of(model, guide, draws=4)
-    assert "5 draws" in rows["bits"].treatment and "4 draws" in rows["gamma"].treatment
+    assert "5 draws" in rows["bits"].reason and "4 draws" in rows["gamma"].reason
     assert "4 of 6 values" in rows["categorical"].reason and "k = 2" in rows["categorical"].treatment
 
 

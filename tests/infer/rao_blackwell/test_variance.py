@@ -131,7 +131,7 @@ def enumerated(problem):
 @pytest.mark.parametrize(
     "single, parameter, below",
     [
-        (partial(RaoBlackwellTopK_ELBO, budget=3), "scale", 0.7),
+        (partial(RaoBlackwellTopK_ELBO, budget=3), "scale", 0.9),
         (partial(STLTrace_ELBO, control_variate_scale="adaptive"), "logits", 0.1),
         (R2G2_ELBO, "logits", 0.1),
     ],
@@ -140,7 +140,7 @@ def enumerated(problem):
 def test_better_than_each_single_loss(single, parameter, below):
     """In total, and most for the parameters that the single loss does nothing for."""
     problem, options = PROBLEMS["regression"], {"max_plate_nesting": 2}
-    ours, theirs = draw(problem, RaoBlackwell_ELBO(**options)), draw(problem, single(**options))
+    ours, theirs = (draw(problem, elbo(**options), 4000) for elbo in (RaoBlackwell_ELBO, single))
     assert_variance_ratio(ours[parameter], theirs[parameter], below=below)
     assert_variance_ratio(ours, theirs, below=1.0)
 
