@@ -30,16 +30,16 @@ LOSSES = {
     "RenyiELBO": lambda k: RenyiELBO(
         num_particles=k, vectorize_particles=True, max_plate_nesting=1
     ),
-    "DReG_ELBO": lambda k: DReG_ELBO(k, max_plate_nesting=1),
+    "DReG_ELBO": lambda k: DReG_ELBO(k, 1, vectorize_particles=True),
     "DReG_ELBO:adaptive": lambda k: DReG_ELBO(
-        k, control_variate_scale="adaptive", max_plate_nesting=1
+        k, 1, vectorize_particles=True, control_variate_scale="adaptive"
     ),
 }
 
 
 def evaluate(vae, images, num_particles, batch_size=50):
     """The bound for an image, in nats."""
-    elbo = DReG_ELBO(num_particles, max_plate_nesting=1)
+    elbo = DReG_ELBO(num_particles, 1, vectorize_particles=True)
     losses = [elbo.loss(vae.model, vae.guide, batch) for batch in images.split(batch_size)]
     return -sum(losses) / len(images)
 

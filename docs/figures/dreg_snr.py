@@ -109,7 +109,9 @@ def measure_variance(
             if k == 8:
                 # One draw a step, as in training, else it would learn too well.
                 pyro.clear_param_store()
-                elbo = DReG_ELBO(k, control_variate_scale="adaptive", max_plate_nesting=1)
+                elbo = DReG_ELBO(
+                    k, 1, vectorize_particles=True, control_variate_scale="adaptive"
+                )
                 model, guide = make_problem(1, ratio)
                 guide()
                 draws = sample_gradients(

@@ -195,7 +195,8 @@ def write_table(models: Dict[str, Any], path: Path) -> None:
 
 
 def _short(loss: str) -> str:
-    for text in ("+config_enumerate", "num_particles=16,control_variate_scale=", ":num_particles=16"):
+    particles = "num_particles=16,vectorize_particles=True"
+    for text in ("+config_enumerate", f"{particles},control_variate_scale=", f":{particles}"):
         loss = loss.replace(text, "")
     return loss
 

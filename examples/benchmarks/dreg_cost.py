@@ -84,7 +84,8 @@ def cases(batch_sizes=(64, 16)):
 def losses(num_particles, max_plate_nesting):
     """Yields names with a loss, and whether it is called by ``differentiable_loss``."""
     options = {"num_particles": num_particles, "max_plate_nesting": max_plate_nesting}
-    yield BASE, RenyiELBO(vectorize_particles=True, **options), False
+    options["vectorize_particles"] = True
+    yield BASE, RenyiELBO(**options), False
     yield "c = 1", DReG_ELBO(**options), False
     yield "c = 0.5", DReG_ELBO(control_variate_scale=0.5, **options), False
     yield "adaptive", DReG_ELBO(control_variate_scale="adaptive", **options), False

@@ -32,7 +32,7 @@ examples:
   python -m pyro_rb check --help    is the gradient of one loss unbiased?
   python -m pyro_rb noise --help    how many particles does a wanted precision take?
   python -m pyro_rb fit --help      train, guarded against NaN, until the loss falls no more
-  python -m pyro_rb --losses DReG_ELBO:num_particles=8 \\
+  python -m pyro_rb --losses DReG_ELBO:num_particles=8,vectorize_particles=True \\
       --reference RenyiELBO:alpha=0,num_particles=8,vectorize_particles=True
 
 Modules are looked for in the current directory first. --guide may also name an AutoGuide

@@ -53,50 +53,61 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         - \sum_k \tilde w_k^2 \, \frac{\partial \log w_k}{\partial z_k}
         \frac{d z_k}{d \phi}.
 
-    Model parameters have the gradient of ``RenyiELBO``. With :math:`K = 1` all this is
-    :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`.
+    Where a scale :math:`\beta` multiplies the log density of a draw in :math:`\log w_k`, it has
+    :math:`\tilde w_k (1 - \beta (1 - \tilde w_k))` in the place of :math:`\tilde w_k^2`. Model
+    parameters have the gradient of ``RenyiELBO``. With :math:`K = 1` all this is
+    :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO` with ``control_variate_scale=1.0``.
+
+    The arguments are those of ``RenyiELBO``, but for ``alpha``. Give it
+    ``vectorize_particles=True`` where model and guide allow for one more dim on the left:
+    all particles are then drawn in one run, which is much faster.
 
     **Items of plates.** Plates that hold *all* sites of model and guide, such as the one
     over the data of a variational autoencoder, have weights for each item: the loss is a
     sum of bounds, one an item. Where one site is outside, in the model or in the guide,
-    there is one weight for the whole plate. Two things differ from ``RenyiELBO`` here. It
-    looks at the model only, and counts a guide site outside of the plate once an item.
-    And where such a plate subsamples, it multiplies the log weights by the ratio of the
-    sizes, not the bound; its looped particles also draw different subsamples. Here the
-    loss is an unbiased estimate of the bound of all items. Factors of
-    :func:`pyro.poutine.scale`, and the subsampling of plates that do not hold all sites,
-    multiply log densities within the weights, as in ``RenyiELBO``: the latter changes
-    the bound if ``num_particles > 1``.
+    there is one weight for the whole plate. Three things differ from ``RenyiELBO`` here. It
+    looks at the model only, and counts a guide site outside of the plate once an item. It
+    has one weight for all items of a sequential plate. And where a plate that holds all
+    sites subsamples, it multiplies the log weights by the ratio of the sizes, not the bound;
+    its looped particles also draw different subsamples. Here the loss is an unbiased
+    estimate of the bound of all items. Factors of :func:`pyro.poutine.scale`, and the
+    subsampling of plates that do not hold all sites, multiply log densities within the
+    weights, as in ``RenyiELBO``: with ``num_particles > 1`` the latter makes another
+    objective, which need not be a bound.
 
     **Requirements.** A guide without score function terms: a site that is not
-    reparameterized must not depend on a parameter, else ``NotImplementedError``. Sites to
-    which the method does not apply (see ``STLTrace_ELBO``) are treated as ``RenyiELBO``
+    reparameterized must not depend on a parameter, else ``NotImplementedError``. So is a
+    draw of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, whose density is not known. Sites
+    to which the method does not apply (see ``STLTrace_ELBO``) are treated as ``RenyiELBO``
     treats them; :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells which. Vectorized
-    particles need static structure.
+    particles need static structure. Checkpoints in the model must not be reentrant.
 
     **When it is worse.** A guide much narrower than the posterior has far MORE variance
     than with ``RenyiELBO``, hundreds of times more at the default ``init_scale=0.1`` of
-    :class:`~pyro.infer.autoguide.AutoNormal`. Use ``control_variate_scale="adaptive"``, or
-    a wider guide. With looped particles all their graphs are alive at the same time, as
-    in ``RenyiELBO``. :meth:`differentiable_loss` passes through the model's graph twice;
-    :meth:`loss_and_grads` does not. Gradients are first order only.
+    :class:`~pyro.infer.autoguide.AutoNormal`; more, too, where scales are far above 1. Use
+    ``control_variate_scale="adaptive"``, or a wider guide. With looped particles all their
+    graphs are alive at the same time, as in ``RenyiELBO``. :meth:`differentiable_loss`
+    passes through the model's graph twice; :meth:`loss_and_grads` only if model and guide
+    share a parameter. Gradients are first order only.
 
     :param int num_particles: The number :math:`K` of particles. Defaults to 2.
-    :param bool vectorize_particles: Whether to draw them in one run of model and guide,
-        in a plate. Defaults to True.
+    :param int max_plate_nesting: As in ``RenyiELBO``. Defaults to infinity.
+    :param int max_iarange_nesting: As in ``RenyiELBO``, deprecated.
+    :param bool vectorize_particles: Whether to draw particles in one run of model and
+        guide, in a plate. Defaults to False.
+    :param bool strict_enumeration_warning: As in ``RenyiELBO``. Defaults to True.
     :param control_variate_scale: The share :math:`c` of the double reparameterization.
         1.0, the default, is [2], 0.0 is the gradient of ``RenyiELBO``; any finite float is
         unbiased. Or ``"adaptive"``: one scale between 0 and 10 for each set of sites that
-        are linked, by parameters or by one's draw in the other's distribution, learned
-        from earlier steps as in ``STLTrace_ELBO``.
+        share parameters, learned from earlier steps as in ``STLTrace_ELBO``.
     :param bool retain_graph: As in :class:`~pyro.infer.Trace_ELBO`.
-    :param kwargs: Further arguments of :class:`~pyro.infer.RenyiELBO`:
-        ``max_plate_nesting`` and ``strict_enumeration_warning``.
     :raises ValueError: if ``num_particles`` is no positive int, or ``control_variate_scale``
         neither a finite float nor ``"adaptive"``.
     :raises NotImplementedError: at a step, naming the site, if the guide needs a score
-        function.
+        function, or does not know the density of a draw.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
+    :warns UserWarning: at a step, if all particles have weight zero, of one item at least.
+        The loss is infinite then, and that item adds no gradient.
 
     Example::
 
@@ -107,7 +118,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         ...     with pyro.plate("data", len(data)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("obs", dist.Normal(z, 1.0), obs=data)
-        >>> elbo = DReG_ELBO(num_particles=8)
+        >>> elbo = DReG_ELBO(num_particles=8, vectorize_particles=True)
         >>> guide = AutoNormal(model, init_scale=1.0)
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
         >>> loss = svi.step(torch.tensor([0.3, 0.8]))

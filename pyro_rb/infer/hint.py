@@ -5,7 +5,9 @@ import re
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
-_SHAPES = re.compile("shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|alloc", re.I)
+_SHAPES = re.compile(
+    "shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|unpack|length|alloc", re.I
+)
 
 
 @contextmanager

@@ -100,8 +100,8 @@ class Surrogate:
             return False
         values = [draw.value for draw in self.draws]
         of_model = leaf_nodes([self.kept], {value.grad_fn for value in values})
-        of_guide = leaf_nodes([*values, *[draw.log_q for draw in self.draws]])
-        if not of_model.keys().isdisjoint(of_guide):
+        of_guide = [*values, *[draw.log_q for draw in self.draws]]
+        if of_model and not of_model.keys().isdisjoint(leaf_nodes(of_guide)):
             return False
         roots, weights = zip((self.kept, None), *self._log_q([1.0] * len(values)))
         inputs = values + list(of_model.values())

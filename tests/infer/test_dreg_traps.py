@@ -9,14 +9,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.testing import rejection_gamma
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer import SVI, RenyiELBO
 
 from pyro_rb.infer import DReG_ELBO
 from tests.cases import positive, real
 from tests.guides import GUIDES
 from tests.infer.elbo_contract import ENTRANCES, assert_same, evaluate
-from tests.models import CONJ_X, conj, conj_model, poisson, two
+from tests.models import conj, poisson, two
 
 
 @pytest.fixture(autouse=True)
@@ -37,190 +36,6 @@ def test_bad_num_particles(bad):
 def test_bad_scale(bad):
     with pytest.raises(ValueError, match="Invalid control_variate_scale: .*Expected a finite"):
         DReG_ELBO(2, control_variate_scale=bad)
-
-
-# -- One weight for a plate, or one an item ----------------------------------
-
-
-def test_guide_site_outside_of_the_plate_counts_once():
-    """RenyiELBO counts it once for each item, and is no bound."""
-    x = torch.tensor(CONJ_X)
-    guide = AutoDiagonalNormal(conj_model)
-    guide(x)
-
-    def loss(elbo):
-        pyro.set_rng_seed(0)
-        return elbo.loss(conj_model, guide, x)
-
-    expected = loss(Trace_ELBO())
-    for vectorize in (False, True):
-        elbo = DReG_ELBO(1, 1, vectorize_particles=vectorize)
-        assert loss(elbo) == pytest.approx(expected)
-    assert abs(loss(RenyiELBO(num_particles=1)) - expected) > 1.0
-
-
-def test_weights_of_items_are_their_own():
-    """The gradient of an item does not change when another item is added."""
-    few, many = conj(), conj()
-    few.args = (torch.tensor(CONJ_X)[:1],)
-    noise = torch.randn(3, 4)
-
-    def fixed(n):
-        class Fixed(dist.Normal):
-            def rsample(self, sample_shape=torch.Size()):
-                return self.loc + self.scale * noise[:, :n]
-
-        def guide(x):
-            with pyro.plate("data", n):
-                pyro.sample("z", Fixed(real("loc", *CONJ_X)[:n], 0.9))
-
-        return guide
-
-    results = []
-    for case, n in ((few, 1), (many, 4)):
-        case.guide = fixed(n)
-        elbo = DReG_ELBO(3, 1, vectorize_particles=True)
-        results.append(evaluate(elbo, case)[1]["loc"])
-    assert results[0][0] == pytest.approx(results[1][0].item())
-
-
-def test_weights_of_nested_plates():
-    """Both plates hold all sites: one weight for each of the six items."""
-    x = torch.randn(2, 3)
-
-    def model():
-        with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide():
-        with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
-            pyro.sample("z", dist.Normal(real("loc", 0.3), positive("scale", 0.9)))
-
-    for vectorize in (False, True):
-        options = {"num_particles": 4, "vectorize_particles": vectorize, "max_plate_nesting": 2}
-        losses = []
-        for elbo in (DReG_ELBO(**options), RenyiELBO(**options)):
-            pyro.set_rng_seed(0)
-            losses.append(elbo.loss(model, guide))
-        assert losses[0] == pytest.approx(losses[1])
-
-
-def test_batch_without_a_plate_has_one_weight():
-    """Dimensions that no plate declares independent are summed, validated or not."""
-    x = torch.tensor(CONJ_X)
-
-    def make(event):
-        def model():
-            z = pyro.sample("z", event(dist.Normal(torch.zeros(4), 1.0)))
-            pyro.sample("x", event(dist.Normal(z, 0.5)), obs=x)
-
-        def guide():
-            pyro.sample("z", event(dist.Normal(real("loc", *CONJ_X), 1.0)))
-
-        return model, guide
-
-    losses = []
-    with pyro.validation_enabled(False):
-        for event in (lambda d: d.to_event(1), lambda d: d):
-            pyro.set_rng_seed(0)
-            losses.append(DReG_ELBO(3).loss(*make(event)))
-    assert losses[0] == pytest.approx(losses[1])
-
-
-# -- Subsampling, scale, mask --------------------------------------------------
-
-
-def subsampled(local):
-    """conj or, if not local, one latent for all data; two of four items at a time."""
-    x = torch.tensor(CONJ_X)
-
-    def model():
-        z = None if local else pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        with pyro.plate("data", 4, subsample_size=2) as i:
-            seen.append(i.tolist())
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0)) if local else z
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x[i])
-
-    def guide():
-        if not local:
-            pyro.sample("z", dist.Normal(real("loc", 0.3), 0.8))
-        with pyro.plate("data", 4, subsample_size=2):
-            if local:
-                pyro.sample("z", dist.Normal(real("loc", 0.3), 0.8))
-
-    seen = []
-    return model, guide, seen
-
-
-@pytest.mark.parametrize("local", [False, True])
-def test_looped_particles_share_the_subsample(local):
-    model, guide, seen = subsampled(local)
-    DReG_ELBO(5).loss_and_grads(model, guide)
-    assert len(seen) == 5 and all(i == seen[0] for i in seen)
-    DReG_ELBO(5).loss_and_grads(model, guide)
-    assert seen[5] != seen[0] and all(i == seen[5] for i in seen[5:])
-
-
-def test_looped_particles_of_renyi_do_not():
-    model, guide, seen = subsampled(True)
-    RenyiELBO(num_particles=5).loss_and_grads(model, guide)
-    assert any(i != seen[0] for i in seen)
-
-
-def test_subsampling_multiplies_the_bound():
-    """Not the log weights: with all items alike, any subsample gives the full bound."""
-
-    def make(subsample_size):
-        def model():
-            with pyro.plate("data", 4, subsample_size=subsample_size):
-                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-                pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(0.7).expand(subsample_size))
-
-        class Fixed(dist.Normal):
-            def rsample(self, sample_shape=torch.Size()):
-                return torch.tensor([[0.3], [0.9], [-0.4]]) + 0.0 * self.loc
-
-        def guide():
-            with pyro.plate("data", 4, subsample_size=subsample_size):
-                pyro.sample("z", Fixed(real("loc", 0.3), 0.8))
-
-        return model, guide
-
-    losses = [DReG_ELBO(3, 1, vectorize_particles=True).loss(*make(n)) for n in (1, 2, 4)]
-    assert losses == pytest.approx([losses[2]] * 3)
-
-
-def test_subsampling_inside_of_the_weights_as_renyi():
-    """A latent outside of the plate: the factor stays within the one weight."""
-    model, guide, _ = subsampled(False)
-    losses = []
-    for cls in (DReG_ELBO, RenyiELBO):
-        pyro.set_rng_seed(0)
-        elbo = cls(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
-        losses.append(elbo.loss(model, guide))
-    assert losses[0] == pytest.approx(losses[1])
-
-
-@pytest.mark.parametrize("entrance", ENTRANCES)
-def test_scale_tempers_the_weights_as_renyi(entrance):
-    case = conj()
-    case.model, case.guide = (poutine.scale(f, 0.3) for f in (case.model, case.guide))
-    options = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
-    loss, expected = evaluate(RenyiELBO(**options), case, seed=0)
-    plain = evaluate(DReG_ELBO(**options, control_variate_scale=0.0), case, entrance, seed=0)
-    assert_same(plain, (loss, expected))
-    assert evaluate(DReG_ELBO(**options), case, entrance, seed=0)[0] == pytest.approx(loss)
-
-
-@pytest.mark.parametrize("vectorize", [False, True])
-def test_masked_items_add_nothing(vectorize):
-    case, mask = conj(), torch.tensor([True, False, True, True])
-    case.model, case.guide = (poutine.mask(f, mask) for f in (case.model, case.guide))
-    elbo = DReG_ELBO(3, vectorize_particles=vectorize)
-    for entrance in ENTRANCES:
-        for gradient in evaluate(elbo, case, entrance)[1].values():
-            assert gradient[1] == 0 and gradient[mask].all()
 
 
 # -- Sites without a path gradient ---------------------------------------------
