@@ -132,7 +132,6 @@ class PathGradientMixin(LearnedStateMixin):
         assert self._parameters is not None
         name_of = self._parameters.name
         stop = {*stop, *self._parameters.input_nodes()}
-        # Any one parameter will do here: all of a site's had the same scale last.
         found: Dict[Any, Any] = dict.fromkeys(stop)
         leaf_of = {name: first_leaf(terms[0], found) for name, terms in log_q.items()}
         moments = {
@@ -140,14 +139,19 @@ class PathGradientMixin(LearnedStateMixin):
             for name, leaf in leaf_of.items()
             if leaf is not None
         }
-        # Without a parameter there is no score.
+        # Any one parameter will do: all of a site's had the same scale last. Without a
+        # parameter there is no score.
         self._scales.update((n, moments[n].scale if n in moments else 0.0) for n in log_q)
-        if not (may_learn and self._adaptive.is_due(moments.values())):
+        distinct = {id(m): m for m in moments.values()}.values()
+        is_known = all([m.updates for m in distinct])
+        if is_known and not (may_learn and any([m.is_due() for m in distinct])):
             return []
         groups = share_leaves(log_q, stop)
-        for names, parameters in groups:
-            scale = self._adaptive.find(parameters, name_of).scale
-            self._scales.update(dict.fromkeys(names, scale))
+        variates = [self._adaptive.find(parameters, name_of) for _, parameters in groups]
+        for (names, _), variate in zip(groups, variates):
+            self._scales.update(dict.fromkeys(names, variate.scale))
+        if not is_known and not (may_learn and any([v.is_due() for v in variates])):
+            return []
         return groups
 
     def _learn(

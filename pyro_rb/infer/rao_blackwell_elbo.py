@@ -261,8 +261,9 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
             path, between = traces[1].run.path, site_values(*traces)
 
             def compute_scores(parameters: Any) -> Any:
+                terms = [term for term in log_q.values() if term.requires_grad]
                 with path.closed():
-                    return quiet_grad([sum(log_q.values())], parameters, between=between)
+                    return quiet_grad(terms, parameters, between=between)
 
             self._learn(groups, surrogate, compute_scores, between)
 

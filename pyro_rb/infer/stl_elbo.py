@@ -23,7 +23,7 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     where :math:`g_\text{Trace}` is that of ``Trace_ELBO``. It is unbiased for any
     :math:`c` that does not depend on the draw. With :math:`c = 1`, the path derivative
     of [1], it is zero at each draw where the guide is the posterior. The score is a
-    control variate, and :math:`c` is its scale.
+    control variate, and :math:`c` is its scale. By default it is learned.
 
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, with plates,
     subsampling, ``scale`` and ``mask``. The path gradient is taken at each guide site
@@ -33,28 +33,41 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     ``Trace_ELBO`` treats them; :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells
     which, and why.
 
-    **When it is worse.** ``control_variate_scale=1.0`` helps near the optimum only.
-    A guide that is much narrower than the posterior has far MORE variance with it
-    than with ``Trace_ELBO``: 30 to 10 000 times more at the default ``init_scale=0.1``
-    of :class:`~pyro.infer.autoguide.AutoNormal`. Use ``"adaptive"``, or train with
-    ``Trace_ELBO`` first. Nothing is gained on discrete sites, on
+    **When it is worse.** Where :math:`c = 0` or 1 is best, the default pays for having to
+    find that out. ``control_variate_scale=1.0`` helps near the optimum only: a guide that is
+    much narrower than the posterior has far MORE variance with it than with
+    ``Trace_ELBO``, 30 to 10 000 times more at the default ``init_scale=0.1`` of
+    :class:`~pyro.infer.autoguide.AutoNormal`. Nothing is gained on discrete sites, on
     :class:`~pyro.infer.autoguide.AutoStructured` and
     :class:`~pyro.infer.autoguide.AutoDelta`, or on flows without an inverse. An
     inverse autoregressive flow is inverted one dimension after the other, which
     costs several times the step. Gradients are first order only: Hessians of the
     surrogate loss are wrong.
 
-    :param control_variate_scale: The scale :math:`c`, a finite float without unit.
-        Defaults to 1.0. Or the string ``"adaptive"``: one scale between 0 and 10 for
-        each set of sites that share parameters, learned by least squares from the
-        gradients of earlier steps, starting with 3 steps at 0. It then keeps three
-        vectors in the shape of the guide's parameters, and takes about twice the
-        time at each of the first 50 steps and at every 16th later on.
-    :param kwargs: The arguments of :class:`~pyro.infer.Trace_ELBO`:
-        ``num_particles``, ``vectorize_particles``, ``max_plate_nesting``,
-        ``retain_graph`` and so on.
+    **What is learned** belongs to parameters: tensors without ``grad_fn`` that require grad.
+    One that is frozen, that some steps do not use, or that is new leaves the others as they
+    are. Tensors among the arguments of the step are no parameters, unless they are a
+    :class:`torch.nn.Parameter` or in the param store. What was learned is part of a pickle
+    and of :meth:`state_dict`, where parameters have the name that the param store gives them,
+    or else the guide or model as a module. Others are told apart by their order.
+    Hooks of parameters, and of the values of sites, fire once a step; those of modules and
+    of other results fire for what is learned as well. Where a second backward pass is not
+    possible, as through code that :func:`torch.compile` has compiled, :math:`c` stays as it
+    is, 0 at first, and :meth:`report` says so.
+
+    :param args: The arguments of :class:`~pyro.infer.Trace_ELBO`, in its order:
+        ``num_particles``, ``max_plate_nesting`` and so on.
+    :param control_variate_scale: The scale :math:`c`: ``"adaptive"``, the default, or a finite
+        float without unit, such as 1.0 for the estimator of [1] and 0.0 for ``Trace_ELBO``.
+        ``"adaptive"`` is one scale between 0 and 10 for each set of sites that share
+        parameters, learned by least squares from the gradients of earlier steps, and starts
+        with 3 steps at 0. It keeps two tensors of the shape of each of the guide's
+        parameters, and takes about twice the time at each of the first 50 steps and at
+        every 16th later on.
+    :param kwargs: Further arguments of :class:`~pyro.infer.Trace_ELBO`:
+        ``vectorize_particles``, ``retain_graph`` and so on.
     :raises ValueError: if ``control_variate_scale`` is neither a finite float nor
-        ``"adaptive"``.
+        ``"adaptive"``, or ``num_particles`` no positive int.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
     :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
 
@@ -67,7 +80,7 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(data)):
         ...         pyro.sample("obs", dist.Normal(loc, 1.0), obs=data)
-        >>> elbo = STLTrace_ELBO(control_variate_scale="adaptive")
+        >>> elbo = STLTrace_ELBO()
         >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), elbo)
         >>> loss = svi.step(torch.tensor([0.3, 0.8]))
         >>> print(elbo.report())

@@ -112,15 +112,35 @@ def under(messenger: Messenger, fn: Callable) -> Callable:
 def _run_under(messenger: Messenger, fn: Callable, *args: Any, **kwargs: Any) -> Any:
     with messenger:  # starts it anew
         pass
-    blocks = [i for i, frame in enumerate(_PYRO_STACK) if isinstance(frame, BlockMessenger)]
-    places = [0, *(i + 1 for i in blocks)]
-    for place in reversed(places):
-        _PYRO_STACK.insert(place, messenger)
+    installed: Dict[int, Messenger] = {
+        i + 1: _InsideBlock(frame, messenger)
+        for i, frame in enumerate(_PYRO_STACK)
+        if isinstance(frame, BlockMessenger)
+    }
+    for place in sorted(installed, reverse=True):
+        _PYRO_STACK.insert(place, installed[place])
+    _PYRO_STACK.insert(0, messenger)
     try:
         return fn(*args, **kwargs)
     finally:
-        for _ in places:
-            _PYRO_STACK.remove(messenger)
+        for frame in [messenger, *installed.values()]:
+            _PYRO_STACK.remove(frame)
+
+
+class _InsideBlock(Messenger):
+    """Hands to a messenger outside of a block the messages that the block stops."""
+
+    def __init__(self, block: BlockMessenger, messenger: Messenger) -> None:
+        super().__init__()
+        self._block, self._messenger = block, messenger
+
+    def _process_message(self, msg: Any) -> None:
+        if self._block.hide_fn(msg):
+            self._messenger._process_message(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if self._block.hide_fn(msg):
+            self._messenger._postprocess_message(msg)
 
 
 def forget_parameters() -> None:

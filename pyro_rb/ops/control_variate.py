@@ -53,6 +53,11 @@ class Moments:
         self.loss = 0.0
         self._mean_h = self._mean_s = torch.zeros(())
 
+    def is_due(self) -> bool:
+        """Counts one step. Returns whether an update should be made at it."""
+        self.steps_left -= 1
+        return self.steps_left < 0
+
     def center(self, h: torch.Tensor, s: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Centred before they are multiplied, so that float32 keeps its digits."""
         if h.is_sparse:
@@ -103,6 +108,14 @@ class ControlVariate:
     def __init__(self, moments: Sequence[Moments]) -> None:
         self._moments = moments
 
+    @property
+    def _oldest(self) -> Moments:
+        return max(self._moments, key=lambda m: m.updates)
+
+    def is_due(self) -> bool:
+        """Counts one step. Returns whether an update should be made at it."""
+        return self._oldest.is_due()
+
     def _sum(self, name: str) -> float:
         return sum(getattr(m, name) for m in self._moments)
 
@@ -117,7 +130,7 @@ class ControlVariate:
     def scale(self) -> float:
         """The scale to use for the next draw."""
         # A parameter that is new takes over what was learned of the others.
-        if max(m.updates for m in self._moments) < START_UP:
+        if self._oldest.updates < START_UP:
             return 0.0
         hh = self._sum("hh")
         at_0, at_1 = hh + 2.0 * self._sum("hs") + self._sum("ss"), hh
@@ -141,10 +154,9 @@ class ControlVariate:
         for i, (m, pair) in enumerate(zip(self._moments, pairs)):
             m.add(*pair, values[3 * i : 3 * i + 3], slope)
         scale = self.scale
-        is_settled = max(m.updates for m in self._moments) >= EAGER_UPDATES
+        steps_left = 0 if self._oldest.updates < EAGER_UPDATES else INTERVAL - 1
         for m in self._moments:
-            m.scale = scale
-            m.steps_left = INTERVAL - 1 if is_settled and m.updates >= START_UP else 0
+            m.scale, m.steps_left = scale, steps_left
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -190,14 +202,6 @@ class AdaptiveScale:
             found = waiting.pop(0) if waiting else Moments(shape, name)
             self._variates[parameter] = found
         return found
-
-    def is_due(self, moments: Iterable[Moments]) -> bool:
-        """Counts one step. Returns whether an update should be made at it."""
-        is_due = False
-        for m in {id(m): m for m in moments}.values():
-            m.steps_left -= 1
-            is_due = is_due or m.steps_left < 0
-        return is_due
 
     def postpone(self, parameters: Iterable[torch.Tensor]) -> None:
         """Puts off the update of parameters that have come up."""

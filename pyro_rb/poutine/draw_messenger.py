@@ -98,11 +98,10 @@ class DrawMessenger(UnseenEnumMessenger):
             return
         name = msg["name"]
         if msg["done"] or msg["value"] is not None:
-            if self.drawn_by.get(name) is None:  # else by this handler, installed again
-                known = (s for s in self.strategies if s.recall(name, msg["value"]))
-                self.drawn_by[name] = strategy = next(known, None)
-                self.reasons.setdefault(name, SUPPLIED if strategy is None else "")
-                self.enumerate(msg)
+            known = (s for s in self.strategies if s.recall(name, msg["value"]))
+            self.drawn_by[name] = strategy = next(known, None)
+            self.reasons[name] = SUPPLIED if strategy is None else "reparameterised draw"
+            self.enumerate(msg)
             return
         self.drawn_by[name] = None
         reasons: List[str] = []

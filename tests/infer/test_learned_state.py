@@ -16,7 +16,7 @@ from pyro.nn import PyroModule
 from pyro.util import get_rng_state, set_rng_state
 from torch.distributions import constraints
 
-from pyro_rb import DReG_ELBO, R2G2_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
+from pyro_rb import R2G2_ELBO, DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
 X = torch.tensor([1.3, 0.2, 2.1, 0.8, 1.9])
 VECTORIZED = {"num_particles": 3, "vectorize_particles": True}

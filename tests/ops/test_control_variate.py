@@ -111,7 +111,7 @@ def test_updates_become_rare():
     h, s = draws(1)
     made = []
     for step in range(200):
-        if adaptive.is_due([adaptive.moments(p)] * 2):  # of two sites: one step all the same
+        if adaptive.find([p]).is_due():
             adaptive.find([p]).update(h, s)
             made.append(step)
     assert made[:50] == list(range(50))
@@ -120,9 +120,9 @@ def test_updates_become_rare():
 
 def test_updates_can_be_postponed():
     adaptive, p = AdaptiveScale(), torch.zeros(3, requires_grad=True)
-    assert adaptive.is_due([adaptive.moments(p)])
+    assert adaptive.find([p]).is_due()
     adaptive.postpone([p])
-    due = [adaptive.is_due([adaptive.moments(p)]) for _ in range(17)]
+    due = [adaptive.find([p]).is_due() for _ in range(17)]
     assert due == [False] * 15 + [True] * 2
 
 
@@ -144,12 +144,11 @@ def test_a_new_parameter_takes_over_what_was_learned():
     scale = feed(ControlVariate([old]), h, s).scale
     assert scale > 0.0
     assert ControlVariate([old, new]).scale == scale
-    # It is learned at each of its first steps; that of the others is done.
-    steps_left = []
-    for h_t, s_t in zip(*draws(4)):
-        ControlVariate([old, new]).update([h_t, h_t[:1]], [s_t, s_t[:1]])
-        steps_left.append((old.steps_left, new.steps_left))
-    assert steps_left == [(15, 0), (15, 0), (15, 15), (15, 15)]
+    # It does not make the others begin anew.
+    variate = ControlVariate([old, new])
+    assert [variate.is_due() for _ in range(17)] == [False] * 15 + [True] * 2
+    variate.update([h[0], h[0, :1]], [s[0], s[0, :1]])
+    assert (old.updates, new.updates) == (61, 1) and not variate.is_due()
 
 
 @pytest.mark.parametrize("index", [[0, 2], [1, 1, 3]])
