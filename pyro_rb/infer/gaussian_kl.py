@@ -101,6 +101,9 @@ def _expected_log_prob(
         mean, scale = _shrink(base.loc), _shrink(base.scale)
         square = (loc - mean).square() + variance
         rest = scale.log() + 0.5 * math.log(2 * math.pi)
+        if scale.dim() == 0:  # one for all elements, which need only be added up
+            size = prior.event_shape.numel()
+            return torch.addcdiv(-size * rest, _sum_event(square, prior), scale.square(), value=-0.5)
         expected = torch.addcdiv(-rest, square, scale.square(), value=-0.5)
         return _sum_event(expected, prior)
     if view.tensor is not draw.value or name != view.site.name:

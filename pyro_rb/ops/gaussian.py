@@ -51,6 +51,7 @@ class GaussianDraw:
             parts = [_standard_normal(shape[:-1] + rank, **like), _standard_normal(shape, **like)]
             self.noise = torch.cat(parts, -1)  # [*batch, rank + n]
         self._base = base
+        self._variance: Optional[torch.Tensor] = None
         self.value = self.loc + self.spread(self.noise)
 
     def spread(self, noise: torch.Tensor) -> torch.Tensor:
@@ -66,12 +67,17 @@ class GaussianDraw:
     @property
     def variance(self) -> torch.Tensor:
         """Of each element, in the shape of the value."""
+        if self._variance is None:
+            self._variance = self._find_variance().expand(self.shape)
+        return self._variance
+
+    def _find_variance(self) -> torch.Tensor:
         if self._factor is None:
             return self.scale.square()
         variance = self._factor.square().sum(-1)
         if self._factor.shape[-1] < self.noise.shape[-1]:
             variance = variance + self.scale.square()
-        return variance.expand(self.shape)
+        return variance
 
     def entropy(self, batch_dim: int) -> torch.Tensor:
         """

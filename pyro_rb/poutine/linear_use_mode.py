@@ -223,8 +223,10 @@ def _name(func: Callable) -> str:
 
 def _unwrap(x: torch.Tensor) -> torch.Tensor:
     """The tensor inside of one that a function transform made of it."""
-    functorch = torch._C._functorch
-    return functorch.get_unwrapped(x) if functorch.is_functorch_wrapped_tensor(x) else x
+    try:
+        return torch._C._functorch.get_unwrapped(x)
+    except RuntimeError:
+        return x
 
 
 def _is_in_place(name: str) -> bool:

@@ -264,12 +264,11 @@ def _draw_locally(
     x = call.args[0]
     random = [factor] if term is None else [factor, term]
     mean = call({f.position: f.view.replay(f.site.draw.loc) for f in random})
-    squares = {f.position: f.view.replay(f.site.draw.scale).square() for f in random}
+    variances = {f.position: f.view.replay(f.site.draw.variance) for f in random}
     if call.term is not None and term is None:
-        squares[call.term] = torch.zeros_like(call.args[call.term])
-    variance = call({0: x.square(), **squares})
+        variances[call.term] = torch.zeros_like(call.args[call.term])
+    variance = call({0: x.square(), **variances})
     # The slope of a square root is infinite at zero, where a unit has no noise.
-    is_noisy = variance > 0
-    deviation = torch.where(is_noisy, variance, torch.ones_like(variance)).sqrt() * is_noisy
+    deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
     _note(call, views, random, "local", f"{call.func.__name__}: {len(x)} rows")
-    return mean + deviation * torch.randn_like(variance)
+    return torch.addcmul(mean, deviation, torch.randn_like(variance))
