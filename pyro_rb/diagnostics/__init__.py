@@ -6,10 +6,7 @@ from pyro_rb.diagnostics.bias_check import BiasCheck
 from pyro_rb.diagnostics.blame import BadNumber
 from pyro_rb.diagnostics.choose import choose_losses
 from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
-from pyro_rb.diagnostics.gradients import (
-    gradient_moments,
-    sample_gradients,
-)
+from pyro_rb.diagnostics.gradients import gradient_moments, sample_gradients
 from pyro_rb.diagnostics.guard import BadStep, GradientGuard, NonFiniteError
 from pyro_rb.diagnostics.noise import NoiseEstimate, measure_noise
 from pyro_rb.diagnostics.parameters import find_parameters

@@ -18,12 +18,12 @@ as many tests as coordinates. So all z-scores are corrected for skewness, as tho
 """
 
 import math
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from pyro_rb.diagnostics.bias import coordinate_name
+from pyro_rb.diagnostics.coordinates import Coordinates
 from pyro_rb.diagnostics.mean_test import MeanTest, one_sample_test, rounding_error
 from pyro_rb.diagnostics.moments import SkewedMoments
 from pyro_rb.diagnostics.projections import Projector
@@ -49,20 +49,19 @@ class Agreement:
     """
     Gathers the draws of one loss that its test needs.
 
-    :param list names: Of the parameters.
-    :param list tensors: The parameters.
+    :param Coordinates coordinates: Which are followed.
     :param Projector projector: To test projections; None to test coordinates.
     """
 
-    def __init__(
-        self, names: Sequence[str], tensors: Sequence[Tensor], projector: Optional[Projector]
-    ) -> None:
-        self.names, self.tensors, self.projector = names, tensors, projector
+    def __init__(self, coordinates: Coordinates, projector: Optional[Projector]) -> None:
+        self.coordinates, self.projector = coordinates, projector
+        self.dtype = torch.double
         self.difference = SkewedMoments()  # to the reference, draw by draw
         self.projected: List[Tensor] = []
 
     def update(self, vector: Tensor, reference: Tensor) -> None:
-        """Adds one draw ``[P]`` of this loss and one of the reference."""
+        """Adds one draw ``[Q]`` of this loss and one of the reference."""
+        self.dtype = vector.dtype
         if self.projector is None:
             self.difference.update(vector - reference)
         else:
@@ -73,12 +72,11 @@ class Agreement:
     ) -> Verdict:
         """
         :param Agreement reference: That of the reference loss.
-        :param ~torch.Tensor exact: The exact gradient ``[P]``, needs projections; or None.
+        :param ~torch.Tensor exact: The exact gradient ``[Q]``, needs projections; or None.
         :param float threshold: The z-score beyond which means are said to differ.
         :param float largest: The largest root-mean-square coordinate, for the rounding.
         """
-        dtype = max((t.dtype for t in self.tensors), key=lambda d: torch.finfo(d).eps)
-        rounding = rounding_error(largest, dtype)
+        rounding = rounding_error(largest, self.dtype)
         if self.projector is not None:
             return self._of_projections(reference, exact, threshold, rounding)
         difference = self.difference
@@ -87,7 +85,7 @@ class Agreement:
         worst = int(test.z.abs().argmax())
         size = abs(test.difference[worst].item())
         detectable = test.detectable_bias(threshold).max().item()
-        return Verdict(test.max_abs_z, self._coordinate(worst), size, detectable)
+        return Verdict(test.max_abs_z, self.coordinates.label(worst), size, detectable)
 
     def _of_projections(
         self, reference: "Agreement", exact: Optional[Tensor], threshold: float, rounding: float
@@ -113,10 +111,3 @@ class Agreement:
         detectable = torch.where(tells, detectable, torch.full_like(events, math.inf))
         size = abs(test.difference[worst].item()) * widths[worst].item()
         return Verdict(z.max().item(), labels[worst], size, detectable.max().item())
-
-    def _coordinate(self, index: int) -> str:
-        for name, tensor in zip(self.names, self.tensors):
-            if index < tensor.numel():
-                return coordinate_name(name, tensor.shape, index)
-            index -= tensor.numel()
-        raise IndexError(index)

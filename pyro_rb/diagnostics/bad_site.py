@@ -10,7 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_rb.diagnostics.bias import coordinate_name
+from pyro_rb.diagnostics.coordinates import coordinate_name
 
 # Arguments that may be infinite: the log of a probability of zero.
 MAY_BE_INFINITE = ("logits", "log_density")

@@ -8,13 +8,13 @@ Pure statistics on dicts of tensors, on top of :mod:`~pyro_rb.diagnostics.mean_t
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_rb.diagnostics import stats
+from pyro_rb.diagnostics.coordinates import coordinate_name
 from pyro_rb.diagnostics.mean_test import (
     MeanTest,
     independent_test,
@@ -299,18 +299,3 @@ class Draws:
         differences = {name: mean - means[name] for name, mean in self.means.items()}
         scale = math.sqrt(sum(mean.square().sum().item() for mean in means.values()))
         return BiasTest(tests, differences, scale, failure_rate)
-
-
-def coordinate_name(name: str, shape: Sequence[int], index: int) -> str:
-    """
-    The element of a parameter at a position of the flattened tensor.
-
-    >>> coordinate_name("loc", (2, 3), 4)
-    'loc[1, 1]'
-    >>> coordinate_name("scale", (), 0)
-    'scale'
-    """
-    if not len(shape):
-        return name
-    position: List[str] = [str(int(i)) for i in np.unravel_index(index, tuple(shape))]
-    return f"{name}[{', '.join(position)}]"

@@ -3,20 +3,12 @@
 
 """Which losses are worth a trial on a model and guide: :func:`choose_losses`."""
 
+import math
 import warnings
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Tuple,
-)
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import torch
-from pyro import poutine
 from pyro.infer import (
     RenyiELBO,
     Trace_ELBO,
@@ -24,27 +16,24 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceTailAdaptive_ELBO,
 )
+from pyro.ops.provenance import get_provenance
+from pyro.util import set_rng_seed
 
-from pyro_rb.diagnostics.control_flow import without_dependents
-from pyro_rb.diagnostics.gradients import GradientSampler
-from pyro_rb.diagnostics.losses import (
-    ENUMERATED,
-    REFERENCE,
-    make_loss,
-)
-from pyro_rb.diagnostics.parameters import Arguments, parameters_of, run_traces
+from pyro_rb.diagnostics.losses import ENUMERATED, REFERENCE, make_loss
+from pyro_rb.diagnostics.measure import one_line
+from pyro_rb.diagnostics.parameters import Arguments
+from pyro_rb.diagnostics.problem import Problem, prepared
 from pyro_rb.diagnostics.sites import (
     enclosing_subsamples,
     latent_sites,
     read_sites,
-    settle_plates,
 )
-from pyro_rb.diagnostics.state import preserve_state
-from pyro_rb.diagnostics.trial import evaluate, is_treated
-from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO
+from pyro_rb.diagnostics.size_limit import SizeLimit
+from pyro_rb.infer import DReG_ELBO
+from pyro_rb.infer.util import sample_sites
 
-#: Enumeration is tried up to this many joint values, and this many numbers in one tensor.
-MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
+#: Enumeration is tried up to this many numbers in one tensor.
+MAX_ELEMENTS = 2**22
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
 STL, ADAPTIVE = "STLTrace_ELBO", "STLTrace_ELBO:adaptive"
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
@@ -99,37 +88,17 @@ def choose_losses(
     >>> choice.left_out["RaoBlackwellTopK_ELBO:budget=4"]
     'the guide has no discrete site'
     """
-    kwargs = dict(kwargs or {})
-    with preserve_state(model, guide):
-        traces = run_traces(model, guide, args, kwargs)
-        parameters, any_site = parameters_of(traces, model, guide)
-
-        def sampler(loss: Any) -> GradientSampler:
-            settle_plates(loss, traces)
-            return GradientSampler(loss, model, guide, args, kwargs, parameters, any_site)
-
-        return Chooser(model, guide, traces, sampler).choose(reference)
+    with prepared(model, guide, args, kwargs, must_match=False) as problem:
+        return Chooser(problem).choose(reference)
 
 
 class Chooser:
-    """
-    Chooses within :func:`~pyro_rb.diagnostics.state.preserve_state`.
+    """Chooses for a prepared problem."""
 
-    :param traces: Of guide and model.
-    :param callable sampler: Makes a GradientSampler from a loss.
-    """
-
-    def __init__(
-        self,
-        model: Callable,
-        guide: Callable,
-        traces: Tuple[poutine.Trace, poutine.Trace],
-        sampler: Callable[[Any], GradientSampler],
-    ) -> None:
-        self._callables = (model, guide)
-        self._sampler = sampler
-        self._traces = traces
-        self.sites = read_sites(traces)
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._traces = problem.traces
+        self.sites = read_sites(problem.traces)
         self._tried: List[str] = []
         self._left_out: Dict[str, str] = {}
         self._obstacle: Optional[Tuple[Optional[str]]] = None
@@ -187,8 +156,8 @@ class Chooser:
         if not self.sites.scored:
             self._left_out[GRAPH] = "all sites of the guide are reparameterised"
         elif self._try(GRAPH) is not None:
-            one = self._sampler(make_loss(GRAPH))
-            with preserve_state(*self._callables), warnings.catch_warnings():
+            one = self._problem.sampler(make_loss(GRAPH))
+            with self._problem.preserved(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 hidden = without_dependents(*one.call, **one.kwargs)
             if hidden:
@@ -264,7 +233,7 @@ class Chooser:
         :returns: The loss, or None.
         """
         loss = make_loss(name)
-        error = evaluate(loss, self._callables, self._sampler, unless)
+        error = self._evaluate(loss, unless)
         if error is not None:
             self._left_out[name] = error
             return None
@@ -278,17 +247,71 @@ class Chooser:
         return self._obstacle[0]
 
     def _find_obstacle(self) -> Optional[str]:
-        # With room for every value, the top-k handler counts before it evaluates.
+        # Pyro sums one site out after another, so that what counts is the largest tensor on the way.
         largest = max(_size(site) for site in self._traces[1].nodes.values())
-        limit = min(MAX_EVALUATIONS, max(16, MAX_ELEMENTS // largest))
-        loss = RaoBlackwellTopK_ELBO(k=2**20, max_evaluations=limit)
-        error = evaluate(loss, self._callables, self._sampler)
-        if error is not None:
-            return f"too many joint values, or not to be enumerated in parallel: {error}"
-        rows = [row for row in loss.report() if row.site in self.sites.countable]
-        plain = [row for row in rows if row.site not in self.sites.annotated]
-        missed = [f"'{row.site}': {row.reason}" for row in plain if row.treatment != "exact"]
-        return "; ".join(missed) or None
+        limit = max(MAX_ELEMENTS, 16 * largest)
+        error = self._evaluate(make_loss(ENUMERATED), limit=limit)
+        return None if error is None else f"too many joint values, or not to be enumerated in parallel: {error}"
+
+    def _evaluate(self, loss: Any, unless: str = "", limit: Optional[int] = None) -> Optional[str]:
+        """
+        Evaluates a loss once, and leaves no trace.
+
+        :param str unless: Words of a warning that counts as an error.
+        :param int limit: The number of elements that a tensor may have.
+        :returns: The error or that warning, in words; None if all is well.
+        """
+        with self._problem.preserved(), warnings.catch_warnings(record=True) as log:
+            warnings.simplefilter("always")
+            set_rng_seed(0)
+            one = self._problem.sampler(loss)
+            try:
+                with nullcontext() if limit is None else SizeLimit(limit):
+                    value = one.step()
+            except Exception as error:
+                return one_line(error)
+            finally:
+                one.clear()
+        if not math.isfinite(value):
+            return f"its value is {value}"
+        found = [one_line(item.message) for item in log if unless in str(item.message)]
+        return found[0] if unless and found else None
+
+
+def is_treated(loss: Any, *treatments: str) -> bool:
+    """Whether the loss reports one of the treatments at any site, after an evaluation."""
+    return any(row.treatment.startswith(treatments) for row in loss.report())
+
+
+def without_dependents(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
+    """
+    Sites of the guide without a reparameterised draw, on which no other site depends as far as
+    :class:`~pyro.infer.tracegraph_elbo.TraceGraph_ELBO` knows. It follows tensors. What a value
+    decides by ``if``, ``while``, ``range()`` or ``.item()`` it takes for independent of it,
+    leaves it out of the costs of that site, and its gradient is biased.
+
+    **Example**
+
+    >>> import torch, pyro
+    >>> import pyro.distributions as dist
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Bernoulli(0.5))
+    ...     loc = 1.0 if z > 0 else -1.0
+    ...     pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor(0.3))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Bernoulli(0.2))
+    >>> without_dependents(model, guide)
+    ['z']
+    """
+    traces = TraceGraph_ELBO()._get_traces(model, guide, args, kwargs)
+    model_trace, guide_trace = next(iter(traces))
+    seen: Set[str] = set()
+    for trace in (model_trace, guide_trace):
+        trace.compute_log_prob()
+        for name, site in sample_sites(trace):
+            seen |= get_provenance(site["log_prob"]) - {name}
+    scored = [n for n, s in latent_sites(guide_trace) if not getattr(s["fn"], "has_rsample", False)]
+    return [name for name in scored if name not in seen]
 
 
 def has_elbo(name: str) -> bool:

@@ -4,34 +4,27 @@
 """Which loss gives the best gradients for the time it takes? :func:`compare` measures it."""
 
 import copy
+import operator
 import time
 import warnings
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Union
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from pyro.optim import PyroOptim
-from pyro.util import set_rng_seed
-from tqdm import tqdm
 
 import pyro_rb
+from pyro_rb.diagnostics.bar import TimedBar
 from pyro_rb.diagnostics.choose import Choice, Chooser, has_elbo
-from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.losses import Losses, make_loss, make_losses
 from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.diagnostics.measure import Plan, WarningLog
-from pyro_rb.diagnostics.parameters import (
-    Arguments,
-    check_parameters,
-    check_sites,
-    parameters_of,
-    run_traces,
-)
+from pyro_rb.diagnostics.parameters import Arguments, integer
+from pyro_rb.diagnostics.problem import prepared
 from pyro_rb.diagnostics.report import Comparison
-from pyro_rb.diagnostics.sites import settle_plates
-from pyro_rb.diagnostics.state import preserve_state
 from pyro_rb.diagnostics.study import Study
 
 #: How long to go on for a relative error at most, where nothing else is said.
@@ -73,7 +66,8 @@ def compare(
 
     The param store, the random number generators and the modules are left as they were
     found, see :func:`~pyro_rb.diagnostics.state.preserve_state`. A loss that cannot run on
-    this model and guide gets a row that says why.
+    this model and guide gets a row that says why. If training or the reference fails after
+    something was measured, that is returned, and ``result.error`` says what has happened.
 
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide whose sample sites match the model's.
@@ -113,7 +107,7 @@ def compare(
     :returns: A :class:`~pyro_rb.diagnostics.report.Comparison`: prints as a table, shows as
         one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
     :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
-        argument is out of range, or the reference itself cannot run.
+        argument is out of range, or the reference or the training fails before anything is measured.
     :raises ComparisonInterrupted: On Ctrl-C. It is a :class:`KeyboardInterrupt` that has
         what was measured until then.
 
@@ -134,8 +128,9 @@ def compare(
     >>> [loss.name for loss in result.states[0].losses]
     ['Trace_ELBO', 'TraceMeanField_ELBO']
     """
-    kwargs = dict(kwargs or {})
     steps = _steps(train_steps)
+    num_samples, num_burn_in = integer("num_samples", num_samples), integer("num_burn_in", num_burn_in)
+    seed = integer("seed", seed)
     plan = _plan(num_samples, num_burn_in, rel_error, max_seconds)
     if optim is None:
         optim = PyroOptim(torch.optim.Adam, {"lr": 0.01})
@@ -153,30 +148,19 @@ def compare(
                 f"got {reference!r}"
             )
         make_loss(reference)
-    with preserve_state(model, guide), _recorded_warnings() as warned:
-        set_rng_seed(seed)
-        traces = run_traces(model, guide, args, kwargs)
-        check_sites(traces)
-        parameters, any_site = parameters_of(traces, model, guide)
-        check_parameters(parameters)
-
-        def sampler(loss: Any) -> GradientSampler:
-            settle_plates(loss, traces)
-            return GradientSampler(loss, model, guide, args, kwargs, parameters, any_site)
-
-        chooser = Chooser(model, guide, traces, sampler)
+    with _recorded_warnings() as warned, prepared(model, guide, args, kwargs, seed) as problem:
+        parameters = problem.parameters
+        chooser = Chooser(problem)
         choice = Choice(reference or chooser.reference(), [], {})
         if losses is None:
             choice = chooser.choose(reference)
-        rounds = (num_samples + num_burn_in) * len(steps) + steps[-1]
-        # delay: an error at the start should not follow half a progress bar.
-        with tqdm(
-            desc=title, total=rounds, disable=not progress, leave=False, delay=1, mininterval=0.5
-        ) as bar:
+        counts = {"round": (num_samples + num_burn_in) * len(steps), "step": steps[-1]}
+        guess = {"step": 1 / (1 + len(choice.losses if losses is None else make_losses(losses)))}
+        with TimedBar(progress, title, counts, guess) as bar:
             study = Study(
+                problem=problem,
                 reference=choice.reference,
                 losses=choice.losses if losses is None else losses,
-                sampler=sampler,
                 scored=bool(chooser.sites.scored),
                 exact=has_elbo(choice.reference) and chooser.is_exact(),
                 steps=steps,
@@ -223,6 +207,7 @@ def compare(
         left_out=choice.left_out,
         training=study.windows(),
         interrupted=study.interrupted,
+        error=study.error,
     )
     if study.interrupted:
         raise ComparisonInterrupted(result)
@@ -256,9 +241,6 @@ def _explanations(study: Study, jacobians: List[str]) -> List[str]:
 def _plan(
     num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
 ) -> Plan:
-    for name, count in (("num_samples", num_samples), ("num_burn_in", num_burn_in)):
-        if not isinstance(count, int):
-            raise TypeError(f"{name}: expected an integer, got {count!r}")
     if num_samples < 2 or num_burn_in < 0:
         raise ValueError(
             "expected num_samples >= 2 and num_burn_in >= 0, "
@@ -283,14 +265,17 @@ def _recorded_warnings() -> Iterator[WarningLog]:
 
 
 def _steps(train_steps: Union[int, Sequence[int]]) -> List[int]:
-    listed = list(train_steps) if isinstance(train_steps, Sequence) else [train_steps]
-    if not listed or any(not isinstance(n, int) or n < 0 for n in listed):
+    given: Any = train_steps
+    is_one = not isinstance(given, (Sequence, np.ndarray))
+    try:
+        listed = [operator.index(n) for n in ([given] if is_one else list(given))]
+    except TypeError:
+        listed = []
+    if not listed or min(listed) < 0:
         raise ValueError(
             f"train_steps: expected an integer >= 0 or a list of such, got {train_steps!r}"
         )
-    if isinstance(train_steps, int):
-        listed = [0, train_steps // 2, train_steps]
-    return sorted(set(listed))
+    return sorted({0, listed[0] // 2, listed[0]} if is_one else set(listed))
 
 
 def _describe(function: Any) -> str:

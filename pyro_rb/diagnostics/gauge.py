@@ -13,14 +13,15 @@ from torch import Tensor
 
 from pyro_rb.diagnostics import stats
 from pyro_rb.diagnostics.agreement import Agreement
-from pyro_rb.diagnostics.gradients import GradientSampler
+from pyro_rb.diagnostics.coordinates import Coordinates
 from pyro_rb.diagnostics.moments import RunningMoments
 from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.diagnostics.report import LossResult
+from pyro_rb.diagnostics.sampler import GradientSampler
 
 
 class Draw(NamedTuple):
-    vector: Tensor  # one gradient, [P]
+    vector: Tensor  # one gradient, as far as it is followed: [Q]
     seconds: float
     loss: float
 
@@ -31,26 +32,29 @@ class Gauge:
 
     :param str name: The loss.
     :param GradientSampler sampler: Draws its gradients.
+    :param Coordinates coordinates: What is followed of them.
     :param Projector projector: See :class:`~pyro_rb.diagnostics.agreement.Agreement`.
     """
 
     def __init__(
-        self, name: str, sampler: GradientSampler, projector: Optional[Projector] = None
+        self,
+        name: str,
+        sampler: GradientSampler,
+        coordinates: Coordinates,
+        projector: Optional[Projector] = None,
     ) -> None:
         self.name = name
         self.sampler = sampler
+        self.coordinates = coordinates
         self.failure: Optional[str] = None
-        self.cause: Optional[Exception] = None
-        self.failed_seed = 0
         self.moments = RunningMoments()
-        self.agreement = Agreement(sampler.names, sampler.tensors, projector)
+        self.agreement = Agreement(coordinates, projector)
         self.losses = RunningMoments()
         self.bad_losses = 0
         self.seconds: List[float] = []
         self.deviations: List[float] = []  # of each gradient from the mean, squared
         self.block = RunningMoments()
         self.block_variances: List[Tensor] = []  # each [number of parameters]
-        self.sizes = [tensor.numel() for tensor in sampler.tensors]
         self.cuda = any(tensor.is_cuda for tensor in sampler.tensors)
         # Other processes do not take from the CPU time; but that of threads adds up.
         alone = torch.get_num_threads() == 1 and not self.cuda
@@ -68,11 +72,10 @@ class Gauge:
         self._wait()
         seconds = self.clock() - start
         gradients = self.sampler.collect()
-        vector = torch.cat([g.reshape(-1).to(gradients[0].device) for g in gradients])
-        if not vector.isfinite().all():
-            bad = [n for n, g in zip(self.sampler.names, gradients) if not g.isfinite().all()]
-            raise ValueError(f"the gradient of {bad[0]!r} is not finite")
-        return Draw(vector, seconds, loss)
+        for name, gradient in zip(self.sampler.names, gradients):
+            if not gradient.isfinite().all():
+                raise ValueError(f"the gradient of {name!r} is not finite")
+        return Draw(self.coordinates.vector(gradients), seconds, loss)
 
     def update(self, draw: Draw, reference: Draw) -> None:
         """Adds one draw of this loss and one of the reference."""
@@ -86,14 +89,9 @@ class Gauge:
 
     def end_block(self) -> None:
         if self.block.count > 1:
-            variance = self.block.variance.split(self.sizes)
-            self.block_variances.append(torch.stack([v.sum() for v in variance]))
+            self.block_variances.append(self.coordinates.sums(self.block.variance))
         self.moments.merge(self.block)
         self.block = RunningMoments()
-
-    def fail(self, error: Exception, text: str, seed: int) -> None:
-        self.sampler.clear()
-        self.failure, self.cause, self.failed_seed = text, error, seed
 
     def ratio_to(self, reference: "Gauge") -> Tuple[float, float]:
         """Of the total variances, with its standard error."""
@@ -103,14 +101,10 @@ class Gauge:
         """Variances by block and parameter."""
         return torch.stack(self.block_variances)
 
-    def by_parameter(self, vector: Tensor) -> Tensor:
-        """Sums over the coordinates of each parameter."""
-        return torch.stack([part.sum() for part in vector.split(self.sizes)])
-
     def squared_mean(self) -> Tensor:
         """The squared length of each parameter's mean gradient, estimated without bias."""
         noise = self.moments.variance / self.moments.count
-        return self.by_parameter(self.moments.mean.square() - noise)
+        return self.coordinates.sums(self.moments.mean.square() - noise)
 
     def result(
         self,
@@ -123,13 +117,13 @@ class Gauge:
 
         :param Gauge reference: Of the reference.
         :param float threshold: The z-score beyond which a loss is called biased.
-        :param ~torch.Tensor exact: The exact gradient ``[P]``, if it is known.
+        :param ~torch.Tensor exact: The exact gradient ``[Q]``, if it is known.
         """
         if self.failure is not None:
             return LossResult(self.name, error=self.failure)
         result = LossResult(self.name, reference=self is reference)
         by_parameter = self.blocks()
-        result.variance = self.moments.variance.sum().item()
+        result.variance = self.coordinates.sums(self.moments.variance).sum().item()
         result.variance_ratio, result.variance_ratio_error = self.ratio_to(reference)
         if result.variance > 0:
             shares = by_parameter.sum(0) / by_parameter.sum()
@@ -160,7 +154,7 @@ class Gauge:
         verdict = self.agreement.verdict(reference.agreement, exact, threshold, largest)
         result.bias_z, result.bias_at, result.bias_threshold = verdict.z, verdict.at, threshold
         result.biased = verdict.z > threshold
-        size = reference.moments.rms.square().sum().sqrt().item()
+        size = self.coordinates.sums(reference.moments.rms.square()).sum().sqrt().item()
         if size > 0:
             result.bias_size = verdict.difference / size
             result.detectable_bias = verdict.detectable / size

@@ -11,10 +11,9 @@ import time
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-from tqdm import tqdm
-
+from pyro_rb.diagnostics.bar import TimedBar
 from pyro_rb.diagnostics.gauge import Draw, Gauge
-from pyro_rb.diagnostics.gradients import draw_seeds
+from pyro_rb.diagnostics.sampler import draw_seeds
 
 # Draws are gathered in about this many blocks; the spread of the blocks' variances gives
 # the standard error of the variance.
@@ -41,14 +40,28 @@ class Plan(NamedTuple):
     deadline: Optional[float] = None
 
 
+class ReferenceFailed(Exception):
+    """
+    The reference cannot be measured any further.
+
+    :param Exception cause: What it has raised.
+    :param int seed: Of the random numbers with which it failed.
+    """
+
+    def __init__(self, cause: Exception, seed: int) -> None:
+        super().__init__(one_line(cause))
+        self.cause, self.seed = cause, seed
+
+
 def measure(
-    gauges: List[Gauge], plan: Plan, seed: int, bar: tqdm, warned: "WarningLog"
+    gauges: List[Gauge], plan: Plan, seed: int, bar: TimedBar, warned: "WarningLog"
 ) -> str:
     """
     Draws from all gauges in turn. One that fails is left out from there on; if it is the
-    first, the reference, that is the end.
+    first, the reference, that is the end. What was drawn until then stays.
 
     :returns: Why it has ended, as in :class:`~pyro_rb.diagnostics.report.StateResult`.
+    :raises ReferenceFailed: If it has ended by that.
     """
     burn_in, draws = draw_seeds(seed, plan.num_samples, plan.num_burn_in)
     block_size = max(2, plan.num_samples // NUM_BLOCKS)
@@ -58,25 +71,21 @@ def measure(
             if plan.deadline is not None and 2 * time.perf_counter() > start + plan.deadline:
                 break  # at most half of the time
             _draw_all(gauges, number, turn, warned)
-            if gauges[0].failure is not None:
-                return "num_samples"
             turn += 1
-            bar.update()
+            bar.update("round")
         while True:
             for left, number in zip(range(len(draws) - 1, -1, -1), draws):
                 late = plan.deadline is not None and time.perf_counter() > plan.deadline
                 if late and done >= 2:
                     return "max_seconds"
                 drawn = _draw_all(gauges, number, turn, warned)
-                if gauges[0].failure is not None:
-                    return "num_samples"
                 turn, done = turn + 1, done + 1
                 with _no_interrupt():
                     _update(gauges, drawn)
                     # The last block is longer rather than short.
                     if gauges[0].block.count >= block_size <= left:
                         _end_blocks(gauges)
-                bar.update()
+                bar.update("round")
             with _no_interrupt():
                 _end_blocks(gauges)
             if plan.rel_error is None:
@@ -85,8 +94,7 @@ def measure(
                 return "rel_error"
             more = math.ceil((GROWTH - 1) * done)
             draws = draw_seeds(draws[-1], more)[1]
-            bar.total = (bar.total or 0) + more
-            bar.refresh()
+            bar.counts["round"] += more
     except KeyboardInterrupt:
         for gauge in gauges:
             gauge.sampler.clear()
@@ -115,14 +123,20 @@ def _draw_all(
     live = [gauge for gauge in gauges if gauge.failure is None]
     first = turn % len(live)  # no loss always runs on another's warm cache
     drawn: Dict[str, Draw] = {}
+    failed: Dict[str, Exception] = {}
     for gauge in live[first:] + live[:first]:
         try:
             drawn[gauge.name] = gauge.draw(seed)
         except Exception as error:
-            gauge.fail(error, one_line(error), seed)
+            gauge.sampler.clear()
             if gauge is gauges[0]:
-                break
+                # What else has failed with it may have failed for the same reason.
+                raise ReferenceFailed(error, seed) from error
+            failed[gauge.name] = error
         warned.collect(gauge.name)
+    for gauge in live:
+        if gauge.name in failed:
+            gauge.failure = one_line(failed[gauge.name])
     return drawn
 
 

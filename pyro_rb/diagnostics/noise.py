@@ -6,7 +6,7 @@
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, List, Mapping, Optional, Tuple, Union
 
 import torch
 from pyro.infer import ELBO
@@ -14,17 +14,11 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.diagnostics.moments import RunningMoments
-from pyro_rb.diagnostics.parameters import (
-    Arguments,
-    check_parameters,
-    parameters_of,
-    run_traces,
-)
-from pyro_rb.diagnostics.sites import settle_plates
-from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.parameters import Arguments
+from pyro_rb.diagnostics.problem import prepared
+from pyro_rb.diagnostics.sampler import draw_seeds
 
 NUM_BLOCKS = 20
 
@@ -182,17 +176,10 @@ def measure_noise(
             f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
         )
     loss = make_loss(loss) if isinstance(loss, str) else copy.deepcopy(loss)
-    arguments: Dict[str, Any] = dict(kwargs or {})
     blocks = [RunningMoments() for _ in range(NUM_BLOCKS)]
     losses = RunningMoments()
-    with preserve_state(model, guide):
-        set_rng_seed(seed)
-        traces = run_traces(model, guide, args, arguments)
-        found, any_site = parameters_of(traces, model, guide)
-        found = found if parameters is None else dict(parameters)
-        check_parameters(found)
-        settle_plates(loss, traces)
-        sampler = GradientSampler(loss, model, guide, args, arguments, found, any_site)
+    with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
+        sampler = problem.sampler(loss)
         burn_in, seeds = draw_seeds(seed, num_samples, num_burn_in)
         for i, draw_seed in enumerate(tqdm(burn_in + seeds, disable=not progress)):
             set_rng_seed(draw_seed)

@@ -3,6 +3,7 @@
 
 """Which parameters and sites a model and guide have, found by running them once."""
 
+import operator
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -258,6 +259,23 @@ def unconstrained(value: Any) -> Tensor:
     """
     # A module-local parameter without constraint has lost the attribute, and is itself.
     return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def integer(name: str, value: Any) -> int:
+    """
+    An argument that has to be an integer, of Python, numpy or torch.
+
+    :raises TypeError: If it is not.
+
+    **Example**
+
+    >>> integer("num_samples", torch.tensor(3))
+    3
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def _sites(names: List[str]) -> str:

@@ -8,10 +8,12 @@ near normal.
 """
 
 import math
-from typing import List, Mapping, Optional, Sequence
+from typing import List, Mapping, Optional
 
 import torch
 from torch import Tensor
+
+from pyro_rb.diagnostics.coordinates import Coordinates
 
 EACH = 4  # of each parameter
 
@@ -55,21 +57,20 @@ class Projector:
     A few random projections of each parameter's gradient. Parameters with no more
     coordinates than that are left as they are.
 
-    :param list names: Of the parameters.
-    :param list tensors: The parameters.
+    :param Coordinates coordinates: What is followed of the gradients.
     """
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, coordinates: Coordinates) -> None:
         generator = torch.Generator().manual_seed(0)
         self.labels: List[str] = []
-        self.sizes = [tensor.numel() for tensor in tensors]
+        self.sizes = coordinates.counts
         self._directions: List[Optional[Tensor]] = []
         widths: List[float] = []
-        for name, tensor, size in zip(names, tensors, self.sizes):
+        for name, size in zip(coordinates.names, self.sizes):
             count = min(size, EACH)
             directions = None
             if size > EACH:
-                directions = random_directions(size, count, generator).to(tensor.device, tensor.dtype)
+                directions = random_directions(size, count, generator).to(coordinates.device)
             self._directions.append(directions)
             self.labels += [name] * count
             widths += [math.sqrt(size) if size > EACH else 1.0] * count
@@ -77,9 +78,9 @@ class Projector:
         self.widths = torch.tensor(widths, dtype=torch.double, device="cpu")
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """``[P]`` to ``[number of projections]``, on the CPU."""
+        """``[Q]`` to ``[number of projections]``, on the CPU."""
         parts = [
-            part if directions is None else part.to(directions.dtype) @ directions
-            for part, directions in zip(vector.split(self.sizes), self._directions)
+            part if directions is None else part @ directions
+            for part, directions in zip(vector.double().split(self.sizes), self._directions)
         ]
-        return torch.cat([part.double() for part in parts]).cpu()
+        return torch.cat(parts).cpu()

@@ -92,7 +92,8 @@ class StateResult:
     :param list losses: A :class:`LossResult` for each loss, the reference first.
     :param int num_samples: Number of gradients of each loss.
     :param str stopped: Why there are no more: ``"num_samples"`` or ``"rel_error"`` was
-        reached, ``"max_seconds"`` were spent, or the user has ``"interrupted"`` it.
+        reached, ``"max_seconds"`` were spent, the user has ``"interrupted"`` it, or the reference
+        has ``"failed"``.
     :param float noise_share: The share of noise in the mean square of the reference's
         gradient, see :func:`~pyro_rb.diagnostics.progress.noise_share`.
     """
@@ -140,6 +141,7 @@ class Comparison:
     :param dict left_out: Why losses that might have been tried were not, by name.
     :param list training: :class:`TrainingWindow` s, in order.
     :param bool interrupted: Whether the user has ended it early.
+    :param str error: What has ended it early, if something has failed.
 
     **Example**
 
@@ -166,6 +168,7 @@ class Comparison:
     left_out: Dict[str, str] = field(default_factory=dict)
     training: List[TrainingWindow] = field(default_factory=list)
     interrupted: bool = False
+    error: Optional[str] = None
 
     @property
     def recommendation(self) -> Recommendation:

@@ -1,24 +1,104 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Leaves the world as it was found: :func:`preserve_state`.
-"""
+"""Leaves the world as it was found: :func:`preserve_state`."""
 
 import functools
-from collections.abc import MutableMapping, MutableSequence, MutableSet
+import sys
+from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import pyro
 import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 
+#: Objects of these packages lead to no module of the user's; what their closures hold may.
+_LIBRARIES = {"numpy", "pandas", "pyro", "scipy", "torch", *sys.stdlib_module_names} - {"__main__"}
+_VALUES = (bool, bytes, float, int, str, type(None), Tensor)
+_CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+
+
+class Snapshot:
+    """
+    What :func:`preserve_state` puts back. It can grow within the block.
+
+    :param roots: Models, guides, arguments: whatever may lead to modules.
+    """
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self._seen: Dict[int, Any] = {}  # holds the objects, so that no id is used twice
+        self._owners: List[Tuple[Any, Dict[str, Tuple[Any, Any]]]] = []
+        self._tensors: Dict[int, Tuple[Tensor, Tensor, Optional[Tensor]]] = {}
+        self._roots = list(roots)
+        self.add(*self._roots)
+
+    @property
+    def roots(self) -> List[Any]:
+        """All objects from which the search has begun."""
+        return self._roots
+
+    def add(self, *roots: Any) -> None:
+        """Keeps the modules that can be reached from ``roots``, as they are now."""
+        owned = {id(root) for root in roots if callable(root)}
+        queue = list(roots)
+        while queue:
+            item = queue.pop()
+            if id(item) in self._seen:
+                continue
+            self._seen[id(item)] = item
+            is_module = isinstance(item, nn.Module)
+            if is_module or id(item) in owned and _has_attributes(item):
+                self._owners.append((item, _shallow_copy(vars(item))))
+            if is_module:
+                self.add_tensors(_tensors_of(item))
+                owned.update(id(value) for value in vars(item).values())
+            if isinstance(item, MethodType):
+                owned.add(id(item.__self__))
+            queue.extend(child for child in _children(item) if not isinstance(child, _VALUES))
+
+    def add_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Keeps the values and gradients of leaves; only those can be written to."""
+        for tensor in tensors:
+            if id(tensor) not in self._tensors and tensor.is_leaf and not nn.parameter.is_lazy(tensor):
+                self._tensors[id(tensor)] = tensor, tensor.detach().clone(), tensor.grad
+                tensor.grad = None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """
+        Within the block, in which nothing may be trained, modules are also kept as they are
+        before they are first called, wherever they are stored, and parameters that Pyro's param
+        store gets to know.
+        """
+
+        def keep(module: nn.Module, _: Any) -> None:
+            if id(module) not in self._seen:
+                self._roots.append(module)
+                self.add(module)
+
+        hook = nn.modules.module.register_module_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.add_tensors(tensor for _, tensor in pyro.get_param_store().named_parameters())
+
+    def restore(self) -> None:
+        for owner, contents in self._owners:
+            _restore(vars(owner), contents)
+        with torch.no_grad():
+            for tensor, value, grad in self._tensors.values():
+                # Writing only what has changed keeps graphs that hold it usable.
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+                tensor.grad = grad
+
 
 @contextmanager
-def preserve_state(*callables: Callable) -> Iterator[None]:
+def preserve_state(*roots: Any) -> Iterator[Snapshot]:
     """
     Context manager in which models and guides may run, and even be trained, without a
     trace. On exit, also after an exception, these are as they were on entry:
@@ -26,21 +106,22 @@ def preserve_state(*callables: Callable) -> Iterator[None]:
     * Pyro's param store: which parameters exist, their values and constraints;
     * the random number generators of torch (CPU, and CUDA if it is in use), numpy and
       :mod:`random`;
-    * each :class:`torch.nn.Module` that can be reached from ``callables``: parameters,
-      buffers, training mode, attributes, and submodules that a lazy initialisation has
-      added (an autoguide that had not run is uninitialised again);
+    * each :class:`torch.nn.Module` that can be reached from ``roots``: parameters, buffers,
+      training mode, attributes, and submodules that a lazy initialisation has added (an
+      autoguide that had not run is uninitialised again);
     * the ``.grad`` of all these parameters, which is ``None`` at the start of the block.
 
     Modules are restored in place: tensors stay the same objects, so that optimizers which
     hold them go on working. They are not deep-copied, since copies would part modules
     that model and guide share.
 
-    A module is reached if it is one of ``callables``, owns it as a method, is wrapped in
-    it by :func:`functools.partial` or a Pyro handler, or is a global or enclosing variable
-    that a function names. State kept elsewhere, such as a list in a global variable, is
-    not preserved.
+    A module is reached if it is one of ``roots``, or lies in a container, an attribute, a method,
+    a :func:`functools.partial`, a Pyro handler, or a global or enclosing variable that a function
+    names. One that cannot be reached is kept if it is called, or its parameters are registered
+    with Pyro, within the ``watch()`` of the snapshot that the block is given. Other state, such as
+    a counter in a global variable or a file, is not preserved.
 
-    :param callables: Models, guides.
+    :param roots: Models, guides, and their arguments.
 
     **Example**
 
@@ -59,23 +140,12 @@ def preserve_state(*callables: Callable) -> Iterator[None]:
     rng = get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     store_state = _store_state()
-    owners = _owners(callables)
-    attributes = [(owner, _shallow_copy(vars(owner))) for owner in owners]
-    tensors = _tensors(owners, list(store_state["params"].values()))
-    saved = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in tensors]
-    for tensor in tensors:
-        tensor.grad = None
+    snapshot = Snapshot(roots)
+    snapshot.add_tensors(store_state["params"].values())
     try:
-        yield
+        yield snapshot
     finally:
-        for owner, contents in attributes:
-            _restore(vars(owner), contents)
-        with torch.no_grad():
-            for tensor, value, grad in saved:
-                # Writing only what has changed keeps graphs that hold it usable.
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-                tensor.grad = grad
+        snapshot.restore()
         store.clear()
         store.set_state(store_state)
         _store_state()
@@ -94,52 +164,45 @@ def _store_state() -> Any:
     return state
 
 
-def _owners(callables: Tuple[Callable, ...]) -> List[Any]:
-    """All objects whose attributes are to be preserved: modules and what they hold."""
-    owners: Dict[int, Any] = {}
-    seen: Dict[int, Any] = {}  # holds the objects, so that no id is used twice
-    queue: List[Any] = list(callables)
-    while queue:
-        item = queue.pop()
-        if id(item) in seen:
-            continue
-        seen[id(item)] = item
-        if isinstance(item, nn.Module):
-            owners[id(item)] = item
-            for value in vars(item).values():
-                queue.extend(_children(value))
-                if _is_plain_object(value):
-                    owners[id(value)] = value
-        elif isinstance(item, MethodType):
-            queue += [item.__func__, item.__self__]
-            if _is_plain_object(item.__self__):
-                owners[id(item.__self__)] = item.__self__
-                queue.extend(v for v in vars(item.__self__).values() if _leads_on(v))
-        elif isinstance(item, functools.partial):
-            queue += [item.func, *item.args, *item.keywords.values()]
-        elif isinstance(item, FunctionType):
-            queue.extend(value for value in _variables(item) if _leads_on(value))
-    return list(owners.values())
-
-
-def _children(value: Any) -> List[Any]:
-    if isinstance(value, MutableMapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [child for child in value if _leads_on(child)]
-    return [value] if _leads_on(value) else []
-
-
-def _leads_on(value: Any) -> bool:
-    return isinstance(value, (nn.Module, MethodType, FunctionType, functools.partial))
+def _children(item: Any) -> List[Any]:
+    """What the search goes on with."""
+    if isinstance(item, nn.Module):
+        return list(vars(item).values())
+    if isinstance(item, MethodType):
+        return [item.__func__, item.__self__]
+    if isinstance(item, functools.partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if isinstance(item, FunctionType):
+        return _variables(item)
+    if isinstance(item, Mapping):
+        return list(item.values())
+    if isinstance(item, (list, tuple, set, frozenset)):
+        return list(item)
+    if isinstance(item, type):
+        return [] if _is_of_library(item) else list(vars(item).values())
+    if isinstance(item, (property, classmethod, staticmethod)):
+        return [getattr(item, "fget", None) or getattr(item, "__func__", None)]
+    if isinstance(item, ModuleType) or _is_of_library(type(item)):
+        return []
+    names = [name for cls in type(item).__mro__ for name in _slots(cls)]
+    inside = [getattr(item, name) for name in names if hasattr(item, name)]
+    return [*inside, *getattr(item, "__dict__", {}).values(), type(item)]
 
 
 def _variables(function: FunctionType) -> List[Any]:
-    found: List[Any] = []
+    """Variables and default arguments that a function names, and so may use."""
+    found: List[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found += vars(function).values()
     namespace = function.__globals__
-    # The globals of a library lead to no module of the user's; its closures (handlers) may.
-    if namespace.get("__name__", "").split(".")[0] not in ("torch", "pyro", "numpy"):
-        found += [namespace[name] for name in function.__code__.co_names if name in namespace]
+    # The globals of a library lead to no module of the user's.
+    if namespace.get("__name__", "").split(".")[0] not in _LIBRARIES:
+        names = _names(function.__code__)
+        for value in [namespace[name] for name in names if name in namespace]:
+            if isinstance(value, ModuleType):
+                if value.__name__.split(".")[0] not in _LIBRARIES:
+                    found += [vars(value)[name] for name in names if name in vars(value)]
+            else:
+                found.append(value)
     for cell in function.__closure__ or ():
         try:
             found.append(cell.cell_contents)
@@ -148,25 +211,29 @@ def _variables(function: FunctionType) -> List[Any]:
     return found
 
 
-def _is_plain_object(value: Any) -> bool:
-    other = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType, functools.partial)
-    return hasattr(value, "__dict__") and not isinstance(value, other)
+def _names(code: CodeType) -> Set[str]:
+    """Also of functions and comprehensions within."""
+    inner = [_names(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
-def _tensors(owners: List[Any], more: List[Tensor]) -> List[Tensor]:
-    found = {id(tensor): tensor for tensor in more}
-    for owner in owners:
-        if isinstance(owner, nn.Module):
-            values = list(vars(owner).values())
-            values += list(owner._parameters.values()) + list(owner._buffers.values())
-            for value in values:
-                if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
-                    found[id(value)] = value
-    # Only leaves have a .grad of their own and can be written to.
-    return [tensor for tensor in found.values() if tensor.is_leaf]
+def _slots(cls: type) -> Tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-_CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+def _has_attributes(item: Any) -> bool:
+    return hasattr(item, "__dict__") and not isinstance(item, (type, ModuleType, FunctionType, MethodType))
+
+
+def _is_of_library(cls: type) -> bool:
+    package = getattr(cls, "__module__", "builtins").split(".")[0]
+    return package in _LIBRARIES and not issubclass(cls, SimpleNamespace)
+
+
+def _tensors_of(module: nn.Module) -> List[Tensor]:
+    values = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _shallow_copy(attributes: Dict[str, Any]) -> Dict[str, Tuple[Any, Any]]:

@@ -5,24 +5,33 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from pyro.optim import PyroOptim
 from pyro.util import set_rng_seed
 from torch import Tensor
-from tqdm import tqdm
 
+from pyro_rb.diagnostics.bar import TimedBar
+from pyro_rb.diagnostics.coordinates import Coordinates
+from pyro_rb.diagnostics.effect import find_effect
 from pyro_rb.diagnostics.gauge import Gauge
-from pyro_rb.diagnostics.gradients import GradientSampler
 from pyro_rb.diagnostics.guard import GradientGuard, NonFiniteError
 from pyro_rb.diagnostics.losses import ENUMERATED, Losses, make_loss, make_losses
 from pyro_rb.diagnostics.mean_test import rounding_error, z_threshold
-from pyro_rb.diagnostics.measure import Plan, WarningLog, measure, one_line
+from pyro_rb.diagnostics.measure import (
+    Plan,
+    ReferenceFailed,
+    WarningLog,
+    measure,
+    one_line,
+)
 from pyro_rb.diagnostics.memory import peak_memory
+from pyro_rb.diagnostics.problem import Problem
 from pyro_rb.diagnostics.progress import noise_share, steps_ratio
 from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.diagnostics.report import StateResult, TrainingWindow
+from pyro_rb.diagnostics.sampler import GradientSampler
 
 NUM_WINDOWS = 50
 
@@ -30,12 +39,11 @@ NUM_WINDOWS = 50
 @dataclass
 class Study:
     """
-    What :func:`~pyro_rb.diagnostics.compare.compare` does within
-    :func:`~pyro_rb.diagnostics.state.preserve_state`.
+    What :func:`~pyro_rb.diagnostics.compare.compare` does with a prepared problem.
 
+    :param Problem problem: Model and guide.
     :param str reference: Name of the reference.
     :param losses: What it is compared to, and maybe the reference itself.
-    :param callable sampler: Makes a GradientSampler from a loss.
     :param bool scored: Whether the guide has sites without a reparameterised draw.
     :param bool exact: Whether to compare to the exact gradient.
     :param list steps: After how many training steps to measure.
@@ -43,9 +51,9 @@ class Study:
     :param Plan plan: How long to sample at one state; its deadline is that of all.
     """
 
+    problem: Problem
     reference: str
     losses: Losses
-    sampler: Callable[[Any], GradientSampler]
     scored: bool
     exact: bool
     steps: Sequence[int]
@@ -53,29 +61,40 @@ class Study:
     plan: Plan
     seed: int
     failure_rate: float
-    bar: tqdm
+    bar: TimedBar
     warned: WarningLog
     states: List[StateResult] = field(default_factory=list)
     training: List[float] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     threshold: float = 0.0
     interrupted: bool = False
+    error: Optional[str] = None
     _memories: Dict[str, Optional[int]] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Fills ``states``, ``training`` and ``notes``."""
-        trainer = self.sampler(make_loss(self.reference))
+        """
+        Fills ``states``, ``training`` and ``notes``.
+
+        :raises ValueError: If training or the reference fails before anything was measured. Later,
+            ``error`` says so.
+        """
+        trainer = self.problem.sampler(make_loss(self.reference))
         done = 0
         try:
             for index, step in enumerate(self.steps):
                 set_rng_seed((self.seed + done) % 2**32)
+                self.bar.start()
                 for done in range(done + 1, step + 1):
                     self._train(trainer, done)
                 self._measure(step, len(self.steps) - index)
-                if self.interrupted:
+                if self.interrupted or self.error:
                     return
         except KeyboardInterrupt:
             self.interrupted = True
+        except Exception as error:
+            if not self.states:
+                raise
+            self.error = str(error) if isinstance(error, ValueError) else one_line(error)
 
     def windows(self) -> List[TrainingWindow]:
         """The losses of training, summed up."""
@@ -96,50 +115,71 @@ class Study:
             raise ValueError(
                 f"training with {self.reference} failed at step {step}: {one_line(error)}"
             ) from error
-        self.bar.update()
+        self.bar.update("step")
 
     def _measure(self, step: int, states_left: int) -> None:
         # New copies at each state: what a loss has learned belongs to one state.
-        made = make_losses(self.losses)
-        made = {self.reference: make_loss(self.reference), **made}
+        made = {self.reference: make_loss(self.reference), **make_losses(self.losses)}
         made[self.reference] = make_loss(self.reference)
-        samplers = {name: self.sampler(loss) for name, loss in made.items()}
-        base = samplers[self.reference]
-        exact = exact_gradient(self.sampler) if self.exact else None
-        projector = Projector(base.names, base.tensors) if self.scored else None
-        gauges = [Gauge(name, one, projector) for name, one in samplers.items()]
         # Other random numbers at each state, so that each tests bias anew.
         at = (self.seed + step) % 2**32
+        tensors = list(self.problem.parameters.values())
+        coordinates = Coordinates(list(self.problem.parameters), tensors, find_effect(self.problem, at))
+        self._note(coordinates, sum(tensor.numel() for tensor in tensors))
+        exact = self._exact_gradient(coordinates) if self.exact else None
+        projector = Projector(coordinates) if self.scored else None
+        gauges = [Gauge(n, self.problem.sampler(loss), coordinates, projector) for n, loss in made.items()]
         plan = self.plan._replace(deadline=self._deadline(step, states_left))
-        stopped = measure(gauges, plan, at, self.bar, self.warned)
-        self.interrupted = stopped == "interrupted"
-        first = gauges[0]
-        if first.failure is not None:
-            when = f" after {step} training steps (too large a learning rate?)"
-            raise ValueError(
-                f"{self.reference}, to which all losses are compared, cannot run on this "
-                f"model and guide{when if step else ''}: {first.failure}"
-                f"{self._blame(first.failed_seed)}"
-            ) from first.cause
-        count = first.moments.count
-        if count < 2:
+        self.bar.start()
+        try:
+            stopped = measure(gauges, plan, at, self.bar, self.warned)
+        except ReferenceFailed as failure:
+            when = f" after {step} training steps (too large a learning rate?)" if step else ""
+            count = gauges[0].moments.count
+            self.error = (
+                f"{self.reference}, to which all losses are compared, failed on this model and guide"
+                f"{when}, in draw {count + 1}: {failure}{self._blame(failure.seed)}"
+            )
+            if count < 2 and not self.states:
+                raise ValueError(self.error) from failure.cause
+            stopped = "failed"
+        if gauges[0].moments.count < 2:
+            self.interrupted = stopped == "interrupted"
             return
-        if not self.interrupted:
-            for gauge in gauges:
-                if gauge.failure is None:
-                    gauge.memory = self._memory(gauge.name, at, stopped == "max_seconds")
-                    self.warned.collect(gauge.name)
+        try:
+            if stopped not in ("failed", "interrupted"):
+                for gauge in gauges:
+                    if gauge.failure is None:
+                        gauge.memory = self._memory(gauge.name, at, stopped == "max_seconds")
+                        self.warned.collect(gauge.name)
+        except KeyboardInterrupt:
+            self.interrupted = True
         self._add_state(gauges, step, stopped, exact)
+        self.interrupted |= stopped == "interrupted"
+
+    def _note(self, coordinates: Coordinates, total: int) -> None:
+        used = sum(coordinates.sizes)
+        notes = []
+        if used < total:
+            notes.append(
+                f"{total - used} of {total} parameter values are left out: at the present parameters "
+                "the model does not depend on them."
+            )
+        if coordinates.is_subset:
+            notes.append(f"Measured on {sum(coordinates.counts)} of {used} parameter values, drawn at random.")
+        self.notes += [note for note in notes if note not in self.notes]
 
     def _memory(self, name: str, seed: int, is_late: bool) -> Optional[int]:
         # If it is late, two more steps of each loss would be too much; they differ little.
         if not (is_late and name in self._memories):
-            self._memories[name] = _memory(self.sampler, made_again(self.losses, name), seed)
+            made = make_losses(self.losses)
+            sampler = self.problem.sampler(made[name] if name in made else make_loss(name))
+            self._memories[name] = _memory(sampler, seed)
         return self._memories[name]
 
     def _blame(self, seed: int) -> str:
         """Where the first bad number of a gradient begins, if one can be found."""
-        one = self.sampler(GradientGuard(make_loss(self.reference)))
+        one = self.problem.sampler(GradientGuard(make_loss(self.reference)))
         set_rng_seed(seed)
         try:
             one.step()
@@ -156,7 +196,7 @@ class Study:
         self, gauges: List[Gauge], step: int, stopped: str, exact: Optional[Tensor]
     ) -> None:
         first, count = gauges[0], gauges[0].moments.count
-        projector = first.agreement.projector
+        coordinates, projector = first.coordinates, first.agreement.projector
         size = len(first.moments.mean) if projector is None else len(projector.labels)
         num_tests = size * max(1, len(gauges) - 1) * len(self.steps)
         threshold = z_threshold(self.failure_rate, num_tests, count)
@@ -177,13 +217,13 @@ class Study:
             quiet = min(unbiased, key=lambda gauge: gauge.moments.variance.sum().item())
             signal = quiet.squared_mean().clamp(min=0.0)
         else:
-            signal = first.by_parameter(exact.square())
+            signal = coordinates.sums(exact.square())
         for gauge, row in zip(gauges, results):
             if not row.error:
                 row.steps_ratio, row.steps_ratio_error = steps_ratio(
-                    gauge.blocks(), first.blocks(), signal, first.sizes
+                    gauge.blocks(), first.blocks(), signal, coordinates.sizes
                 )
-        share = noise_share(first.blocks(), signal, first.sizes)
+        share = noise_share(first.blocks(), signal, coordinates.sizes)
         self.states.append(StateResult(step, results, count, stopped, share))
 
     def _deadline(self, step: int, states_left: int) -> Optional[float]:
@@ -195,34 +235,30 @@ class Study:
         training = (self.steps[-1] - step) * (seconds or 0.0)
         return now + max(0.0, self.plan.deadline - now - training) / states_left
 
-
-def exact_gradient(sampler: Callable[[Any], GradientSampler]) -> Optional[Tensor]:
-    """
-    The gradient by enumeration of the guide, as a vector ``[P]``; None if it is not the
-    same at each evaluation, for example because data are subsampled.
-    """
-    found: List[Tensor] = []
-    for seed in range(3):
-        one = sampler(make_loss(ENUMERATED))
-        set_rng_seed(seed)
-        one.step()
-        gradients = one.collect()
-        found.append(torch.cat([g.reshape(-1).to(gradients[0].device) for g in gradients]))
-    largest = max(vector.abs().max().item() for vector in found)
-    rounding = rounding_error(largest, found[0].dtype)
-    spread = (torch.stack(found) - found[0]).abs().max().item()
-    return found[0].double() if spread <= rounding else None
-
-
-def made_again(losses: Losses, name: str) -> Any:
-    """A fresh copy of one of the losses."""
-    made = make_losses(losses)
-    return made[name] if name in made else make_loss(name)
+    def _exact_gradient(self, coordinates: Coordinates) -> Optional[Tensor]:
+        """
+        The gradient by enumeration of the guide, ``[Q]``; None if it is not the same at each
+        evaluation, for example because data are subsampled, or cannot be had.
+        """
+        found: List[Tensor] = []
+        for seed in range(3):
+            one = self.problem.sampler(make_loss(ENUMERATED))
+            set_rng_seed(seed)
+            try:
+                one.step()
+            except Exception as error:
+                one.clear()
+                self.notes.append(f"No exact gradient, enumeration failed: {one_line(error)}")
+                return None
+            found.append(coordinates.vector(one.collect()))
+        largest = max(vector.abs().max().item() for vector in found)
+        rounding = rounding_error(largest, found[0].dtype)
+        spread = (torch.stack(found) - found[0]).abs().max().item()
+        return found[0].double() if spread <= rounding else None
 
 
-def _memory(sampler: Callable[[Any], GradientSampler], loss: Any, seed: int) -> Optional[int]:
+def _memory(one: Any, seed: int) -> Optional[int]:
     """Of the second step: the first may do things that are never done again."""
-    one = sampler(loss)
     try:
         set_rng_seed(seed)
         one.step()

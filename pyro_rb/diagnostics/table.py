@@ -51,6 +51,8 @@ def outline(comparison: Comparison) -> List[str]:
         lines.append(f"trained with {reference} and {settings['optim']}")
     if comparison.interrupted:
         lines.append("Interrupted: not all that was asked for was measured.")
+    if comparison.error:
+        lines.append(f"Ended early, by an error: {comparison.error}")
     return lines
 
 
@@ -62,6 +64,7 @@ def heading(comparison: Comparison, state: StateResult) -> str:
     stopped = {
         "max_seconds": f", time over after {state.num_samples} gradients",
         "interrupted": f", interrupted after {state.num_samples} gradients",
+        "failed": f", failed after {state.num_samples} gradients",
         "rel_error": f", as exact as asked for after {state.num_samples} gradients",
     }
     return when[0].upper() + when[1:] + stopped.get(state.stopped, "")

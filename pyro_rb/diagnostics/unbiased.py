@@ -20,21 +20,14 @@ from pyro_rb.diagnostics.bias import (
     BiasTest,
     CheckError,
     Draws,
-    coordinate_name,
 )
 from pyro_rb.diagnostics.bias_check import BiasCheck
-from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
+from pyro_rb.diagnostics.coordinates import coordinate_name
 from pyro_rb.diagnostics.losses import make_loss
 from pyro_rb.diagnostics.mean_test import rounding_error
-from pyro_rb.diagnostics.parameters import (
-    Arguments,
-    check_parameters,
-    check_sites,
-    parameters_of,
-    run_traces,
-)
-from pyro_rb.diagnostics.sites import settle_plates
-from pyro_rb.diagnostics.state import preserve_state
+from pyro_rb.diagnostics.parameters import Arguments
+from pyro_rb.diagnostics.problem import prepared
+from pyro_rb.diagnostics.sampler import GradientSampler, draw_seeds
 
 METHODS = ("paired", "independent", "exact")
 Reference = Union[str, ELBO, Mapping[str, Tensor]]
@@ -137,25 +130,17 @@ def check_unbiased(
     ...     print(str(error).split(":")[0])
     biased in loc
     """
-    kwargs = dict(kwargs or {})
     method = _check_arguments(reference, num_samples, num_burn_in, method, projections)
     ours = _copy(loss, "loss")
     theirs = None if isinstance(reference, Mapping) else _copy(reference, "reference")
-    with preserve_state(model, guide):
-        set_rng_seed(seed)
-        traces = run_traces(model, guide, args, kwargs)
-        check_sites(traces)
-        found, any_site = parameters_of(traces, model, guide)
-        found = found if parameters is None else dict(parameters)
-        check_parameters(found)
+    with prepared(model, guide, args, kwargs, seed, parameters) as problem:
+        found = problem.parameters
         if projections is None:
-            projections = 20 if _has_discrete_site(traces[0]) else 0
+            projections = 20 if _has_discrete_site(problem.traces[0]) else 0
 
         def draw(loss: Any, seed: int, count: int, projections: int = 0) -> Draws:
-            settle_plates(loss, traces)
-            sampler = GradientSampler(loss, model, guide, args, kwargs, found, any_site)
             burn_in, seeds = draw_seeds(seed, count, num_burn_in)
-            return _draw(sampler, burn_in, seeds, projections, progress)
+            return _draw(problem.sampler(loss), burn_in, seeds, projections, progress)
 
         exact, others = None, None
         if isinstance(reference, Mapping):

@@ -11,21 +11,22 @@ from pyro.infer import Trace_ELBO
 
 from pyro_rb.diagnostics import compare
 from pyro_rb.diagnostics.agreement import Agreement
+from pyro_rb.diagnostics.coordinates import Coordinates
 from pyro_rb.diagnostics.mean_test import z_threshold
 from pyro_rb.diagnostics.projections import Projector
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from tests.diagnostics.test_choose import positions
 
 PARAMETERS = {"big": torch.zeros(30), "scalar": torch.zeros(()), "pair": torch.zeros(2)}
+COORDINATES = Coordinates(list(PARAMETERS), list(PARAMETERS.values()))
 
 
 def fill(draws, reference=None):
     """Agreements over projections of ``draws`` ``[N, 33]`` and of the reference's."""
-    names, tensors = list(PARAMETERS), list(PARAMETERS.values())
-    projector = Projector(names, tensors)
+    projector = Projector(COORDINATES)
     found = []
     for rows in (draws, torch.zeros_like(draws) if reference is None else reference):
-        agreement = Agreement(names, tensors, projector)
+        agreement = Agreement(COORDINATES, projector)
         for row in rows:
             agreement.update(row, row)
         found.append(agreement)
@@ -33,7 +34,7 @@ def fill(draws, reference=None):
 
 
 def test_projector():
-    projector = Projector(list(PARAMETERS), list(PARAMETERS.values()))
+    projector = Projector(COORDINATES)
     assert projector.labels == ["big"] * 4 + ["scalar"] + ["pair"] * 2
     assert projector.widths.tolist() == pytest.approx([30**0.5] * 4 + [1.0] * 3)
     vector = torch.arange(33.0)
@@ -76,13 +77,14 @@ def test_skewed_differences_are_no_bias(is_projected):
     names, tensors = ["scale"], [torch.zeros(1000)]
     if is_projected:
         names, tensors = [f"scale{i}" for i in range(250)], [torch.zeros(4)] * 250
+    coordinates = Coordinates(names, tensors)
     alarms = plain = 0
     threshold = z_threshold(1e-2, 1000, 60)
     for seed in range(40):
         draws = torch.randn(60, 1000, generator=torch.Generator().manual_seed(seed)).square() - 1
         zero = torch.zeros(1000)
         mine, reference = (
-            Agreement(names, tensors, Projector(names, tensors) if is_projected else None) for _ in range(2)
+            Agreement(coordinates, Projector(coordinates) if is_projected else None) for _ in range(2)
         )
         for row in draws:
             mine.update(row, zero)

@@ -117,11 +117,47 @@ def test_too_many_joint_values(monkeypatch):
             pyro.sample(f"z{i}", dist.Categorical(logits=pyro.param(f"l{i}", torch.zeros(12))))
 
     assert ENUMERATED in choose_losses(model, guide).losses
-    monkeypatch.setattr(choose_module, "MAX_EVALUATIONS", 10000)
+    monkeypatch.setattr(choose_module, "MAX_ELEMENTS", 10000)
     choice = choose_losses(model, guide)
     assert choice.losses == ["TraceGraph_ELBO", TOP_K]
     assert choice.left_out[ENUMERATED].startswith("too many joint values, or not")
-    assert "20736 evaluations" in choice.left_out[ENUMERATED]
+    assert "a tensor of 20736 elements is needed, more than 10000" in choice.left_out[ENUMERATED]
+
+
+@pytest.mark.parametrize("num_steps", [3, 12])
+def test_a_chain_is_summed_one_site_after_another(num_steps):
+    """5 ** 12 joint values, of which only pairs meet."""
+
+    def model(y):
+        trans = pyro.param("trans", torch.full((5, 5), 0.2), constraint=dist.constraints.simplex)
+        z = torch.tensor(0)
+        with pyro.plate("sequences", len(y)):
+            for t in range(num_steps):
+                z = pyro.sample(f"z_{t}", dist.Categorical(trans[z]))
+                pyro.sample(f"y_{t}", dist.Normal(z.float(), 0.8), obs=y[:, t])
+
+    def guide(y):
+        logits = pyro.param("logits", torch.zeros(num_steps, len(y), 5))
+        with pyro.plate("sequences", len(y)):
+            for t in range(num_steps):
+                pyro.sample(f"z_{t}", dist.Categorical(logits=logits[t]))
+
+    assert ENUMERATED in choose_losses(model, guide, (torch.randn(6, num_steps),)).losses
+
+
+def test_many_sites_that_one_likelihood_joins():
+    """2 ** 40 joint values: they must not be tried."""
+
+    def model():
+        total = sum(pyro.sample(f"z{i}", dist.Bernoulli(0.5)) for i in range(40))
+        pyro.sample("x", dist.Normal(total, 1.0), obs=torch.tensor(3.0))
+
+    def guide():
+        for i in range(40):
+            pyro.sample(f"z{i}", dist.Bernoulli(logits=pyro.param(f"l{i}", torch.zeros(()))))
+
+    choice = choose_losses(model, guide)
+    assert ENUMERATED not in choice.losses and "elements is needed" in choice.left_out[ENUMERATED]
 
 
 def test_unbounded_counts_are_not_enumerated():
