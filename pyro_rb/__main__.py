@@ -15,16 +15,21 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
 
-from pyro_rb.diagnostics.commands import parse, run_command
-from pyro_rb.diagnostics.compare import ComparisonInterrupted, compare
-from pyro_rb.diagnostics.load import load_call, load_guide, load_model, to_device
-from pyro_rb.diagnostics.measure import one_line
-from pyro_rb.diagnostics.models import EXAMPLES
-from pyro_rb.diagnostics.options import COMMANDS, PROGRAM, check_options, make_parser
-from pyro_rb.diagnostics.page import page
-from pyro_rb.diagnostics.plot import plot_comparisons
-from pyro_rb.diagnostics.report import Comparison
-from pyro_rb.diagnostics.table import LEGEND
+from pyro_rb.diagnostics.cli.commands import parse, run_command
+from pyro_rb.diagnostics.cli.examples import EXAMPLES
+from pyro_rb.diagnostics.cli.load import load_call, load_guide, load_model, to_device
+from pyro_rb.diagnostics.cli.options import (
+    COMMANDS,
+    PROGRAM,
+    check_options,
+    make_parser,
+)
+from pyro_rb.diagnostics.compare.compare import ComparisonInterrupted, compare
+from pyro_rb.diagnostics.compare.report import Comparison
+from pyro_rb.diagnostics.run.messages import one_line
+from pyro_rb.diagnostics.show.page import page
+from pyro_rb.diagnostics.show.plot import plot_comparisons
+from pyro_rb.diagnostics.show.table import LEGEND
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pyro_rb.__main__ import main
+from pyro_rb.diagnostics.compare import along_training
 
 QUICK = ["--num-samples", "4", "--burn-in", "1", "--no-progress"]
 
@@ -275,7 +276,7 @@ def test_interrupt_before_anything_was_measured(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_rb.diagnostics.study.measure", interrupt)
+    monkeypatch.setattr(along_training, "measure", interrupt)
     assert main([*mine(), "--json", "out.json"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err == "python -m pyro_rb: interrupted\n"

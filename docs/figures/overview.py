@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from overview_models import PROBLEMS, Problem
 from pyro_rb import Comparison, compare
-from pyro_rb.diagnostics.losses import make_loss
-from pyro_rb.diagnostics.palette import INK, STYLES, dress, error_bars
-from pyro_rb.diagnostics.report import LossResult
+from pyro_rb.diagnostics.compare.report import LossResult
+from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.show.palette import INK, STYLES, dress, error_bars
 
 OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "overview"
 OURS = STYLES[3][0]

@@ -1,0 +1,185 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Losses by name: ``STLTrace_ELBO:adaptive``."""
+
+import ast
+import copy
+import difflib
+import inspect
+import json
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+
+import pyro.infer
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+
+import pyro_rb.infer
+
+Losses = Union[str, ELBO, Sequence[Union[str, ELBO]], Mapping[str, Union[str, ELBO]]]
+
+REFERENCE = "Trace_ELBO"
+#: TraceEnum_ELBO with all discrete sites of the guide enumerated in parallel.
+ENUMERATED = "TraceEnum_ELBO+config_enumerate"
+
+
+class ConfigEnumerate_ELBO(TraceEnum_ELBO):
+    """
+    :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` with
+    :func:`~pyro.infer.enum.config_enumerate` around the guide: each site of it that can be
+    enumerated is, unless it says otherwise.
+
+    **Example**
+
+    >>> make_loss("TraceEnum_ELBO+config_enumerate")  # doctest: +ELLIPSIS
+    <pyro_rb.diagnostics.run.losses.ConfigEnumerate_ELBO object at ...>
+    """
+
+    def _get_traces(self, model: Any, guide: Any, args: Tuple, kwargs: Dict) -> Any:
+        return super()._get_traces(model, config_enumerate(guide), args, kwargs)
+
+
+def available_losses() -> Dict[str, Type[ELBO]]:
+    """
+    All ELBO classes of Pyro and pyro_rb, by name.
+
+    **Example**
+
+    >>> available_losses()["STLTrace_ELBO"].__name__
+    'STLTrace_ELBO'
+    """
+    found = {}
+    for room in (pyro.infer, pyro_rb.infer):
+        for name, value in vars(room).items():
+            if inspect.isclass(value) and issubclass(value, ELBO) and value is not ELBO:
+                found[name] = value
+    return dict(sorted(found.items()))
+
+
+def make_loss(name: str) -> ELBO:
+    """
+    Makes a loss from its name.
+
+    :param str name: The name of an ELBO class of Pyro or pyro_rb, optionally followed by a
+        colon and constructor arguments separated by commas, of which those with ``=`` are
+        keyword arguments: ``"Trace_ELBO:num_particles=10"``. Arguments are Python literals,
+        else strings. ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
+    :raises ValueError: If there is no such class, or it does not take these arguments.
+
+    **Example**
+
+    >>> make_loss("Trace_ELBO:num_particles=10").num_particles
+    10
+    """
+    class_name, _, rest = name.partition(":")
+    classes: Dict[str, Type[ELBO]] = {**available_losses(), ENUMERATED: ConfigEnumerate_ELBO}
+    if class_name not in classes:
+        near = difflib.get_close_matches(class_name, classes, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no loss {class_name!r}: {hint}There are {', '.join(classes)}")
+    positional: List[Any] = []
+    keywords: Dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if equals:
+            keywords[key.strip()] = _literal(value)
+        else:
+            positional.append(_literal(item))
+    try:
+        return classes[class_name](*positional, **keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot make the loss {name!r}: {error}") from error
+
+
+def make_losses(losses: Losses) -> Dict[str, ELBO]:
+    """
+    Losses by the name under which they are shown, from names, ELBO instances or a dict of
+    either. Instances are copied, so that what a loss learns stays with the copy.
+
+    :raises ValueError: If a name is unknown or occurs twice.
+    :raises TypeError: If a value is neither a name nor an ELBO.
+
+    **Example**
+
+    >>> list(make_losses(["STLTrace_ELBO:adaptive", Trace_ELBO(num_particles=4)]))
+    ['STLTrace_ELBO:adaptive', 'Trace_ELBO:num_particles=4']
+    """
+    items: List[Tuple[str, Any]]
+    if isinstance(losses, Mapping):
+        items = list(losses.items())
+    else:
+        if isinstance(losses, (str, ELBO)) or inspect.isclass(losses):
+            losses = [losses]
+        items = [(_name(loss), loss) for loss in losses]
+    made: Dict[str, ELBO] = {}
+    for name, loss in items:
+        if name in made:
+            raise ValueError(
+                f"two losses are called {name!r}; give a dict with a name for each"
+            )
+        if isinstance(loss, str):
+            made[name] = make_loss(loss)
+        elif isinstance(loss, ELBO):
+            made[name] = copy.deepcopy(loss)
+        else:
+            hint = f"; write {loss.__name__}()" if inspect.isclass(loss) and issubclass(loss, ELBO) else ""
+            raise TypeError(
+                f"losses: expected the name of a loss or an instance of pyro.infer.ELBO, "
+                f"got {loss!r}{hint}"
+            )
+        found = made[name]
+        if name == REFERENCE and (type(found) is not Trace_ELBO or found.num_particles != 1):
+            raise ValueError(
+                f"the name {REFERENCE!r} is kept for the reference, Trace_ELBO() with one "
+                f"particle; give {type(found).__name__} another name"
+            )
+    return made
+
+
+def usage(name: str) -> Optional[str]:
+    """
+    What to write in a script for a loss that is known by its name; None for one that is not
+    of Pyro or pyro_rb.
+
+    **Example**
+
+    >>> print(usage("STLTrace_ELBO:adaptive"))
+    from pyro_rb import STLTrace_ELBO; SVI(model, guide, optim, loss=STLTrace_ELBO("adaptive"))
+    """
+    try:
+        loss = make_loss(name)
+    except ValueError:
+        return None
+    class_name, _, rest = name.partition(":")
+    room = type(loss).__module__.split(".")[0]
+    imports, guide = f"from {'pyro.infer' if room == 'pyro' else room} import {class_name}", "guide"
+    if isinstance(loss, ConfigEnumerate_ELBO):
+        class_name, guide = "TraceEnum_ELBO", "config_enumerate(guide)"
+        imports = "from pyro.infer import TraceEnum_ELBO, config_enumerate"
+    given = []
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.rpartition("=")
+        found = _literal(value)
+        text = json.dumps(found) if isinstance(found, str) else repr(found)
+        given.append(f"{key.strip()}{equals}{text}")
+    return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
+
+
+def _name(loss: Any) -> str:
+    if not isinstance(loss, ELBO):
+        return str(loss)
+    name = type(loss).__name__
+    scale = getattr(loss, "control_variate_scale", 1.0)
+    if scale != 1.0:
+        first = next(iter(inspect.signature(type(loss)).parameters))
+        keyword = "" if first == "control_variate_scale" else "control_variate_scale="
+        name += f":{keyword}{scale}"
+    if loss.num_particles != 1:
+        name += f"{',' if ':' in name else ':'}num_particles={loss.num_particles}"
+    return name
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()

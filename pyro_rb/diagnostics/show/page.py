@@ -1,0 +1,160 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Comparisons as HTML, for notebooks and as pages of their own."""
+
+import io
+from html import escape
+from typing import List, Sequence
+
+from pyro_rb.diagnostics.compare.report import Comparison, StateResult
+from pyro_rb.diagnostics.show.table import (
+    HEADERS,
+    LEGEND,
+    heading,
+    left_out,
+    outline,
+    remarks,
+    row_cells,
+    summary,
+)
+
+# Colours are those of the surrounding page; what is marked keeps its contrast on both. Notebooks and
+# nbsphinx have colours and stripes of their own for tables, which would not: hence the !important.
+STYLE = """
+.pyro-rb { line-height: 1.45; }
+div.pyro-rb table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums;
+  color: inherit !important; table-layout: auto; }
+div.pyro-rb tr { background: none !important; }
+.pyro-rb .wide { overflow-x: auto; }
+div.pyro-rb th, div.pyro-rb td { padding: 0.2em 0.6em; text-align: right; border: 0; white-space: nowrap;
+  border-bottom: 1px solid rgba(128, 128, 128, 0.35); background: none; color: inherit; }
+div.pyro-rb th:first-child, div.pyro-rb td:first-child,
+div.pyro-rb th:last-child, div.pyro-rb td:last-child { text-align: left; }
+.pyro-rb tr.best td { font-weight: bold; }
+.pyro-rb tr.out td { opacity: 0.6; }
+.pyro-rb .advice { border-left: 4px solid #2ba37a; padding: 0.3em 0.9em; margin: 0.8em 0; }
+.pyro-rb .thin { border-color: #e07b1a; }
+.pyro-rb .small { opacity: 0.8; font-size: 90%; }
+.pyro-rb pre { white-space: pre-wrap; background: none; color: inherit; }
+.pyro-rb svg { max-width: 100%; height: auto; }
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font-family: system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }}
+{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def page(comparisons: Sequence[Comparison]) -> str:
+    """
+    A page that needs no other file.
+
+    :param list comparisons: Results of :func:`~pyro_rb.diagnostics.compare.compare.compare`.
+    :rtype: str
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> page([result])[:15]
+    '<!DOCTYPE html>'
+    """
+    body = "\n".join(section(comparison, style=False, figures=True) for comparison in comparisons)
+    legend = f'<div class="pyro-rb small"><pre>{escape(LEGEND)}</pre></div>'
+    title = escape("; ".join(comparison.title for comparison in comparisons))
+    return PAGE.format(title=title, style=STYLE, body=f"{body}\n{legend}")
+
+
+def section(comparison: Comparison, style: bool = True, figures: bool = False) -> str:
+    """
+    One comparison as part of a page.
+
+    :param bool style: Whether to put the style sheet before it.
+    :param bool figures: Whether to draw figures, if matplotlib is installed.
+    :rtype: str
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> "<table>" in section(result)
+    True
+    """
+    advice = comparison.recommendation
+    kind = "advice" if advice.loss else "advice thin"
+    parts = [f"<style>{STYLE}</style>"] if style else []
+    parts += ['<div class="pyro-rb">', f"<h2>{escape(comparison.title)}</h2>"]
+    text = " ".join([advice.sentence, *advice.caveats])
+    parts.append(f'<p class="{kind}">{escape(text)}</p>')
+    if advice.usage:
+        parts.append(f"<pre>{escape(advice.usage)}</pre>")
+    for state in comparison.states:
+        parts.append(f"<h3>{escape(heading(comparison, state))}</h3>")
+        parts.append(f"<p>{escape(summary(state))}</p>")
+        parts.append(_table(state, advice.loss))
+        parts += [f'<p class="small">{escape(remark)}</p>' for remark in remarks(state)]
+    notes = [*outline(comparison), left_out(comparison)]
+    notes += [f"Note: {note}" for note in comparison.notes]
+    parts += [f'<p class="small">{escape(note)}</p>' for note in notes if note]
+    if figures:
+        parts += _figures(comparison)
+    return "\n".join([*parts, "</div>"])
+
+
+def _table(state: StateResult, best: object) -> str:
+    head = "".join(f"<th>{escape(header)}</th>" for header in HEADERS)
+    rows = []
+    for result in state.losses:
+        out = result.error or result.biased
+        mark = ' class="out"' if out else ' class="best"' if result.name == best else ""
+        cells = "".join(f"<td>{escape(cell.strip())}</td>" for cell in row_cells(result))
+        rows.append(f"<tr{mark}>{cells}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _figures(comparison: Comparison) -> List[str]:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return []
+    kinds = ["efficiency", "parameters"]
+    if len(comparison.states) > 1:
+        kinds.append("training")
+    if comparison.training:
+        kinds.append("elbo")
+    found = []
+    for kind in kinds:
+        buffer = io.StringIO()
+        comparison.plot(kind=kind).savefig(buffer, format="svg")
+        svg = buffer.getvalue()
+        found.append(f"<div>{svg[svg.index('<svg') :]}</div>")
+    return found
