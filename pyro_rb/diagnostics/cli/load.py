@@ -1,26 +1,37 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Models, guides and arguments that are named on the command line: ``package.module:name``."""
+"""
+Models, guides and arguments that are named on the command line: ``package.module:name`` or
+``path/to/file.py:name``.
+"""
 
 import importlib
+import importlib.util
 import inspect
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+import os
+import re
+import sys
+import warnings
+from types import FunctionType, ModuleType
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import pyro
 from pyro.infer.autoguide import AutoGuide, AutoMessenger, AutoNormal
 from torch import Tensor, nn
 
 from pyro_rb.diagnostics.run.messages import one_line
+
+_SPEC = re.compile(r"(?P<module>.+?)(:(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*))?")
 
 
 def load_model(spec: str) -> Callable:
     """
     The model that ``spec`` names. A class is called without arguments.
 
-    :param str spec: ``package.module:name``.
     :raises ValueError: If there is no such thing, or it is not callable.
     """
-    found = _load(spec, "--model")
+    found = _load(spec, "--model", "model")
     model = found() if inspect.isclass(found) else found
     if not callable(model):
         raise ValueError(f"--model: expected something callable, got {model!r}")
@@ -32,10 +43,10 @@ def load_guide(spec: Optional[str], model: Callable) -> Callable:
     The guide that ``spec`` names. An AutoGuide class, or a function whose only argument is
     called ``model``, is called with the model; another class without arguments.
 
-    :param str spec: ``package.module:name``. None means AutoNormal.
+    :param str spec: None means AutoNormal.
     :raises ValueError: If there is no such thing, or it is not callable.
     """
-    found = AutoNormal if spec is None else _load(spec, "--guide")
+    found = AutoNormal if spec is None else _load(spec, "--guide", "guide")
     if inspect.isclass(found):
         guide = found(model) if issubclass(found, (AutoGuide, AutoMessenger)) else found()
     elif inspect.isfunction(found) and list(inspect.signature(found).parameters) == ["model"]:
@@ -47,47 +58,72 @@ def load_guide(spec: Optional[str], model: Callable) -> Callable:
     return guide
 
 
-def load_args(spec: Optional[str]) -> Tuple[Sequence, Dict[str, Any]]:
+def load_call(options: Any, model: Callable) -> Tuple[Any, Dict[str, Any]]:
     """
-    The positional and keyword arguments of model and guide.
+    What model and guide are called with. Without ``--args``: what ``make_args()`` returns, or the
+    tuple ``args``, or variables with the names of the model's arguments, of the model's module.
 
-    :param str spec: ``package.module:name`` of a tuple, or of a function that returns a
-        tuple or (tuple, dict). None means no arguments.
-    :raises ValueError: If there is no such thing, or it is something else.
+    :raises ValueError: If it is not to be found, or something else.
     """
-    if spec is None:
-        return (), {}
-    found = _load(spec, "--args")
+    spec, module = options.args, _module(options.model, "--model", "model")[0]
+    if spec is not None:
+        found = _load(spec, "--args", "make_args")
+    else:
+        spec, found = f"{options.model}, make_args", getattr(module, "make_args", None)
+    if options.batches:
+        if not callable(found):
+            raise ValueError(f"--batches: --args must name a function, got {options.args}")
+        return (lambda: to_device(found(), options.device)), {}
+    if found is None:
+        return to_device(_implied_args(model, module, options.model), options.device)
     made = found() if callable(found) else found
+    args: Any = made
+    kwargs: Dict[str, Any] = {}
     if isinstance(made, tuple) and len(made) == 2:
         if isinstance(made[0], (tuple, list)) and isinstance(made[1], dict):
-            return made
-    if not isinstance(made, (tuple, list)):
+            args, kwargs = made
+    if not isinstance(args, (tuple, list)):
         raise ValueError(
-            f"--args: {spec} should return a tuple, or (tuple, dict), "
-            f"got {type(made).__name__}"
+            f"--args: {spec} should return a tuple, or (tuple, dict), got {type(args).__name__}"
         )
-    return made, {}
-
-
-def load_call(options: Any) -> Tuple[Any, Dict[str, Any]]:
-    """What model and guide are called with, by ``--args``, ``--batches`` and ``--device``."""
-    if options.batches:
-        return load_batches(options.args, options.device), {}
-    args, kwargs = load_args(options.args)
     return to_device(args, options.device), to_device(kwargs, options.device)
 
 
-def load_batches(spec: Optional[str], device: str) -> Callable[[], Sequence]:
-    """
-    A function that makes new positional arguments at each call.
-
-    :raises ValueError: If ``spec`` does not name a function.
-    """
-    function = None if spec is None else _load(spec, "--args")
-    if not callable(function):
-        raise ValueError(f"--batches: --args must name a function, got {spec}")
-    return lambda: to_device(function(), device)
+def _implied_args(model: Callable, module: ModuleType, spec: str) -> Tuple[Sequence, Dict[str, Any]]:
+    """Arguments from the variables of the model's module."""
+    signature = inspect.signature(getattr(model, "forward", model))
+    given = getattr(module, "args", None)
+    if isinstance(given, (tuple, list)):
+        try:
+            signature.bind(*given)
+            return given, {}
+        except TypeError:  # another args
+            pass
+    args: List[Any] = []
+    kwargs: Dict[str, Any] = {}
+    missing = []
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = vars(module).get(name, _NOTHING)
+        is_data = value is not _NOTHING and not isinstance(value, (FunctionType, ModuleType, type))
+        if parameter.default is parameter.empty:
+            if not is_data:
+                missing.append(name)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs[name] = value
+            else:
+                args.append(value)
+        elif parameter.default is None and isinstance(value, Tensor):  # such as obs=None
+            kwargs[name] = value
+    if missing:
+        needed = [n for n, p in signature.parameters.items() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+        shown = f"({', '.join(needed)}{',' if len(needed) == 1 else ''})"
+        raise ValueError(
+            f"--model {spec} needs {', '.join(map(repr, missing))}: give --args MODULE:make_args, a function "
+            f"that returns {shown}, or define make_args, or {' and '.join(missing)}, in the model's script"
+        )
+    return tuple(args), kwargs
 
 
 def to_device(value: Any, device: str) -> Any:
@@ -101,23 +137,82 @@ def to_device(value: Any, device: str) -> Any:
     return value
 
 
-def _load(spec: str, option: str) -> Any:
-    """The object that ``package.module:name`` names."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"{option}: expected package.module:name, got {spec!r}")
-    try:
-        found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise ValueError(f"{option}: importing {module_name!r} failed: {error}") from error
-        raise ValueError(f"{option}: no module named {error.name!r}") from error
-    except Exception as error:
-        raise ValueError(
-            f"{option}: importing {module_name!r} failed: {one_line(error)}"
-        ) from error
+_NOTHING = object()
+
+
+def _load(spec: str, option: str, usual: str) -> Any:
+    """The object that is named; of a file without a name, the one with the usual name."""
+    found, name = _module(spec, option, usual)
+    what: Any = found
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{option}: module {module_name!r} has no {name!r}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(what, part):
+            raise ValueError(f"{option}: module {found.__name__!r} has no {name!r}")
+        what = getattr(what, part)
+    return what
+
+
+def _module(spec: str, option: str, usual: str) -> Tuple[ModuleType, str]:
+    """The module that is named, and the name of the object in it."""
+    match = _SPEC.fullmatch(spec)
+    module, name = (match["module"], match["name"]) if match else (spec, None)
+    is_file = module.endswith(".py") or "/" in module or os.sep in module
+    name = name or (usual if is_file else None)
+    if not name:
+        raise ValueError(f"{option}: expected package.module:name or path/to/file.py:name, got {spec!r}")
+    before = set(pyro.get_param_store())
+    try:
+        found = _import_file(module, option) if is_file else importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if is_file or error.name is None or not (module + ".").startswith(error.name + "."):
+            raise ValueError(f"{option}: importing {module!r} failed: {error}") from error
+        hint = f"{module.replace('.', '/')}.py:{name}"
+        raise ValueError(
+            f"{option}: no module named {error.name!r} here; give its path, such as path/to/{hint}, or "
+            "add its folder to PYTHONPATH"
+        ) from error
+    except _NoFile as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:
+        raise ValueError(f"{option}: importing {module!r} failed: {one_line(error)}") from error
+    if set(pyro.get_param_store()) - before:
+        warnings.warn(
+            f"importing {module!r} has run and maybe trained a model: what follows starts from its parameters. "
+            "Put such lines under: if __name__ == '__main__':"
+        )
+    return found, name
+
+
+class _NoFile(Exception):
+    pass
+
+
+def _import_file(path: str, option: str) -> ModuleType:
+    """Imports a file as ``python path/to/file.py`` would, or as a part of its package."""
+    full = os.path.realpath(os.path.expanduser(path))
+    full = full if full.endswith(".py") else full + ".py"
+    if not os.path.isfile(full):
+        raise _NoFile(f"{option}: there is no file {path!r} in {os.getcwd()}")
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and os.path.realpath(file) == full:
+            return module
+    folder, stem = os.path.dirname(full), os.path.basename(full)[:-3]
+    dotted = stem
+    while os.path.isfile(os.path.join(folder, "__init__.py")):
+        folder, package = os.path.split(folder)
+        dotted = f"{package}.{dotted}"
+    sys.path.insert(0, folder)
+    if dotted != stem:
+        return importlib.import_module(dotted)
+    # Another module of that name may be there already.
+    name = stem if stem not in sys.modules else f"{stem}_{abs(hash(full))}"
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -47,7 +47,8 @@ class TimedBar:
         self._last = time.perf_counter()
         # delay: an error at the start should not follow half a progress bar.
         self._bar = bar(
-            show, desc=title, total=1.0, delay=1, smoothing=0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
+            show, desc=title, total=1.0, delay=1, smoothing=0, miniters=0,
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}",  # fmt: skip
         )
 
     def __enter__(self) -> "TimedBar":

@@ -5,7 +5,7 @@
 
 import io
 from html import escape
-from typing import List, Sequence
+from typing import Any, Callable, List, Sequence
 
 from pyro_rb.diagnostics.compare.report import Comparison, StateResult
 from pyro_rb.diagnostics.show.table import (
@@ -141,20 +141,31 @@ def _table(state: StateResult, best: object) -> str:
     return f'<div class="wide">{table}</div>'
 
 
-def _figures(comparison: Comparison) -> List[str]:
+def simple_page(title: str, text: str, draw: Callable[[], Any], is_bad: bool = False) -> str:
+    """A page of a text and a figure, if matplotlib is installed."""
+    body = f'<div class="pyro-rb"><h2>{escape(title)}</h2>\n<p class="advice{" thin" * is_bad}">'
+    body += escape(text).replace("\n", "<br>") + "</p>"
     try:
-        import matplotlib  # noqa: F401
+        body += _svg(draw())
     except ImportError:
-        return []
+        pass
+    return PAGE.format(title=escape(title), style=STYLE, body=f"{body}</div>")
+
+
+def _figures(comparison: Comparison) -> List[str]:
     kinds = ["efficiency", "parameters"]
     if len(comparison.states) > 1:
         kinds.append("training")
     if comparison.training:
         kinds.append("elbo")
-    found = []
-    for kind in kinds:
-        buffer = io.StringIO()
-        comparison.plot(kind=kind).savefig(buffer, format="svg")
-        svg = buffer.getvalue()
-        found.append(f"<div>{svg[svg.index('<svg') :]}</div>")
-    return found
+    try:
+        return [_svg(comparison.plot(kind=kind)) for kind in kinds]
+    except ImportError:
+        return []
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()
+    return f"<div>{svg[svg.index('<svg') :]}</div>"

@@ -40,7 +40,7 @@ class Styles:
 
     def label(self, result: LossResult) -> str:
         """For the legend."""
-        return result.name + (" (biased)" if result.biased else "")
+        return literal(result.name) + (" (biased)" if result.biased else "")
 
 
 def figure_style() -> Dict[str, Any]:
@@ -73,6 +73,12 @@ def figure_style() -> Dict[str, Any]:
         "legend.frameon": False,
         "legend.fontsize": 8,
     }
+
+
+def literal(text: str) -> str:
+    """As matplotlib has to be given it to draw just that: no formulas, nothing it cannot encode."""
+    text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # which it would leave out of legends
 
 
 def dress(axes: Any, x_label: str, y_label: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
 
 from pyro_rb.diagnostics.compare.report import Comparison
 from pyro_rb.diagnostics.show import plot_efficiency, plot_parameters, plot_training
-from pyro_rb.diagnostics.show.palette import INK, Handles, Styles
+from pyro_rb.diagnostics.show.palette import INK, Handles, Styles, literal
 
 
 class Kind(NamedTuple):
@@ -118,7 +118,7 @@ def plot_comparisons(
     rows = figure.subfigures(len(comparisons), 1, squeeze=False, height_ratios=heights)[:, 0]
     for comparison, row in zip(comparisons, rows):
         row.patch.set_alpha(0.0)
-        row.suptitle(comparison.title, color=INK, fontsize=11)
+        row.suptitle(literal(comparison.title), color=INK, fontsize=11)
         panels = row.subplots(1, num_columns, squeeze=False)[0]
         count = num_panels(comparison)
         draw(panels[:count], comparison, styles, handles)

@@ -6,7 +6,14 @@
 from typing import Any, Dict, List
 
 from pyro_rb.diagnostics.compare.report import Comparison
-from pyro_rb.diagnostics.show.palette import INK, Handles, Styles, dress, is_measured
+from pyro_rb.diagnostics.show.palette import (
+    INK,
+    Handles,
+    Styles,
+    dress,
+    is_measured,
+    literal,
+)
 from pyro_rb.diagnostics.show.table import short_names
 
 #: So many parameters are shown, those with most of the reference's variance.
@@ -28,7 +35,7 @@ def draw(panels: Any, comparison: Comparison, styles: Styles, handles: Handles) 
     names = _shown(comparison)
     short = dict(zip(comparison.parameters, short_names(list(comparison.parameters))))
     rest = len(comparison.parameters) - len(names)
-    labels = [short[name] for name in names] + ([f"{rest} others"] if rest else [])
+    labels = [literal(short[name]) for name in names] + ([f"{rest} others"] if rest else [])
     for state, axes in zip(comparison.states, panels):
         rows = [row for row in state.losses if is_measured(row)]
         largest = max(row.variance or 0.0 for row in rows) or 1.0

@@ -9,7 +9,7 @@ from typing import Any
 from pyro_rb.diagnostics.check.bias_check import BiasCheck
 from pyro_rb.diagnostics.fit.fit import Fit
 from pyro_rb.diagnostics.noise.noise import NoiseEstimate
-from pyro_rb.diagnostics.show.palette import INK, STYLES, dress
+from pyro_rb.diagnostics.show.palette import INK, STYLES, dress, literal
 from pyro_rb.diagnostics.show.plot import require_matplotlib
 from pyro_rb.diagnostics.show.table import short_names
 
@@ -22,7 +22,7 @@ def draw_check(check: BiasCheck) -> Any:
     figure, axes = _panel()
     ranked = sorted(zip(check.z_scores.values(), short_names(list(check.z_scores))))[-MOST_BARS:]
     colors = [RED if z > check.threshold else BLUE for z, _ in ranked]
-    axes.barh([name for _, name in ranked], [z for z, _ in ranked], color=colors, height=0.6)
+    axes.barh([literal(name) for _, name in ranked], [z for z, _ in ranked], color=colors, height=0.6)
     axes.axvline(check.threshold, color=INK, ls="--", label=f"threshold {check.threshold:.1f}")
     axes.set_xlim(0, 3 * check.threshold)
     axes.margins(y=0.02)
