@@ -184,7 +184,7 @@ def compare(
             "reference_gradient": (
                 "the exact gradient, by enumeration"
                 if compared
-                else f"{choice.reference}, draw by draw"
+                else f"{choice.reference}, with the same random numbers"
             ),
             "num_samples": num_samples,
             "num_burn_in": num_burn_in,

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Which loss to take, in one sentence: :func:`recommend`.
+Which loss to take, in a sentence: :func:`recommend`.
 
 **The rule.** With a gradient of mean :math:`G` and variance :math:`V`, and the best step
 size, a gradient method needs steps in proportion to :math:`1 + V / |G|^2` to reduce what is
@@ -12,24 +12,28 @@ left to gain by a given factor. So a loss with the time :math:`t` for a step nee
 
     \frac{\sum_s t_s \, (1 + V_s / |G_s|^2)}{\sum_s t_{0s} \, (1 + V_{0s} / |G_s|^2)}
 
-times the time of the reference, which has :math:`t_0` and :math:`V_0`, for the same progress
-at all states :math:`s` along training. Early in training the mean is large, noise matters
-little unless a loss has very much more of it, and training does not stay there for long. Late in
-training the mean is next to nothing: these states weigh most, and there the ratio is that of
-variance times time. How much a state weighs by its noise is bounded, as if
-:math:`V_0 / |G|^2` were at most 99.
+times the time of the reference, which has :math:`t_0` and :math:`V_0`, over the states :math:`s`
+along training. Early in training the mean is large, noise matters little unless a loss has very
+much more of it, and training does not stay there for long. Late in training the mean is next to
+nothing: these states weigh most, and there the ratio is that of variance times time. How much a
+state weighs by its noise is bounded, as if :math:`V_0 / |G|^2` were at most 99.
 
-Each coordinate counts in units of its own gradient, as in the steps of Adam:
-:func:`~pyro_rb.diagnostics.stats.progress.steps_ratio` says how. So one parameter with a large
-variance does not decide alone, as it does in the total variance of the table.
+Each coordinate counts in units of its own gradient, as in the steps of Adam
+(:func:`~pyro_rb.diagnostics.stats.progress.steps_ratio`); those that the model does not depend on do
+not count (:func:`~pyro_rb.diagnostics.run.effect.find_effect`).
 
-Out of the running is a loss that is biased at any state, or could not be measured at one.
-The one with the least time is recommended if it saves at least 10%, and else the reference.
+Out of the running is a loss that is biased at any state, or could not be measured at one. Before
+training one that needs three times the time of the reference is no loss to begin with. Of the others
+the one with the least time is recommended if it saves at least 10%, and else the reference.
 Where the best are within two standard errors or 5%, the simplest of them is taken: the one
-that comes first in the table.
+that comes first among the candidates.
 
-The evidence is too thin if a state has fewer than 30 gradients; or if the best loss and the
-reference are within two standard errors, and yet might differ by more than 10%.
+There is no advice from the state before training alone, where noise says little about what follows;
+nor if a state has fewer than 30 gradients; nor if the best loss and the reference are within two
+standard errors, and yet might differ by more than 10%.
+
+**What it predicts** is the time that noise costs near the optimum. From a cold start the gain is as
+often a loss that ends lower, in the same time.
 """
 
 import math
@@ -43,6 +47,8 @@ from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
 LEAST_SAMPLES = 30
 #: What a loss must save to be worth a change, and what may pass for the same.
 WORTHWHILE, SAME = 0.1, 0.05
+#: A loss that needs so many times the time before training is not one to begin with.
+BAD_START = 3.0
 #: Steps count by their noise up to this share of it.
 MOST_NOISE = 0.99
 LOW_POWER = 0.5
@@ -50,24 +56,58 @@ MUCH_MEMORY = 1.5
 
 
 @dataclass
+class Ranked:
+    """
+    A loss in the ranking. Times are those that training takes for the same precision, over that of
+    the reference.
+
+    :param str name: The loss.
+    :param float time: Over all states.
+    :param float error: Its standard error.
+    :param float difference: ``time`` less that of the best.
+    :param float difference_error: Its standard error.
+    :param list by_state: The same at each state.
+    """
+
+    name: str
+    time: float
+    error: float
+    by_state: List[float]
+    difference: float = 0.0
+    difference_error: float = 0.0
+
+
+@dataclass
 class Recommendation:
     """
-    :param str loss: The loss to take; None if the evidence is too thin.
+    Prints as a sentence.
+
+    :param str loss: The loss to take; None if there is no advice.
     :param str sentence: The same in a sentence, with the reason.
     :param list caveats: What the reader should know besides, each in a sentence.
     :param str usage: What to write for it in a script, if it is not the reference and is of
         Pyro or pyro_rb.
-    :param dict progress_time: Time for the same progress, over that of the reference, by
-        loss. Losses that are out of the running are not in it.
-    :param dict progress_time_error: Its standard error.
+    :param list ranking: A :class:`Ranked` for each loss in the running, the best first.
     """
 
     loss: Optional[str]
     sentence: str
     caveats: List[str] = field(default_factory=list)
-    progress_time: Dict[str, float] = field(default_factory=dict)
-    progress_time_error: Dict[str, float] = field(default_factory=dict)
+    ranking: List[Ranked] = field(default_factory=list)
     usage: Optional[str] = None
+
+    @property
+    def progress_time(self) -> Dict[str, float]:
+        """The time of each loss in the running, by name."""
+        return {ranked.name: ranked.time for ranked in self.ranking}
+
+    @property
+    def progress_time_error(self) -> Dict[str, float]:
+        """Its standard error."""
+        return {ranked.name: ranked.error for ranked in self.ranking}
+
+    def __str__(self) -> str:
+        return " ".join([self.sentence, *self.caveats])
 
 
 def recommend(states: Sequence[Any]) -> Recommendation:
@@ -76,112 +116,95 @@ def recommend(states: Sequence[Any]) -> Recommendation:
 
     :param list states: A :class:`~pyro_rb.diagnostics.compare.report.StateResult` for each state.
     :rtype: Recommendation
-
-    **Example**
-
-    >>> import pyro, torch
-    >>> import pyro.distributions as dist
-    >>> from pyro_rb import compare
-    >>> pyro.clear_param_store()
-    >>> def model():
-    ...     pyro.sample("z", dist.Normal(0., 1.))
-    >>> def guide():
-    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
-    >>> print(recommend(result.states).sentence[:24])
-    Take STLTrace_ELBO: for
     """
     reference = states[0].losses[0].name
     rows = {row.name: _rows(states, row.name) for row in states[0].losses}
-    weights = _weights(states)
-    times, errors, each = {}, {}, {}
-    for name, measured in rows.items():
-        if measured is None:
-            continue
-        pairs = [progress_time(row) for row in measured]
-        each[name] = [time for time, _ in pairs]
-        times[name] = sum(weight * time for weight, (time, _) in zip(weights, pairs))
-        errors[name] = math.hypot(*(weight * error for weight, (_, error) in zip(weights, pairs)))
-    if reference not in times:
-        sentence = (
-            f"No recommendation: {reference} itself disagrees with the exact gradient, so "
-            "something is wrong with model, guide or reference."
-        )
-        return Recommendation(None, sentence, [], times, errors)
-
-    result = Recommendation(None, "", [], times, errors)
-    others = [name for name in times if name != reference]
+    usable = {name: found for name, found in rows.items() if found is not None}
+    ranking = _ranking(states, usable)
+    advice = Recommendation(None, "", [], ranking)
+    ranked = {one.name: one for one in ranking}
     fewest = min(state.num_samples for state in states)
+    if reference not in ranked:
+        advice.sentence = (
+            f"No advice: {reference} itself disagrees with the exact gradient, so something is wrong "
+            "with model, guide or reference."
+        )
+        return advice
+    others = [one for one in ranking if one.name != reference]
     if not others:
-        result.loss = reference
-        result.sentence = f"Stay with {reference}: no other loss that was measured applies."
-        return result
-    rival = min(others, key=lambda name: times[name])
-    gap, error = 1 - times[rival], errors[rival]
+        advice.loss = reference
+        advice.sentence = f"Stay with {reference}: no other loss that was measured applies."
+        return advice
     if fewest < LEAST_SAMPLES:
-        result.sentence = (
-            f"The evidence is too thin to recommend a loss: {fewest} gradients of each at a "
-            f"state. Take at least {10 * LEAST_SAMPLES}."
+        advice.sentence = (
+            f"No advice: {fewest} gradients of each loss at a state are too few. "
+            f"Take at least {10 * LEAST_SAMPLES}."
         )
-    elif not math.isfinite(error) or (abs(gap) < 2 * error and gap + 2 * error > WORTHWHILE):
-        need = _needed(fewest, gap, error)
-        result.sentence = (
-            f"The evidence is too thin to recommend a loss: {rival} needs {_number(times[rival])} "
-            f"+/- {_number(error)} times the time of {reference} for the same progress. Take "
-            f"more gradients{need}."
+        return advice
+    if len(states) == 1 and not states[0].step:
+        advice.sentence = (
+            "No advice: the losses were measured at one state only, before training, and noise matters "
+            "more along it. Leave train_steps out, or say how far to train."
         )
-    elif gap < WORTHWHILE:
-        result.loss = reference
-        result.sentence = (
-            f"Stay with {reference}: for the same progress the best of the others, {rival}, "
-            f"needs {_number(times[rival])} +/- {_number(error)} times its time."
+        return advice
+    starts = [one for one in others if states[0].step or one.by_state[0] <= BAD_START]
+    rival = (starts or others)[0]
+    gap, error = 1 - rival.time, rival.error
+    if not math.isfinite(error) or (abs(gap) < 2 * error and gap + 2 * error > WORTHWHILE):
+        advice.sentence = (
+            f"No advice yet: {rival.name} needs {_number(rival.time)} +/- {_number(error)} times the time of "
+            f"{reference}. Take more gradients{_needed(fewest, gap, error)}."
+        )
+        return advice
+    if gap < WORTHWHILE or not starts:
+        advice.loss = reference
+        advice.sentence = (
+            f"Stay with {reference}: for the same precision the best of the others, {rival.name}, "
+            f"needs {_number(rival.time)} +/- {_number(error)} times its time."
         )
     else:
-        best = _simplest(times, errors, rival)
-        result.loss, result.usage = best, usage(best)
-        result.sentence = _sentence(best, reference, states, rows, each, times[best], errors[best])
-    if result.loss is not None:
-        result.caveats = _caveats(result.loss, states, rows[result.loss] or [])
-    return result
+        best = _simplest([ranked[name] for name in usable if ranked[name] in starts], rival)
+        advice.loss, advice.usage = best.name, usage(best.name)
+        measured = usable[best.name]
+        advice.sentence = (
+            f"Take {best.name}: near the optimum it is to need {_number(best.time)} +/- {_number(best.error)} times "
+            f"the time of {reference} for the same precision. Its noise asks for "
+            f"{_range(row.steps_ratio for row in measured)} times the steps, and a step takes "
+            f"{_range(row.time_ratio for row in measured)} times as long."
+        )
+    advice.caveats = _caveats(advice.loss, states, usable[advice.loss])
+    late = others[0]
+    if starts and late not in starts and late.time < (ranked[advice.loss].time) * (1 - WORTHWHILE):
+        advice.caveats.append(
+            f"{late.name} is better still near the optimum ({_number(late.by_state[-1])}), but not to begin with "
+            f"({_number(late.by_state[0])} times the time before training)."
+        )
+    return advice
 
 
-def _weights(states: Sequence[Any]) -> List[float]:
-    """The share of each state in the time of the reference."""
-    steps = [1 / (1 - min(state.noise_share, MOST_NOISE)) for state in states]
-    times = [n * state.losses[0].seconds for n, state in zip(steps, states)]
-    return [time / sum(times) for time in times]
+def _ranking(states: Sequence[Any], usable: Dict[str, List[Any]]) -> List[Ranked]:
+    # The share of each state in the time of the reference.
+    costs = [s.losses[0].seconds / (1 - min(s.noise_share, MOST_NOISE)) for s in states]
+    weights = [cost / sum(costs) for cost in costs]
+    found = []
+    for name, rows in usable.items():
+        pairs = [_time(row) for row in rows]
+        time = sum(weight * time for weight, (time, _) in zip(weights, pairs))
+        error = math.hypot(*(weight * error for weight, (_, error) in zip(weights, pairs)))
+        found.append(Ranked(name, time, error, [time for time, _ in pairs]))
+    found.sort(key=lambda one: one.time)
+    for one in found[1:]:
+        one.difference = one.time - found[0].time
+        one.difference_error = math.hypot(one.error, found[0].error)
+    return found
 
 
-def progress_time(row: Any) -> Tuple[float, float]:
-    """
-    Time for the same progress at one state, over that of the reference, and its standard
-    error.
-
-    :param LossResult row: The loss.
-
-    **Example**
-
-    >>> import pyro, torch
-    >>> import pyro.distributions as dist
-    >>> from pyro_rb import compare
-    >>> pyro.clear_param_store()
-    >>> def model():
-    ...     pyro.sample("z", dist.Normal(0., 1.))
-    >>> def guide():
-    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
-    >>> reference, other = result.states[0].losses
-    >>> progress_time(reference)
-    (1.0, 0.0)
-    >>> time, error = progress_time(other)
-    >>> time < 1
-    True
-    """
+def _time(row: Any) -> Tuple[float, float]:
+    """For the same precision at one state, over that of the reference, and its standard error."""
     value = row.time_ratio * row.steps_ratio
     if row.reference:
         return value, 0.0
-    of_steps = row.time_ratio * row.steps_ratio_error
-    return value, math.hypot(of_steps, row.time_ratio_error * row.steps_ratio)
+    return value, math.hypot(row.time_ratio * row.steps_ratio_error, row.time_ratio_error * row.steps_ratio)
 
 
 def _rows(states: Sequence[Any], name: str) -> Optional[List[Any]]:
@@ -193,57 +216,26 @@ def _rows(states: Sequence[Any], name: str) -> Optional[List[Any]]:
     return found if usable else None
 
 
-def _simplest(times: Dict[str, float], errors: Dict[str, float], best: str) -> str:
-    """The first loss of the table that is about as good as the best."""
-    for name, time in times.items():
-        about = max(2 * math.hypot(errors[name], errors[best]), SAME * times[best])
-        if time <= min(times[best] + about, 1 - WORTHWHILE):
-            return name
+def _simplest(candidates: Sequence[Ranked], best: Ranked) -> Ranked:
+    """The first that is about as good as the best."""
+    for one in candidates:
+        about = max(2 * math.hypot(one.error, best.error), SAME * best.time)
+        if one.time <= min(best.time + about, 1 - WORTHWHILE):
+            return one
     return best
-
-
-def _sentence(
-    best: str,
-    reference: str,
-    states: Sequence[Any],
-    rows: Dict[str, Optional[List[Any]]],
-    each: Dict[str, List[float]],
-    time: float,
-    error: float,
-) -> str:
-    measured = rows[best] or []
-    parts = ""
-    if len(states) > 1:
-        parts = f" ({', '.join(f'{_number(t)} {s.when()}' for t, s in zip(each[best], states))})"
-    return (
-        f"Take {best}: for the same progress it needs {_number(time)} +/- {_number(error)} "
-        f"times the time of {reference}{parts}. By its noise it needs "
-        f"{_range(row.steps_ratio for row in measured)} times the steps, and a step takes "
-        f"{_range(row.time_ratio for row in measured)} times as long."
-    )
 
 
 def _caveats(loss: str, states: Sequence[Any], measured: List[Any]) -> List[str]:
     found = []
-    if len(states) == 1:
-        when = states[0].when() if states[0].step else "at the parameters as they are"
-        found.append(
-            f"This was measured {when} only. Noise matters more late in training: measure "
-            "along it by train_steps."
-        )
     tested = [row.detectable_bias for row in measured if row.detectable_bias is not None]
     if tested and not min(tested) <= LOW_POWER:
         found.append(f"The draws are too few or too noisy to show a bias of {loss}, had it one.")
-    if any((row.tail_share or 0) > HEAVY_TAIL for row in [*measured, *_references(states)]):
+    if any((row.tail_share or 0) > HEAVY_TAIL for row in [*measured, *(s.losses[0] for s in states)]):
         found.append("Rare large gradients make up much of the variance, so errors may be larger.")
     memory = [row.memory_ratio for row in measured if row.memory_ratio is not None]
     if memory and max(memory) > MUCH_MEMORY:
         found.append(f"A step of {loss} takes {_number(max(memory))} times the memory.")
     return found
-
-
-def _references(states: Sequence[Any]) -> List[Any]:
-    return [state.losses[0] for state in states]
 
 
 def _needed(num_samples: int, gap: float, error: float) -> str:

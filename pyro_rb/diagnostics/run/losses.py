@@ -109,7 +109,7 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
     else:
         if isinstance(losses, (str, ELBO)) or inspect.isclass(losses):
             losses = [losses]
-        items = [(_name(loss), loss) for loss in losses]
+        items = [(loss_name(loss), loss) for loss in losses]
     made: Dict[str, ELBO] = {}
     for name, loss in items:
         if name in made:
@@ -164,18 +164,37 @@ def usage(name: str) -> Optional[str]:
     return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
 
 
-def _name(loss: Any) -> str:
+def loss_name(loss: Any) -> str:
+    """
+    The name by which :func:`make_loss` makes the same loss, as far as its attributes tell.
+
+    **Example**
+
+    >>> loss_name(Trace_ELBO(num_particles=4, vectorize_particles=True))
+    'Trace_ELBO:num_particles=4,vectorize_particles=True'
+    """
     if not isinstance(loss, ELBO):
         return str(loss)
-    name = type(loss).__name__
-    scale = getattr(loss, "control_variate_scale", 1.0)
-    if scale != 1.0:
-        first = next(iter(inspect.signature(type(loss)).parameters))
-        keyword = "" if first == "control_variate_scale" else "control_variate_scale="
-        name += f":{keyword}{scale}"
-    if loss.num_particles != 1:
-        name += f"{',' if ':' in name else ':'}num_particles={loss.num_particles}"
-    return name
+    if isinstance(loss, ConfigEnumerate_ELBO):
+        return ENUMERATED
+    options: Dict[str, Any] = {"strict_enumeration_warning": True}  # it says nothing of the estimator
+    if hasattr(loss, "options"):
+        usual = type(loss.options)()
+        options.update(item for item in loss.options._asdict().items() if item not in usual._asdict().items())
+    given: List[str] = []
+    seen = set()
+    is_first = True
+    for cls in type(loss).__mro__:
+        for parameter in inspect.signature(cls).parameters.values() if issubclass(cls, ELBO) else ():
+            name, default = parameter.name, parameter.default
+            value = options.get(name, vars(loss).get(name, default))
+            is_plain = isinstance(value, (bool, int, float, str, type(None)))
+            if name not in seen and default is not parameter.empty and is_plain and value != default:
+                is_short = is_first and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "num_particles"
+                given.append(str(value) if is_short and not given else f"{name}={value}")
+            seen.add(name)
+            is_first = False
+    return type(loss).__name__ + (":" if given else "") + ",".join(given)
 
 
 def _literal(text: str) -> Any:

@@ -5,15 +5,16 @@
 
 import io
 from html import escape
-from typing import Any, Callable, List, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
-from pyro_rb.diagnostics.compare.report import Comparison, StateResult
+from pyro_rb.diagnostics.compare.report import Comparison, LossResult
 from pyro_rb.diagnostics.show.table import (
     HEADERS,
     LEGEND,
     heading,
     left_out,
     outline,
+    ranking,
     remarks,
     row_cells,
     summary,
@@ -114,12 +115,16 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     parts += ['<div class="pyro-rb">', f"<h2>{escape(comparison.title)}</h2>"]
     text = " ".join([advice.sentence, *advice.caveats])
     parts.append(f'<p class="{kind}">{escape(text)}</p>')
+    headers, ranked = ranking(comparison)
+    if len(ranked) > 1:
+        parts.append(_table(headers, ranked, ["best" if row[0] == advice.loss else "" for row in ranked]))
     if advice.usage:
         parts.append(f"<pre>{escape(advice.usage)}</pre>")
     for state in comparison.states:
         parts.append(f"<h3>{escape(heading(comparison, state))}</h3>")
         parts.append(f"<p>{escape(summary(state))}</p>")
-        parts.append(_table(state, advice.loss))
+        rows = [row_cells(result) for result in state.losses]
+        parts.append(_table(HEADERS, rows, [_mark(result, advice.loss) for result in state.losses]))
         parts += [f'<p class="small">{escape(remark)}</p>' for remark in remarks(state)]
     notes = [*outline(comparison), left_out(comparison)]
     notes += [f"Note: {note}" for note in comparison.notes]
@@ -129,16 +134,19 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     return "\n".join([*parts, "</div>"])
 
 
-def _table(state: StateResult, best: object) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in HEADERS)
-    rows = []
-    for result in state.losses:
-        out = result.error or result.biased
-        mark = ' class="out"' if out else ' class="best"' if result.name == best else ""
-        cells = "".join(f"<td>{escape(cell.strip())}</td>" for cell in row_cells(result))
-        rows.append(f"<tr{mark}>{cells}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str]) -> str:
+    """:param list marks: The class of each row, or an empty string."""
+    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+    body = []
+    for row, mark in zip(rows, marks):
+        cells = "".join(f"<td>{escape(cell.strip())}</td>" for cell in row)
+        body.append(f'<tr class="{mark}">{cells}</tr>' if mark else f"<tr>{cells}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="wide">{table}</div>'
+
+
+def _mark(result: LossResult, best: Optional[str]) -> str:
+    return "out" if result.error or result.biased else "best" if result.name == best else ""
 
 
 def simple_page(title: str, text: str, draw: Callable[[], Any], is_bad: bool = False) -> str:

@@ -5,8 +5,9 @@
 
 import math
 import os
+import shutil
 import textwrap
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
@@ -22,6 +23,10 @@ def table(comparison: Comparison) -> str:
         lines += _wrapped(text)
     for state in comparison.states:
         lines += ["", *_state_lines(state, heading(comparison, state))]
+    headers, rows = ranking(comparison)
+    if len(rows) > 1:
+        title = "Ranking: training time for the same precision, over that of the reference"
+        lines += ["", *_wrapped(title), "", _fitted(rows, headers, ["left"] + ["right"] * (len(headers) - 1))]
     lines += ["", *_wrapped(comparison.recommendation.sentence)]
     if comparison.recommendation.usage:
         lines.append(f"  {comparison.recommendation.usage}")
@@ -86,32 +91,61 @@ def left_out(comparison: Comparison) -> str:
 
 
 LEGEND = """\
-bias z      largest |z| over all coordinates, of the mean gradient against the reference's.
-            !  so large that the loss is biased, or has another objective.
-detects     smallest bias in one coordinate that the test would have found, in % of the
-            size of the reference's gradient; more draws lower it. ?  only a large one.
-            -  the draws cannot tell, as too few of them make up the spread.
-variance x  total variance of the gradient, time x  time per step: ratio to the reference,
-            +/- one standard error.
-product     of both: the time for a gradient as exact as the reference's; below 1 is better.
-            The recommendation counts each coordinate in units of its own gradient, as Adam
-            does, and may differ where few parameters have most of the variance.
-memory x    peak of what a step allocates, ratio to the reference."""
+variance         of the gradient, summed over all parameters; over that of the reference, with its
+                 standard error.
+time             of one step, over that of the reference.
+variance x time  the time to estimate the gradient as well; below 1 is better. The ranking counts each
+                 coordinate in units of its own gradient, as Adam does, and may differ from it where
+                 few parameters have most of the variance.
+|z|              largest difference of the mean gradient from the reference's, in standard errors.
+                 !  so large that the loss is biased, or has another objective.
+bias seen from   the smallest bias in one coordinate that would have been seen, in % of the size of
+                 the reference's gradient; more draws lower it.  ?  only a large one.
+                 -  too few draws make up the spread to tell.
+memory           peak of what a step allocates, over that of the reference.
+most variance in  the parameters with most of it."""
 
 HEADERS = (
-    "loss", "bias z", "detects", "variance x", "time x", "product", "memory x", "variance is due to"
+    "loss", "variance", "time", "variance x time", "|z|", "bias seen from", "memory", "most variance in"
 )
 _ALIGN = ("left", "right", "right", "right", "right", "right", "right", "left")
 
 
+def width() -> int:
+    """Of the terminal, within reason."""
+    return max(60, min(shutil.get_terminal_size((110, 24)).columns, 140))
+
+
+def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequence[str]) -> str:
+    """As a table, without the last columns if it would be wider than the terminal."""
+    for count in range(len(headers), 1, -1):
+        table = tabulate(
+            [row[:count] for row in rows],
+            headers[:count],
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=align[:count] if rows else None,
+        )
+        if max(map(len, table.splitlines())) <= width():
+            break
+    return table
+
+
+def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:
+    """Headers and rows: the time for the same precision, and the difference to the best."""
+    headers = ["loss", "time needed", "less the best"]
+    states = comparison.states if len(comparison.states) > 1 else []
+    headers += [state.when() for state in states]
+    rows = []
+    for one in comparison.recommendation.ranking:
+        difference = _with_error(one.difference, one.difference_error) if one.difference else ""
+        times = [_number(time) for time in one.by_state] if states else []
+        rows.append([one.name, _with_error(one.time, one.error or None), difference, *times])
+    return headers, rows
+
+
 def _state_lines(state: StateResult, title: str) -> List[str]:
-    cells = tabulate(
-        [row_cells(result) for result in state.losses],
-        HEADERS,
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=_ALIGN,
-    )
+    cells = _fitted([row_cells(result) for result in state.losses], HEADERS, _ALIGN)
     lines = [*_wrapped(f"{title}: {summary(state)}"), "", cells, ""]
     for remark in remarks(state):
         lines += _wrapped(remark)
@@ -122,11 +156,10 @@ def summary(state: StateResult) -> str:
     """The reference in a few words."""
     reference = state.losses[0]
     assert reference.seconds is not None and reference.loss is not None
-    text = (
-        f"loss {reference.loss:.4g} +/- {reference.loss_error:.2g}, "
-        f"{1e3 * reference.seconds:.3g} ms a step with {reference.name}"
+    return (
+        f"loss {reference.loss:.4g} +/- {reference.loss_error:.2g} nats, {1e3 * reference.seconds:.3g} ms a step "
+        f"with {reference.name}; noise makes up {_percent(state.noise_share)} of the mean square of its gradient"
     )
-    return f"{text}, whose gradient is {_percent(state.noise_share)} noise"
 
 
 def remarks(state: StateResult) -> List[str]:
@@ -164,27 +197,27 @@ def remarks(state: StateResult) -> List[str]:
 
 
 def _wrapped(text: str) -> List[str]:
-    return textwrap.wrap(text, 110, subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.wrap(text, width(), subsequent_indent="  ", break_on_hyphens=False)
 
 
 def row_cells(result: LossResult) -> List[str]:
     """The cells of one loss, in the order of ``HEADERS``."""
     if result.error:
         return [result.name, *["-"] * 6, "not measured"]
-    bias, detects = "reference", ""
+    bias, seen = "reference", ""
     if result.bias_z is not None:
         low_power = (result.detectable_bias or 0) > LOW_POWER
         mark = "!" if result.biased else "?" if low_power else " "
         large = result.bias_z >= 1000
         bias = f"{'>999' if large else f'{result.bias_z:.1f}'} {mark}"
-        detects = _percent(result.detectable_bias)
+        seen = _percent(result.detectable_bias)
     return [
         result.name,
-        bias,
-        detects,
         _with_error(result.variance_ratio, None if result.reference else result.variance_ratio_error),
         _with_error(result.time_ratio, None if result.reference else result.time_ratio_error),
         _number(result.cost_ratio),
+        bias,
+        seen,
         _number(result.memory_ratio),
         _shares(result.variance_shares),
     ]
@@ -201,10 +234,12 @@ def short_names(names: Sequence[str]) -> List[str]:
 
 def _shares(shares: Dict[str, float], most: int = 2) -> str:
     """The parameters with most of the variance."""
+    if not shares:
+        return "none: it has no noise"
     ranked = sorted(zip(shares.values(), short_names(list(shares))), reverse=True)
     shown = [f"{name} {_percent(share)}" for share, name in ranked[:most] if share > 0.005]
     # A long name leaves no room for a second.
-    return ", ".join(shown if len(", ".join(shown)) <= 26 else shown[:1]) or "no variance"
+    return ", ".join(shown if len(", ".join(shown)) <= 26 else shown[:1]) or f"{len(ranked)} alike"
 
 
 def _with_error(value: Optional[float], error: Optional[float]) -> str:

@@ -105,9 +105,9 @@ class StopRule:
     def __init__(
         self,
         tolerance: Optional[float] = None,
-        min_steps: int = 400,
+        min_steps: int = 200,
         failure_rate: float = 0.05,
-        noise_share: float = 0.1,
+        noise_share: float = 0.25,
     ) -> None:
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance: expected a number > 0 or None, got {tolerance}")

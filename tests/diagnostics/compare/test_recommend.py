@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from pyro_rb.diagnostics.compare.recommend import progress_time, recommend
+from pyro_rb.diagnostics.compare.recommend import recommend
 from pyro_rb.diagnostics.compare.report import LossResult, StateResult
 from tests.diagnostics.compare.test_report import row
 
 
-def state(*rows, step=0, noise_share=0.99, num_samples=300):
+def state(*rows, step=1000, noise_share=0.99, num_samples=300):
     reference = row(
         "Trace_ELBO", reference=True, bias_z=None, biased=None, steps_ratio=1.0, steps_ratio_error=0.0,
         time_ratio=1.0, time_ratio_error=0.0, memory_ratio=1.0,
@@ -23,30 +23,51 @@ def good(name="Good_ELBO", **changes):
     return row(name, **{**values, **changes})
 
 
-def test_time_for_progress():
-    assert progress_time(good()) == pytest.approx((0.36, math.hypot(0.012, 0.003)), rel=1e-3)
-
-
 def test_a_clear_case():
     found = recommend([state(good())])
     assert found.loss == "Good_ELBO"
     assert found.sentence == (
-        "Take Good_ELBO: for the same progress it needs 0.36 +/- 0.012 times the time of Trace_ELBO. By its "
-        "noise it needs 0.3 times the steps, and a step takes 1.2 times as long."
+        "Take Good_ELBO: near the optimum it is to need 0.36 +/- 0.012 times the time of Trace_ELBO for the same "
+        "precision. Its noise asks for 0.3 times the steps, and a step takes 1.2 times as long."
     )
-    assert found.caveats[0].startswith("This was measured at the parameters as they are only.")
-    assert found.progress_time["Trace_ELBO"] == pytest.approx(1.0)
+    assert str(found) == found.sentence and not found.caveats
+    assert found.progress_time == pytest.approx({"Good_ELBO": 0.36, "Trace_ELBO": 1.0})
+    assert found.progress_time_error["Good_ELBO"] == pytest.approx(math.hypot(0.012, 0.003), rel=1e-3)
     assert found.usage is None and "loss=STLTrace_ELBO())" in recommend([state(good("STLTrace_ELBO"))]).usage
 
 
+def test_ranking():
+    found = recommend([state(good("B_ELBO", steps_ratio=0.5), good(), step=0), state(good("B_ELBO"), good())]).ranking
+    assert [one.name for one in found] == ["Good_ELBO", "B_ELBO", "Trace_ELBO"]
+    assert found[0].difference == 0.0 and found[0].by_state == pytest.approx([0.36, 0.36])
+    assert found[1].difference == pytest.approx(found[1].time - found[0].time) and found[1].difference_error > 0
+    assert found[2].difference_error == pytest.approx(found[0].error)
+
+
+def test_no_advice_from_before_training():
+    found = recommend([state(good(), step=0)])
+    assert found.loss is None and "at one state only, before training" in found.sentence
+    assert found.ranking[0].name == "Good_ELBO"
+
+
 def test_states_late_in_training_count_more():
-    early = good(steps_ratio=10.0, steps_ratio_error=0.1)
+    early = good(steps_ratio=2.0, steps_ratio_error=0.1)
     late = good(steps_ratio=0.1)
-    found = recommend([state(early, noise_share=0.02), state(late, step=500)])
+    found = recommend([state(early, noise_share=0.02, step=0), state(late, step=500)])
     assert found.loss == "Good_ELBO"
-    assert "before training" in found.sentence and "after 500 training steps" in found.sentence
-    assert "0.1 to 10 times the steps" in found.sentence
+    assert "0.1 to 2 times the steps" in found.sentence
     assert not found.caveats
+    # What is bad at the start is not for a start.
+    early = good(steps_ratio=10.0, steps_ratio_error=0.1)
+    found = recommend([state(early, noise_share=0.02, step=0), state(late, step=500)])
+    assert found.loss == "Trace_ELBO"
+    assert "Good_ELBO is better still near the optimum" not in str(found)  # there is no other to begin with
+    other = good("Other_ELBO", steps_ratio=0.5)
+    found = recommend([state(early, other, noise_share=0.02, step=0), state(late, other, step=500)])
+    assert found.loss == "Other_ELBO"
+    assert found.caveats == [
+        "Good_ELBO is better still near the optimum (0.12), but not to begin with (12 times the time before training)."
+    ]
     # But a variance that would spoil the start is not forgiven.
     early = good(steps_ratio=10000.0, steps_ratio_error=10.0)
     assert recommend([state(early, noise_share=0.02), state(late, step=500)]).loss == "Trace_ELBO"
@@ -65,14 +86,14 @@ def test_biased_and_failed_losses_are_out_of_the_running():
 def test_no_gain_worth_a_change():
     found = recommend([state(good(steps_ratio=0.8, steps_ratio_error=0.001))])
     assert found.loss == "Trace_ELBO"
-    assert found.sentence.startswith("Stay with Trace_ELBO: for the same progress the best of the others, Good_ELBO")
+    assert found.sentence.startswith("Stay with Trace_ELBO: for the same precision the best of the others, Good_ELBO")
     assert recommend([state(good(steps_ratio=3.0))]).loss == "Trace_ELBO"
 
 
 def test_thin_evidence():
     found = recommend([state(good(steps_ratio=0.7, steps_ratio_error=0.3))])
     assert found.loss is None and not found.caveats
-    assert "too thin" in found.sentence and "about 14000 of each" in found.sentence
+    assert found.sentence.startswith("No advice yet: ") and "about 14000 of each" in found.sentence
     found = recommend([state(good(steps_ratio=0.8, steps_ratio_error=0.03))])
     assert found.loss is None and "Take more gradients, about " in found.sentence
     # The same error matters not where the gain is large, or there is surely none.
@@ -89,7 +110,7 @@ def test_few_gradients():
     found = recommend([state(good()), state(good(), step=5, num_samples=20)])
     assert found.loss is None
     assert found.sentence == (
-        "The evidence is too thin to recommend a loss: 20 gradients of each at a state. Take at least 300."
+        "No advice: 20 gradients of each loss at a state are too few. Take at least 300."
     )
 
 

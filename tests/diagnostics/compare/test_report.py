@@ -46,9 +46,22 @@ def make_comparison(*rows, notes=(), steps=(0,)):
         states=[StateResult(step, [reference, *rows], num_samples=10) for step in steps],
         parameters={"net$$$loc": [3, 2], "net$$$scale": [], "net$$$tail": []},
         settings={"num_samples": 10, "seed": 0, "device": "cpu", "optim": "Adam({'lr': 0.1})",
-                  "bias_threshold": 4.2, "reference_gradient": "Trace_ELBO, draw by draw"},
+                  "bias_threshold": 4.2, "reference_gradient": "Trace_ELBO, with the same random numbers"},
         notes=list(notes),
     )
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "130")
+
+
+def test_narrow_terminal(monkeypatch):
+    for columns in (60, 80, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        table = make_comparison(row("Good_ELBO"), steps=(0, 5)).table()
+        assert max(map(len, table.splitlines())) <= columns
+        assert "0.50 +/- 0.04" in table and "Ranking" in table
 
 
 def line_of(comparison, name):
@@ -60,21 +73,22 @@ def test_table():
     lines = text.splitlines()
     assert lines[0] == "A title"
     assert lines[1].startswith("8 parameter values, 10 gradients of each loss, seed 0, device cpu")
-    assert lines[2] == "biased means |z| > 4.2 against Trace_ELBO, draw by draw"
+    assert lines[2] == "biased means |z| > 4.2 against Trace_ELBO, with the same random numbers"
     assert (
-        "At the parameters as they are: loss 3 +/- 0.1, 2 ms a step with Trace_ELBO, whose gradient is 100% noise"
-    ) in lines
+        "At the parameters as they are: loss 3 +/- 0.1 nats, 2 ms a step with Trace_ELBO; noise makes up 100% of the "
+        "mean square of its gradient"
+    ) in " ".join(text.split())
     assert "Best variance x time: Good_ELBO, 0.55." in lines
     assert "Note: take care" in lines
     assert text.endswith(LEGEND)
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 130
 
 
 def test_row():
     cells = line_of(make_comparison(row("Good_ELBO")), "Good_ELBO").split("  ")
     cells = [cell.strip() for cell in cells if cell.strip()]
     assert cells == [
-        "Good_ELBO", "1.2", "3.4%", "0.50 +/- 0.04", "1.10 +/- 0.01", "0.55", "1.50", "loc 70%, scale 30%",
+        "Good_ELBO", "0.50 +/- 0.04", "1.10 +/- 0.01", "0.55", "1.2", "3.4%", "1.50", "loc 70%, scale 30%",
     ]
 
 
@@ -128,7 +142,9 @@ def test_ratios(ratio, error, expected):
 
 
 def test_no_variance():
-    assert "no variance" in line_of(make_comparison(row("Good_ELBO", variance_shares={})), "Good_ELBO")
+    assert "none: it has no noise" in line_of(make_comparison(row("Good_ELBO", variance_shares={})), "Good_ELBO")
+    many = {f"w{i}": 1 / 400 for i in range(400)}
+    assert line_of(make_comparison(row("Good_ELBO", variance_shares=many)), "Good_ELBO").endswith("400 alike")
     plain = {"loc": 0.7, "scale": 0.3}
     assert line_of(make_comparison(row("Good_ELBO", variance_shares=plain)), "Good_ELBO").endswith(
         "loc 70%, scale 30%"
