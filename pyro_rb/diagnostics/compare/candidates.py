@@ -19,7 +19,13 @@ from pyro.infer import (
 from pyro.ops.provenance import get_provenance
 from pyro.util import set_rng_seed
 
-from pyro_rb.diagnostics.run.losses import ENUMERATED, REFERENCE, make_loss
+from pyro_rb.diagnostics.run.losses import (
+    ENUMERATED,
+    REFERENCE,
+    available_losses,
+    make_loss,
+    with_options,
+)
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import Problem, prepared
@@ -38,6 +44,47 @@ MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
 STL, ADAPTIVE = "STLTrace_ELBO", "STLTrace_ELBO:adaptive"
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 R2G2, LOCAL = "R2G2_ELBO", "R2G2_ELBO:local"
+PARTICLES = "num_particles=10,vectorize_particles=True"
+
+
+class Candidate(NamedTuple):
+    """
+    :param str name: The loss.
+    :param callable obstacle: Why it is not even tried, of a :class:`Chooser`; None if it is.
+    :param callable flaw: Why it is not taken though it runs, of the chooser and the loss after one
+        evaluation; None if it is.
+    :param str unless: Words of a warning that counts as an error.
+    :param str hint: What is said before an error.
+    """
+
+    name: str
+    obstacle: Callable[["Chooser"], Optional[str]] = lambda _: None
+    flaw: Callable[["Chooser", Any], Optional[str]] = lambda *_: None
+    unless: str = ""
+    hint: str = ""
+
+
+def candidates() -> List[Candidate]:
+    """
+    THE PLACE TO ADD A LOSS: all that may be compared by default, the simpler ones first. Those that
+    this version of Pyro or pyro_rb does not have are passed over.
+    """
+    one_by_one = "it does not run with vectorised particles, which add a dimension on the left: "
+    return [
+        Candidate(MEAN_FIELD, Chooser.no_mean_field, unless="mean field restriction"),
+        Candidate(GRAPH, Chooser.no_graph, Chooser.hidden_dependence),
+        Candidate(ENUMERATED, Chooser.no_enumeration),
+        Candidate(STL, Chooser.sums_in_model, _untreated("path gradient", "the guide has no site whose score could "
+                  "be removed")),  # fmt: skip
+        Candidate(ADAPTIVE, Chooser.no_path_gradient),
+        Candidate(R2G2, Chooser.sums_in_model, Chooser.nothing_projected),
+        Candidate(LOCAL, Chooser.nothing_local),
+        Candidate(TOP_K, Chooser.no_discrete, _untreated("top-k", "there are too few values: all are summed")),
+        Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
+        Candidate("JitTrace_ELBO:ignore_jit_warnings=True", Chooser.sums_in_model),
+        Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.sums_in_model, hint=one_by_one),
+        Candidate(f"{ADAPTIVE},{PARTICLES}", Chooser.no_path_gradient, hint=one_by_one),
+    ]
 
 
 class Choice(NamedTuple):
@@ -84,7 +131,9 @@ def choose_losses(
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.)), 1.))
     >>> choice = choose_losses(model, guide)
     >>> choice.losses
-    ['TraceMeanField_ELBO', 'STLTrace_ELBO', 'STLTrace_ELBO:adaptive']
+    ['TraceMeanField_ELBO', 'STLTrace_ELBO', 'STLTrace_ELBO:adaptive', 'JitTrace_ELBO:ignore_jit_warnings=True',
+     'Trace_ELBO:num_particles=10,vectorize_particles=True',
+     'STLTrace_ELBO:adaptive,num_particles=10,vectorize_particles=True']
     >>> choice.left_out["RaoBlackwellTopK_ELBO:budget=4"]
     'the guide has no discrete site'
     """
@@ -100,6 +149,7 @@ class Chooser:
         self._traces = problem.traces
         self.sites = read_sites(problem.traces)
         self._tried: List[str] = []
+        self._reference = ""
         self._left_out: Dict[str, str] = {}
         self._obstacle: Optional[Tuple[Optional[str]]] = None
 
@@ -108,31 +158,100 @@ class Chooser:
         return "TraceEnum_ELBO" if self.sites.summed else REFERENCE
 
     def choose(self, reference: Optional[str] = None) -> Choice:
-        reference = reference or self.reference()
+        self._reference = reference = reference or self.reference()
         loss = make_loss(reference)
+        known = available_losses()
+        listed = [one for one in candidates() if one.name.partition(":")[0] in {*known, ENUMERATED}]
+        reason = None
         if isinstance(loss, RenyiELBO) and loss.alpha == 0:
+            reason = "the ELBO, another objective"
             self._choose_importance_weighted(reference, loss)
         elif not latent_sites(self._traces[0]):
-            names = [MEAN_FIELD, GRAPH, ENUMERATED, STL, R2G2, TOP_K]
-            self._left_out = dict.fromkeys(names, "the guide has no latent site")
+            reason = "the guide has no latent site"
         elif not has_elbo(reference):
             reason = f"another objective than {reference}"
-            self._left_out = dict.fromkeys([MEAN_FIELD, GRAPH, ENUMERATED, STL, R2G2, TOP_K], reason)
-        else:
-            if self.sites.summed:
-                reason = f"it does not sum out the model's {_listed(self.sites.summed)}"
-                for name in (MEAN_FIELD, GRAPH, STL, R2G2):
-                    self._left_out[name] = reason
-            else:
-                self._choose_mean_field()
-                self._choose_graph()
-            self._choose_enumerated()
-            if not self.sites.summed:
-                self._choose_stl()
-                self._choose_r2g2()
-            self._choose_top_k()
-        self._left_out.pop(reference, None)
-        return Choice(reference, [n for n in self._tried if n != reference], self._left_out)
+        for one in listed:
+            name = with_options(self._annotated(one.name), reference)
+            if reason is not None or name != reference:
+                found = reason or self._try(one._replace(name=name))
+                if found:
+                    self._left_out[name] = found
+        return Choice(reference, self._tried, self._left_out)
+
+    def _annotated(self, name: str) -> str:
+        """A guide that says itself what to enumerate needs no wrapper."""
+        sites = self.sites
+        return "TraceEnum_ELBO" if name == ENUMERATED and 0 < len(sites.countable) == len(sites.annotated) else name
+
+    def _try(self, one: Candidate) -> Optional[str]:
+        """
+        Takes a candidate if one evaluation of it succeeds.
+
+        :returns: Why it is not taken; None if it is.
+        """
+        reason = one.obstacle(self)
+        if reason is None:
+            loss = make_loss(one.name)
+            error = self._evaluate(loss, one.unless)
+            reason = one.flaw(self, loss) if error is None else one.hint + error
+        if reason is None:
+            self._tried.append(one.name)
+        return reason
+
+    def sums_in_model(self) -> Optional[str]:
+        summed = self.sites.summed
+        return f"it does not sum out the model's {_listed(summed)}" if summed else None
+
+    def no_mean_field(self) -> Optional[str]:
+        scored, jacobians = self.sites.scored, self.sites.jacobians
+        if scored and not self.sites.summed:
+            return f"{_listed(scored)} {'is' if len(scored) == 1 else 'are'} not reparameterised"
+        if jacobians and not self.sites.summed:
+            return (
+                "biased on this guide: Pyro's KL divergence of a Delta leaves out its "
+                f"log_density, here the Jacobian of {_listed(jacobians)}"
+            )
+        return self.sums_in_model()
+
+    def no_graph(self) -> Optional[str]:
+        return self.sums_in_model() or (None if self.sites.scored else "all sites of the guide are reparameterised")
+
+    def hidden_dependence(self, loss: Any) -> Optional[str]:
+        one = self._problem.sampler(loss)
+        with self._problem.preserved(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hidden = without_dependents(*one.call, **one.kwargs)
+        if not hidden:
+            return None
+        return (
+            f"it sees nothing that depends on {_listed(hidden)}, and is biased where that "
+            "is so by control flow such as if, range() or .item()"
+        )
+
+    def no_discrete(self) -> Optional[str]:
+        return None if self.sites.discrete else "the guide has no discrete site"
+
+    def no_enumeration(self) -> Optional[str]:
+        if self.sites.discrete and not self.sites.countable:
+            return f"{_listed(self.sites.discrete)} cannot be enumerated"
+        return self.no_discrete() or self._too_many()
+
+    def no_path_gradient(self) -> Optional[str]:
+        is_tried = any(name.startswith(STL) for name in [self._reference, *self._tried])
+        return None if is_tried else next((r for n, r in self._left_out.items() if n.startswith(STL)), "")
+
+    def nothing_projected(self, loss: Any) -> Optional[str]:
+        if is_treated(loss, "projected", "local"):
+            return None
+        reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
+        return f"it projects no site; {_shortened(list(reasons))}"
+
+    def nothing_local(self) -> Optional[str]:
+        """Biased if rows are coupled, which no trace shows; so it is never taken unasked."""
+        loss = make_loss(LOCAL)
+        if self.sums_in_model() or self._evaluate(loss) is not None or not is_treated(loss, "local"):
+            return ""
+        return "right only if no row has an effect on another; then name it in losses"
 
     def is_exact(self) -> bool:
         """Whether enumeration leaves nothing to chance, apart from subsampling."""
@@ -140,79 +259,7 @@ class Chooser:
         discrete_only = {name for name, _ in latent} == set(sites.countable)
         return bool(latent) and discrete_only and not sites.summed and self._too_many() is None
 
-    def _choose_mean_field(self) -> None:
-        if self.sites.scored:
-            verb = "is" if len(self.sites.scored) == 1 else "are"
-            self._left_out[MEAN_FIELD] = f"{_listed(self.sites.scored)} {verb} not reparameterised"
-        elif self.sites.jacobians:
-            self._left_out[MEAN_FIELD] = (
-                "biased on this guide: Pyro's KL divergence of a Delta leaves out its "
-                f"log_density, here the Jacobian of {_listed(self.sites.jacobians)}"
-            )
-        else:
-            self._try(MEAN_FIELD, unless="mean field restriction")
-
-    def _choose_graph(self) -> None:
-        if not self.sites.scored:
-            self._left_out[GRAPH] = "all sites of the guide are reparameterised"
-        elif self._try(GRAPH) is not None:
-            one = self._problem.sampler(make_loss(GRAPH))
-            with self._problem.preserved(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                hidden = without_dependents(*one.call, **one.kwargs)
-            if hidden:
-                self._tried.remove(GRAPH)
-                self._left_out[GRAPH] = (
-                    f"it sees nothing that depends on {_listed(hidden)}, and is biased where that "
-                    "is so by control flow such as if, range() or .item()"
-                )
-
-    def _choose_enumerated(self) -> None:
-        sites = self.sites
-        name = "TraceEnum_ELBO" if sites.annotated == sites.countable else ENUMERATED
-        reason = self._too_many() if sites.countable else None
-        if not sites.discrete:
-            self._left_out[ENUMERATED] = "the guide has no discrete site"
-        elif not sites.countable:
-            self._left_out[ENUMERATED] = f"{_listed(sites.discrete)} cannot be enumerated"
-        elif reason is not None:
-            self._left_out[name] = reason
-        else:
-            self._try(name)
-
-    def _choose_stl(self) -> None:
-        loss = self._try(STL)
-        if loss is not None and not is_treated(loss, "path gradient"):
-            self._tried.remove(STL)
-            self._left_out[STL] = "the guide has no site whose score could be removed"
-        elif loss is not None:
-            self._try(ADAPTIVE)
-
-    def _choose_r2g2(self) -> None:
-        loss = self._try(R2G2)
-        if loss is not None and not is_treated(loss, "projected", "local"):
-            self._tried.remove(R2G2)
-            reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
-            self._left_out[R2G2] = f"it projects no site; {_shortened(list(reasons))}"
-        loss = self._try(LOCAL)
-        if loss is not None:
-            # Biased if rows are coupled, which no trace shows; so it is never taken unasked.
-            self._tried.remove(LOCAL)
-            if is_treated(loss, "local"):
-                self._left_out[LOCAL] = "right only if no row has an effect on another; then name it in losses"
-
-    def _choose_top_k(self) -> None:
-        if not self.sites.discrete:
-            self._left_out[TOP_K] = "the guide has no discrete site"
-            return
-        loss = self._try(TOP_K)
-        if loss is not None and not is_treated(loss, "top-k"):
-            self._tried.remove(TOP_K)
-            self._left_out[TOP_K] = "there are too few values: all are summed"
-
     def _choose_importance_weighted(self, reference: str, loss: RenyiELBO) -> None:
-        elbos = [MEAN_FIELD, GRAPH, ENUMERATED, STL, TOP_K]
-        self._left_out = dict.fromkeys(elbos, "the ELBO, another objective")
         name = f"DReG_ELBO:num_particles={loss.num_particles}"
         plates = enclosing_subsamples(self._traces)
         if plates and not isinstance(loss, DReG_ELBO):
@@ -221,24 +268,11 @@ class Chooser:
                 f"not the bound; take {name},control_variate_scale=0.0 as reference, which does not"
             )
             return
-        self._try(name)
-        if name in self._tried:
-            self._try(f"{name},control_variate_scale=adaptive")
-
-    def _try(self, name: str, unless: str = "") -> Any:
-        """
-        Takes a loss if one evaluation of it succeeds, and gives no warning with the words
-        ``unless``.
-
-        :returns: The loss, or None.
-        """
-        loss = make_loss(name)
-        error = self._evaluate(loss, unless)
-        if error is not None:
-            self._left_out[name] = error
-            return None
-        self._tried.append(name)
-        return loss
+        for one in (name, f"{name},control_variate_scale=adaptive"):
+            reason = None if one == reference else self._try(Candidate(one))
+            if reason:
+                self._left_out[one] = reason
+                return
 
     def _too_many(self) -> Optional[str]:
         """Why enumeration of the guide is not to be risked, if it is not."""
@@ -276,6 +310,10 @@ class Chooser:
             return f"its value is {value}"
         found = [one_line(item.message) for item in log if unless in str(item.message)]
         return found[0] if unless and found else None
+
+
+def _untreated(treatment: str, reason: str) -> Callable[[Any, Any], Optional[str]]:
+    return lambda _, loss: None if is_treated(loss, treatment) else reason
 
 
 def is_treated(loss: Any, *treatments: str) -> bool:

@@ -51,7 +51,8 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
         try:
             with torch.enable_grad():
                 total = _relevant_density(problem)
-                gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+                # The graph may be shared with that of the losses.
+                gradients = torch.autograd.grad(total, tensors, allow_unused=True, retain_graph=True)
         except (ValueError, RuntimeError, NotImplementedError):
             return everything
         for mask, gradient in zip(found, gradients):

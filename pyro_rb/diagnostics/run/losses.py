@@ -90,6 +90,29 @@ def make_loss(name: str) -> ELBO:
         raise ValueError(f"cannot make the loss {name!r}: {error}") from error
 
 
+def with_options(name: str, reference: str) -> str:
+    """
+    A loss with the keyword arguments of another, as far as it takes them and has none of its own: what
+    one loss needs to run on a model, others need as well.
+
+    **Example**
+
+    >>> with_options("TraceGraph_ELBO", "Trace_ELBO:retain_graph=True,max_plate_nesting=2")
+    'TraceGraph_ELBO:retain_graph=True,max_plate_nesting=2'
+    """
+    for item in filter(None, reference.partition(":")[2].split(",")):
+        key = item.partition("=")[0].strip()
+        own = [part.partition("=")[0].strip() for part in name.partition(":")[2].split(",")]
+        if "=" in item and key not in own:
+            longer = f"{name}{',' if ':' in name else ':'}{item.strip()}"
+            try:
+                make_loss(longer)
+            except ValueError:
+                continue
+            name = longer
+    return name
+
+
 def make_losses(losses: Losses) -> Dict[str, ELBO]:
     """
     Losses by the name under which they are shown, from names, ELBO instances or a dict of

@@ -72,10 +72,11 @@ def enclosing_subsamples(traces: Tuple[poutine.Trace, poutine.Trace]) -> List[st
 
 def settle_plates(loss: Any, traces: Tuple[poutine.Trace, poutine.Trace]) -> None:
     """
-    Tells a :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` how deep the plates are
-    nested, if it would guess. It would say so in the log, each time that one is made.
+    Tells a loss how deep the plates are nested, if it would guess. It would say so in the log, each
+    time that one is made.
     """
-    if isinstance(loss, TraceEnum_ELBO) and loss.max_plate_nesting == math.inf:
+    guesses = isinstance(loss, TraceEnum_ELBO) or getattr(loss, "vectorize_particles", False)
+    if guesses and loss.max_plate_nesting == math.inf:
         sites = [site for trace in traces for site in trace.nodes.values()]
         frames = [f for s in sites if s["type"] == "sample" for f in s["cond_indep_stack"]]
         depth = max([-frame.dim for frame in frames if frame.dim is not None], default=0)

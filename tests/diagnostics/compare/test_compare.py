@@ -51,6 +51,9 @@ def test_default_losses():
         "TraceMeanField_ELBO",
         "STLTrace_ELBO",
         "STLTrace_ELBO:adaptive",
+        "JitTrace_ELBO:ignore_jit_warnings=True",
+        "Trace_ELBO:num_particles=10,vectorize_particles=True",
+        "STLTrace_ELBO:adaptive,num_particles=10,vectorize_particles=True",
     ]
     assert not any(row.error for row in found.values())
     assert [state.step for state in result.states] == [0]
