@@ -105,6 +105,7 @@ def _compare(options: argparse.Namespace) -> int:
                     seed=options.seed,
                     rel_error=options.rel_error,
                     max_seconds=options.max_seconds,
+                    train=options.train,
                     progress=not options.no_progress,
                     **job,
                 )

@@ -78,6 +78,8 @@ def _add_compare_options(add: Callable) -> None:
         "enumerates a site)")  # fmt: skip
     add("--train-steps", metavar="N", nargs="+", type=int, help="measure before, halfway and after N training steps "
         "with the reference; several numbers say when to measure")  # fmt: skip
+    add("--train", metavar="SECONDS", type=float, nargs="?", const=5.0, default=0.0, help="also train with the best "
+        "losses for so long each (5), with several seeds and learning rates")  # fmt: skip
     add("--learning-rate", metavar="RATE", type=float, help="of Adam in training (0.01)")
     add("--num-samples", metavar="N", type=int, default=300, help="gradients of each loss (300)")
     add("--burn-in", metavar="N", type=int, default=100, help="gradients drawn before (100)")

@@ -27,8 +27,11 @@ from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import rounding_error, z_threshold
 from pyro_rb.diagnostics.stats.progress import noise_share, steps_ratio
 from pyro_rb.diagnostics.stats.projections import Projector
+from pyro_rb.diagnostics.stats.stopping import StopRule
 
 NUM_WINDOWS = 50
+#: How far to train, where nothing is said and the loss falls on.
+MOST_STEPS, MOST_SECONDS = 2000, 30.0
 
 
 @dataclass
@@ -41,7 +44,9 @@ class Study:
     :param losses: What it is compared to, and maybe the reference itself.
     :param bool scored: Whether the guide has sites without a reparameterised draw.
     :param bool exact: Whether to compare to the exact gradient.
-    :param list steps: After how many training steps to measure.
+    :param list steps: After how many training steps to measure. None: before training, and when a
+        :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss falls no more, or
+        after :data:`MOST_STEPS` or :data:`MOST_SECONDS`.
     :param PyroOptim optim: For the training.
     :param Plan plan: How long to sample at one state; its deadline is that of all.
     """
@@ -51,7 +56,7 @@ class Study:
     losses: Losses
     scored: bool
     exact: bool
-    steps: Sequence[int]
+    steps: Optional[Sequence[int]]
     optim: PyroOptim
     plan: Plan
     seed: int
@@ -74,14 +79,22 @@ class Study:
             ``error`` says so.
         """
         trainer = self.problem.sampler(make_loss(self.reference))
-        done = 0
         try:
-            for index, step in enumerate(self.steps):
-                set_rng_seed((self.seed + done) % 2**32)
+            steps = [0, MOST_STEPS] if self.steps is None else self.steps
+            for index, step in enumerate(steps):
+                set_rng_seed((self.seed + len(self.training)) % 2**32)
                 self.bar.start()
-                for done in range(done + 1, step + 1):
-                    self._train(trainer, done)
-                self._measure(step, len(self.steps) - index)
+                rule = StopRule() if self.steps is None else None
+                end = time.perf_counter() + MOST_SECONDS
+                while len(self.training) < step:
+                    self._train(trainer)
+                    if rule and (rule.update(self.training[-1]) or time.perf_counter() > end):
+                        self.bar.counts["step"] = len(self.training)
+                        break
+                if rule and self.training:
+                    how = "until the loss fell no more" if rule.stopped else "though the loss was still falling, maybe"
+                    self.notes.append(f"Trained for {len(self.training)} steps, {how}; train_steps says how far.")
+                self._measure(len(self.training), len(steps) - index)
                 if self.interrupted or self.error:
                     return
         except KeyboardInterrupt:
@@ -103,12 +116,12 @@ class Study:
             )
         return found
 
-    def _train(self, trainer: GradientSampler, step: int) -> None:
+    def _train(self, trainer: GradientSampler) -> None:
         try:
             self.training.append(trainer.train(self.optim))
         except Exception as error:
             raise ValueError(
-                f"training with {self.reference} failed at step {step}: {one_line(error)}"
+                f"training with {self.reference} failed at step {len(self.training) + 1}: {one_line(error)}"
             ) from error
         self.bar.update("step")
 
@@ -193,7 +206,7 @@ class Study:
         first, count = gauges[0], gauges[0].moments.count
         coordinates, projector = first.coordinates, first.agreement.projector
         size = len(first.moments.mean) if projector is None else len(projector.labels)
-        num_tests = size * max(1, len(gauges) - 1) * len(self.steps)
+        num_tests = size * max(1, len(gauges) - 1) * (2 if self.steps is None else len(self.steps))
         threshold = z_threshold(self.failure_rate, num_tests, count)
         # Beyond the root of their number, a few skewed draws that happen to be alike have scores
         # that no correction mends: of a million coordinates some have, with 40 draws.
@@ -227,7 +240,8 @@ class Study:
             return None
         now = time.perf_counter()
         seconds = self.states[-1].losses[0].seconds if self.states else None
-        training = (self.steps[-1] - step) * (seconds or 0.0)
+        last = MOST_STEPS if self.steps is None else self.steps[-1]
+        training = min((last - step) * (seconds or 0.0), self.plan.deadline - now if self.steps else MOST_SECONDS)
         return now + max(0.0, self.plan.deadline - now - training) / states_left
 
     def _exact_gradient(self, coordinates: Coordinates) -> Optional[Tensor]:

@@ -15,17 +15,27 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 
 import pyro_rb
-from pyro_rb.diagnostics.compare.along_training import Study
+from pyro_rb.diagnostics.compare.along_training import MOST_STEPS, Study
 from pyro_rb.diagnostics.compare.candidates import Choice, Chooser, has_elbo
 from pyro_rb.diagnostics.compare.measure import Plan
+from pyro_rb.diagnostics.compare.race import (
+    LEARNING_RATES,
+    NUM_POINTS,
+    NUM_SEEDS,
+    race,
+    trained_tensors,
+)
+from pyro_rb.diagnostics.compare.recommend import recommend
 from pyro_rb.diagnostics.compare.report import Comparison
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import Losses, make_loss, make_losses
-from pyro_rb.diagnostics.run.messages import recorded_warnings
+from pyro_rb.diagnostics.run.messages import one_line, recorded_warnings
 from pyro_rb.diagnostics.run.parameters import Arguments, integer
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
 
+#: So many losses are trained, beside the reference.
+MOST_RACERS = 4
 #: How long to go on for a relative error at most, where nothing else is said.
 DEFAULT_SECONDS = 600.0
 
@@ -38,7 +48,7 @@ def compare(
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 300,
     num_burn_in: int = 100,
-    train_steps: Union[int, Sequence[int]] = 0,
+    train_steps: Union[None, int, Sequence[int]] = None,
     optim: Optional[PyroOptim] = None,
     seed: int = 0,
     failure_rate: float = 1e-3,
@@ -47,6 +57,7 @@ def compare(
     reference: Optional[str] = None,
     rel_error: Optional[float] = None,
     max_seconds: Optional[float] = None,
+    train: Union[bool, float] = False,
 ) -> Comparison:
     """
     Compares losses on a model and guide: is the gradient unbiased, how large is its
@@ -86,7 +97,10 @@ def compare(
         which adaptive losses learn.
     :param train_steps: With ``n`` steps the losses are measured before, halfway (after
         ``n // 2`` steps) and after training by the reference. A list of steps says exactly
-        when to measure. Default: 0, only the parameters as they are.
+        when to measure. 0 is only the parameters as they are, from which there is no advice. Default:
+        before training, and after a short training run: until a
+        :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss falls no more, or
+        2000 steps, or 30 seconds.
     :param ~pyro.optim.optim.PyroOptim optim: Optimizer for the training. Default: Adam with
         learning rate 0.01. It is copied.
     :param int seed: Seed, between 0 and 2**32 - 1.
@@ -103,6 +117,10 @@ def compare(
     :param float max_seconds: Stop sampling after this time, with at least two gradients at
         each state; training is not cut short. The states share the time. Results then
         depend on the speed of the machine. Default: no limit, or 600 with ``rel_error``.
+    :param train: Whether to train with the best losses, and the reference, for equal time from the
+        same start, and to see which ends lowest; a number is the time in seconds for each loss and
+        seed (True: 5). It takes about 20 times that. ``result.race`` has the curves, see
+        :func:`~pyro_rb.diagnostics.compare.race.race`.
     :returns: A :class:`~pyro_rb.diagnostics.compare.report.Comparison`: prints as a table, shows as
         one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
     :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
@@ -110,8 +128,8 @@ def compare(
     :raises ComparisonInterrupted: On Ctrl-C. It is a :class:`KeyboardInterrupt` that has
         what was measured until then.
 
-    The test of bias has little power where the gradient is very noisy; the column *detects*
-    tells how large a bias would have been noticed. Variances are those at frozen
+    The test of bias has little power where the gradient is very noisy; the column *bias
+    seen from* tells how large a bias would have been noticed. Variances are those at frozen
     parameters; they tell nothing about the path of training.
 
     **Example**
@@ -122,12 +140,12 @@ def compare(
     >>> def model(x):
     ...     z = pyro.sample("z", dist.Normal(0., 1.))
     ...     pyro.sample("x", dist.Normal(z, 1.), obs=x)
-    >>> result = compare(model, AutoNormal(model), ["TraceMeanField_ELBO"],
-    ...                  args=(torch.tensor(0.7),), num_samples=20, progress=False)
+    >>> result = compare(model, AutoNormal(model), ["TraceMeanField_ELBO"], args=(torch.tensor(0.7),),
+    ...                  train_steps=0, num_samples=20, progress=False)
     >>> [loss.name for loss in result.states[0].losses]
     ['Trace_ELBO', 'TraceMeanField_ELBO']
     """
-    steps = _steps(train_steps)
+    steps = None if train_steps is None else _steps(train_steps)
     num_samples, num_burn_in = integer("num_samples", num_samples), integer("num_burn_in", num_burn_in)
     seed = integer("seed", seed)
     plan = _plan(num_samples, num_burn_in, rel_error, max_seconds)
@@ -138,6 +156,9 @@ def compare(
             f"optim: expected a pyro.optim.PyroOptim such as pyro.optim.Adam, got {optim!r}"
         )
     z_threshold(failure_rate)  # fails early
+    seconds = 5.0 if train is True else float(train)
+    if seconds < 0:
+        raise ValueError(f"train: expected True, False or a number of seconds > 0, got {train!r}")
     if losses is not None:
         make_losses(losses)
     if reference is not None:
@@ -153,8 +174,13 @@ def compare(
         choice = Choice(reference or chooser.reference(), [], {})
         if losses is None:
             choice = chooser.choose(reference)
-        counts = {"round": (num_samples + num_burn_in) * len(steps), "step": steps[-1]}
+        num_states, last = (2, MOST_STEPS) if steps is None else (len(steps), steps[-1])
+        counts = {"round": (num_samples + num_burn_in) * num_states, "step": last}
         guess = {"step": 1 / (1 + len(choice.losses if losses is None else make_losses(losses)))}
+        if seconds:
+            counts["training"] = (MOST_RACERS + 1) * (len(LEARNING_RATES) + NUM_SEEDS * NUM_POINTS)
+        tensors = trained_tensors(problem)
+        start = [tensor.detach().clone() for tensor in tensors] if seconds else []
         with TimedBar(progress, title, counts, guess) as bar:
             study = Study(
                 problem=problem,
@@ -171,6 +197,20 @@ def compare(
                 warned=warned,
             )
             study.run()
+            found_race = None
+            if seconds and study.states and not study.interrupted and not study.error:
+                with torch.no_grad():
+                    for tensor, value in zip(tensors, start):
+                        tensor.copy_(value)
+                made = {choice.reference: make_loss(choice.reference), **make_losses(study.losses)}
+                best = [one.name for one in recommend(study.states).ranking][:MOST_RACERS]
+                bar.start()
+                try:
+                    found_race = race(problem, choice.reference, best, made, optim, seconds, bar)
+                except KeyboardInterrupt:
+                    study.interrupted = True
+                except Exception as error:
+                    study.error = f"training by all losses failed: {one_line(error)}"
 
     if not study.states:
         raise ComparisonInterrupted(None)
@@ -207,6 +247,7 @@ def compare(
         training=study.windows(),
         interrupted=study.interrupted,
         error=study.error,
+        race=found_race,
     )
     if study.interrupted:
         raise ComparisonInterrupted(result)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Dict, List, Optional
 
+from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import Recommendation, recommend
 
 
@@ -142,6 +143,7 @@ class Comparison:
     :param list training: :class:`TrainingWindow` s, in order.
     :param bool interrupted: Whether the user has ended it early.
     :param str error: What has ended it early, if something has failed.
+    :param Race race: Training with the best losses, if it was asked for.
 
     **Example**
 
@@ -153,7 +155,7 @@ class Comparison:
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=[1], num_samples=40, num_burn_in=0, progress=False)
     >>> result.recommendation.loss, result.states[0].losses[1].name
     ('STLTrace_ELBO', 'STLTrace_ELBO')
     >>> result.to_dict()["settings"]["reference"]
@@ -172,6 +174,7 @@ class Comparison:
     training: List[TrainingWindow] = field(default_factory=list)
     interrupted: bool = False
     error: Optional[str] = None
+    race: Optional[Race] = None
 
     @property
     def recommendation(self) -> Recommendation:
@@ -198,7 +201,8 @@ class Comparison:
             which their product is constant, one panel a state. ``"parameters"``: the
             variance of each parameter's gradient. ``"training"``: variance, and variance
             times time, along training. ``"elbo"``: the loss of the reference along
-            training, with its noise, and that of all losses at the states.
+            training, with its noise, and that of all losses at the states. ``"race"``: training with
+            the best losses for equal time, their mean and range over seeds.
         :returns: A :class:`matplotlib.figure.Figure`.
         :raises ImportError: If matplotlib is missing: ``pip install "pyro_rb[plot]"``.
         :raises ValueError: If there is no such kind.

@@ -14,6 +14,7 @@ from pyro_rb.diagnostics.show.table import (
     heading,
     left_out,
     outline,
+    race_rows,
     ranking,
     remarks,
     row_cells,
@@ -118,6 +119,9 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     headers, ranked = ranking(comparison)
     if len(ranked) > 1:
         parts.append(_table(headers, ranked, ["best" if row[0] == advice.loss else "" for row in ranked]))
+    if comparison.race is not None:
+        headers, raced = race_rows(comparison.race)
+        parts += [f"<p>{escape(str(comparison.race))}</p>", _table(headers, raced, [""] * len(raced))]
     if advice.usage:
         parts.append(f"<pre>{escape(advice.usage)}</pre>")
     for state in comparison.states:
@@ -166,6 +170,8 @@ def _figures(comparison: Comparison) -> List[str]:
         kinds.append("training")
     if comparison.training:
         kinds.append("elbo")
+    if comparison.race is not None:
+        kinds.append("race")
     try:
         return [_svg(comparison.plot(kind=kind)) for kind in kinds]
     except ImportError:

@@ -29,6 +29,7 @@ KINDS: Dict[str, Kind] = {
     "parameters": Kind(plot_parameters.draw, plot_parameters.num_panels, plot_parameters.height),
     "training": Kind(plot_training.draw_ratios, lambda _: 2),
     "elbo": Kind(plot_training.draw_loss, lambda _: 1),
+    "race": Kind(plot_training.draw_race, lambda _: 1),
 }
 
 

@@ -80,7 +80,24 @@ def draw_loss(panels: Any, comparison: Comparison, styles: Styles, handles: Hand
     bottom, top = min(low[tail:] + values), max(high[tail:] + values)
     margin = 0.05 * (top - bottom) or 1.0
     axes.set_ylim(bottom - margin, top + margin)
-    dress(axes, "training steps", "loss (negative ELBO)")
+    dress(axes, "training steps", "loss (negative ELBO, in nats)")
+
+
+def draw_race(panels: Any, comparison: Comparison, styles: Styles, handles: Handles) -> None:
+    """The loss against training time for each loss: the mean over seeds, and their range."""
+    (axes,) = panels
+    if comparison.race is None:
+        raise ValueError('kind: "race" needs compare(..., train=True)')
+    rows = {row.name: row for row in comparison.states[-1].losses}
+    for curve in comparison.race.curves:
+        if curve.losses and curve.error is None:
+            columns = list(zip(*curve.losses))
+            style = {**styles.of(rows[curve.name]), "markersize": 4}
+            line = axes.plot(curve.seconds, [sum(c) / len(c) for c in columns], **style)[0]
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axes.fill_between(curve.seconds, low, high, color=style["color"], alpha=0.25, linewidth=0)
+            handles.setdefault(f"{styles.label(rows[curve.name])}, learning rate {curve.learning_rate:g}", line)
+    dress(axes, "training time in seconds", "loss in nats")
 
 
 def _by_loss(comparison: Comparison) -> List[List[Tuple[int, LossResult]]]:

@@ -11,6 +11,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
+from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
@@ -26,8 +27,11 @@ def table(comparison: Comparison) -> str:
     headers, rows = ranking(comparison)
     if len(rows) > 1:
         title = "Ranking: training time for the same precision, over that of the reference"
-        lines += ["", *_wrapped(title), "", _fitted(rows, headers, ["left"] + ["right"] * (len(headers) - 1))]
+        lines += ["", *_wrapped(title), "", _fitted(rows, headers, _left_then_right(headers))]
     lines += ["", *_wrapped(comparison.recommendation.sentence)]
+    if comparison.race is not None:
+        headers, rows = race_rows(comparison.race)
+        lines += ["", *_wrapped(str(comparison.race)), "", _fitted(rows, headers, _left_then_right(headers))]
     if comparison.recommendation.usage:
         lines.append(f"  {comparison.recommendation.usage}")
     for text in comparison.recommendation.caveats:
@@ -43,6 +47,20 @@ def table(comparison: Comparison) -> str:
 def text(comparison: Comparison) -> str:
     """The printed form, with the legend."""
     return f"{table(comparison)}\n\n{LEGEND}"
+
+
+def race_rows(race: Race) -> Tuple[List[str], List[List[str]]]:
+    """Headers and rows: the loss along training, the mean over seeds."""
+    points = sorted({0, len(race.curves[0].seconds) // 2, len(race.curves[0].seconds) - 1} - {-1})
+    headers = ["loss", "learning rate", "steps"]
+    headers += [f"nats after {race.curves[0].seconds[point]:.3g} s" for point in points]
+    rows = []
+    for curve in race.curves:
+        columns = list(zip(*curve.losses))
+        means = [f"{sum(columns[point]) / len(columns[point]):.6g}" for point in points if columns]
+        steps = f"{curve.steps[-1]:.0f}" if curve.steps else "-"
+        rows.append([curve.name, f"{curve.learning_rate:g}", steps, *(means or ["failed"] * len(points))])
+    return headers, rows
 
 
 def outline(comparison: Comparison) -> List[str]:
@@ -129,6 +147,10 @@ def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequen
         if max(map(len, table.splitlines())) <= width():
             break
     return table
+
+
+def _left_then_right(headers: Sequence[str]) -> List[str]:
+    return ["left"] + ["right"] * (len(headers) - 1)
 
 
 def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:

@@ -23,7 +23,7 @@ class Coordinates:
     :param list tensors: The parameters.
     :param list used: For each parameter, booleans of its shape: which coordinates are of interest.
         Default: all.
-    :param int most: About how many to follow.
+    :param int most: About how many to follow. Default: :data:`MOST`.
 
     **Example**
 
@@ -39,11 +39,11 @@ class Coordinates:
         names: Sequence[str],
         tensors: Sequence[Tensor],
         used: Optional[Sequence[Tensor]] = None,
-        most: int = MOST,
+        most: Optional[int] = None,
     ) -> None:
         self.names, self.shapes = list(names), [tensor.shape for tensor in tensors]
         generator = torch.Generator().manual_seed(0)
-        each = max(1, most // max(1, len(tensors)))
+        each = max(1, (MOST if most is None else most) // max(1, len(tensors)))
         self._indices: List[Optional[Tensor]] = []
         #: How many coordinates of each parameter are of interest, and how many are followed.
         self.sizes: List[int] = []

@@ -105,7 +105,7 @@ class StopRule:
     def __init__(
         self,
         tolerance: Optional[float] = None,
-        min_steps: int = 200,
+        min_steps: int = 400,
         failure_rate: float = 0.05,
         noise_share: float = 0.25,
     ) -> None:

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 import math
 
 import pyro
@@ -15,6 +16,9 @@ from pyro_rb.diagnostics.compare import candidates as choose_module
 from pyro_rb.diagnostics.run.losses import ENUMERATED
 from tests.infer.r2g2_models import net
 from tests.models import conj, discrete_first, mix
+
+# Without training, which takes its time.
+compare = functools.partial(compare, train_steps=0)
 
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 QUICK = dict(num_samples=40, num_burn_in=0, progress=False)

@@ -297,9 +297,10 @@ def test_all_losses_see_the_same_minibatch():
     result = compare(batch_model, batch_guide, ["TraceMeanField_ELBO"], args=recorded, **options)
     row = result.states[0].losses[1]
     assert not row.biased and row.detectable_bias < 1.0
-    # Two to see that it follows the seed, one for the traces, three to train; two a draw; memory.
-    assert len(batches) >= 2 + 1 + 3 + 2 * 12
-    drawn = batches[6 : 6 + 24]
+    # Three for the traces, of which two to see that it follows the seed; three to train; four times three to
+    # see which parameters matter; two a draw; memory.
+    assert len(batches) >= 3 + 3 + 12 + 2 * 12
+    drawn = batches[18 : 18 + 24]
     assert all(torch.equal(a, b) for a, b in zip(drawn[::2], drawn[1::2]))
     assert not torch.equal(drawn[0], drawn[2])
     assert check_unbiased("STLTrace_ELBO", batch_model, batch_guide, args=batch, num_samples=50).max_abs_z < 5

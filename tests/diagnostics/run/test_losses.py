@@ -12,11 +12,12 @@ from pyro_rb.diagnostics.run.losses import (
     ENUMERATED,
     REFERENCE,
     available_losses,
+    loss_name,
     make_loss,
     make_losses,
     usage,
 )
-from pyro_rb.infer import DReG_ELBO, STLTrace_ELBO
+from pyro_rb.infer import R2G2_ELBO, DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
 
 def test_available_losses_are_those_of_both_packages():
@@ -59,8 +60,32 @@ def test_names_of_instances():
         "STLTrace_ELBO:adaptive,num_particles=2",
     ]
     assert list(make_losses([DReG_ELBO(8, control_variate_scale=0.5)])) == [
-        "DReG_ELBO:control_variate_scale=0.5,num_particles=8"
+        "DReG_ELBO:num_particles=8,control_variate_scale=0.5"
     ]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=2, retain_graph=True),
+        STLTrace_ELBO("adaptive"),
+        R2G2_ELBO("local"),
+        R2G2_ELBO(num_steps=3),
+        RaoBlackwellTopK_ELBO(budget=4),
+        RaoBlackwellTopK_ELBO(k=2, baseline=None),
+        DReG_ELBO(8, control_variate_scale="adaptive"),
+        RenyiELBO(alpha=0.5, num_particles=3),
+        make_loss("TraceEnum_ELBO+config_enumerate"),
+    ],
+    ids=loss_name,
+)
+def test_names_can_be_written(loss):
+    again = make_loss(loss_name(loss))
+    assert type(again) is type(loss) and loss_name(again) == loss_name(loss)
+    hidden = ("_", "strict")
+    assert {k: v for k, v in vars(again).items() if not k.startswith(hidden) and isinstance(v, (str, int, float))} == {
+        k: v for k, v in vars(loss).items() if not k.startswith(hidden) and isinstance(v, (str, int, float))
+    }
 
 
 def test_one_loss_needs_no_list():
@@ -76,8 +101,8 @@ def test_dict_and_copies():
 
 
 def test_same_name_twice():
-    with pytest.raises(ValueError, match="two losses are called 'Trace_ELBO'; give a dict"):
-        make_losses([Trace_ELBO(), Trace_ELBO(max_plate_nesting=1)])
+    with pytest.raises(ValueError, match="two losses are called 'Trace_ELBO:num_particles=2'; give a dict"):
+        make_losses([Trace_ELBO(num_particles=2), "Trace_ELBO:num_particles=2"])
 
 
 def test_neither_name_nor_elbo():

@@ -49,7 +49,7 @@ def test_page_stands_alone():
     found = Checker(text)
     assert text.startswith("<!DOCTYPE html>")
     assert all(link.startswith("#") for link in found.links)  # within the figures
-    assert found.tags.count("table") == 2 and found.tags.count("svg") == 4
+    assert found.tags.count("table") == 3 and found.tags.count("svg") == 4
     assert "Good_ELBO" in found.cells and "0.50 +/- 0.04" in found.cells
     assert "x &lt; y &amp; z" in text
     assert 'content="light dark"' in text
@@ -59,7 +59,8 @@ def test_page_stands_alone():
 def test_advice():
     text = make_comparison(row("Good_ELBO"))._repr_html_()
     assert '<p class="advice thin">No advice: 10 gradients' in text  # ten gradients
-    comparison = make_comparison(row("Good_ELBO"), row("Bad_ELBO", biased=True), LossResult("No_ELBO", error="<no>"))
+    rows = [row("Good_ELBO"), row("Bad_ELBO", biased=True), LossResult("No_ELBO", error="<no>")]
+    comparison = make_comparison(*rows, steps=(9,))
     comparison.states[0].num_samples = 100
     text = comparison._repr_html_()
     assert '<p class="advice">Take Good_ELBO' in text
@@ -80,7 +81,7 @@ def test_without_matplotlib(monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = Checker(make_comparison(row("A_ELBO")).to_html())
-    assert "svg" not in found.tags and found.tags.count("table") == 1
+    assert "svg" not in found.tags and found.tags.count("table") == 2
 
 
 @pytest.mark.parametrize("title", ["<b>", 'a "b" & c'])

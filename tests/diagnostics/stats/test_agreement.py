@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 import math
 
 import pyro
@@ -16,6 +17,9 @@ from pyro_rb.diagnostics.stats.mean_test import z_threshold
 from pyro_rb.diagnostics.stats.projections import Projector
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from tests.diagnostics.compare.test_candidates import positions
+
+# Without training, which takes its time.
+compare = functools.partial(compare, train_steps=0)
 
 PARAMETERS = {"big": torch.zeros(30), "scalar": torch.zeros(()), "pair": torch.zeros(2)}
 COORDINATES = Coordinates(list(PARAMETERS), list(PARAMETERS.values()))
