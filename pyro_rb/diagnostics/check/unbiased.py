@@ -13,9 +13,9 @@ from pyro.infer import ELBO
 from pyro.poutine.util import site_is_subsample
 from pyro.util import set_rng_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_rb.diagnostics.check.bias_check import BiasCheck
+from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import prepared
@@ -225,7 +225,7 @@ def _draw(
 ) -> Draws:
     draws, chunk = Draws(projections), []
     name = type(sampler.loss).__name__
-    for i, seed in enumerate(tqdm(burn_in + seeds, name, disable=not progress, leave=False)):
+    for i, seed in enumerate(bar(progress, burn_in + seeds, name)):
         set_rng_seed(seed)
         sampler.step()
         gradients = sampler.collect()

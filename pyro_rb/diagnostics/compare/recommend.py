@@ -116,6 +116,19 @@ def recommend(states: Sequence[Any]) -> Recommendation:
 
     :param list states: A :class:`~pyro_rb.diagnostics.compare.report.StateResult` for each state.
     :rtype: Recommendation
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=[1], num_samples=40, progress=False)
+    >>> recommend(result.states).loss
+    'STLTrace_ELBO'
     """
     reference = states[0].losses[0].name
     rows = {row.name: _rows(states, row.name) for row in states[0].losses}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional
 
 from pyro.infer import SVI
-from tqdm import tqdm
 
 from pyro_rb.diagnostics.guard.guard import GradientGuard
+from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.parameters import Arguments, current_args
 from pyro_rb.diagnostics.stats.stopping import Check, StopRule
@@ -43,7 +43,9 @@ class Fit:
             "max_steps": f"not converged in {steps} steps",
             "interrupted": f"interrupted after {steps} steps",
         }
-        lines = [f"{self.loss}: {how[self.stopped]}"]
+        last = [loss for loss in self.losses[-max(1, steps // 10) :] if math.isfinite(loss)]
+        final = f", at a loss of {sum(last) / len(last):.6g} nats" if last else ""
+        lines = [f"{self.loss}: {how[self.stopped]}{final}"]
         if self.check is not None and math.isinf(self.check.error):
             lines.append(f"at step {self.check.step} the run was too short to tell noise from drift")
         elif self.check is not None:
@@ -109,10 +111,10 @@ def fit(
     svi = SVI(model, guide, optim, guard)
     found = Fit(loss)
     try:
-        with tqdm(total=max_steps, disable=not progress, leave=False, mininterval=0.5) as bar:
+        with bar(progress, total=max_steps) as shown:
             for _ in range(max_steps):
                 found.losses.append(float(svi.step(*current_args(args), **(kwargs or {}))))
-                bar.update()
+                shown.update()
                 if rule.update(found.losses[-1]):
                     found.stopped = "converged"
                     break

@@ -78,7 +78,7 @@ def find_bad_number(
     :returns: None if all is finite.
     """
     step = (loss, entrance, model, guide, args, kwargs, rng_state)
-    with preserve_state(model, guide), pyro.validation_enabled(False):
+    with preserve_state(model, guide, args, kwargs), pyro.validation_enabled(False):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             log = _repeat(*step)

@@ -12,12 +12,13 @@ import torch
 from pyro.infer import ELBO
 from pyro.util import set_rng_seed
 from torch import Tensor
-from tqdm import tqdm
 
+from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import draw_seeds
+from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 
 NUM_BLOCKS = 20
@@ -100,8 +101,8 @@ class NoiseEstimate:
     def __str__(self) -> str:
         low, high = (_number(bound) for bound in self.bounds(0.1))
         lines = [
-            f"loss {self.loss:.6g}, with a standard deviation of {self.loss_sd:.3g} "
-            f"({self.num_samples} draws, {self.num_particles} particles each)",
+            f"loss {self.loss:.6g} nats, with a standard deviation of {self.loss_sd:.3g} "
+            f"({self.num_samples} draws of {self.num_particles} particle{'s' * (self.num_particles != 1)} each)",
             f"a relative error of 10% of the gradient takes {_number(self.required_draws(0.1))} "
             f"draws (between {low} and {high})",
         ]
@@ -180,14 +181,15 @@ def measure_noise(
     losses = RunningMoments()
     with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
         sampler = problem.sampler(loss)
+        coordinates = Coordinates(sampler.names, sampler.tensors)
+        scale = coordinates.weights.sqrt()
         burn_in, seeds = draw_seeds(seed, num_samples, num_burn_in)
-        for i, draw_seed in enumerate(tqdm(burn_in + seeds, disable=not progress)):
+        for i, draw_seed in enumerate(bar(progress, burn_in + seeds)):
             set_rng_seed(draw_seed)
             value = sampler.step()
             gradients = sampler.collect()
             if i >= num_burn_in:
-                vector = torch.cat([g.reshape(-1).to(gradients[0].device) for g in gradients])
-                blocks[i % NUM_BLOCKS].update(vector)
+                blocks[i % NUM_BLOCKS].update(coordinates.vector(gradients) * scale)
                 losses.update(torch.tensor(value, dtype=torch.double, device="cpu"))
     total = RunningMoments()
     for block in blocks:

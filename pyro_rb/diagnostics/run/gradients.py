@@ -8,8 +8,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 import torch
 from pyro.util import set_rng_seed
 from torch import Tensor
-from tqdm import tqdm
 
+from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import draw_seeds
@@ -155,7 +155,7 @@ def _draws(
     with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
         sampler = problem.sampler(loss)
         burn_in, draws = draw_seeds(problem.seed, num_samples, num_burn_in)
-        for i, draw_seed in enumerate(tqdm(burn_in + draws, disable=not progress)):
+        for i, draw_seed in enumerate(bar(progress, burn_in + draws)):
             set_rng_seed(draw_seed)
             sampler.step()
             gradients = sampler.collect()

@@ -211,6 +211,8 @@ def loss_name(loss: Any) -> str:
         for parameter in inspect.signature(cls).parameters.values() if issubclass(cls, ELBO) else ():
             name, default = parameter.name, parameter.default
             value = options.get(name, vars(loss).get(name, default))
+            if name == "max_plate_nesting" and loss.vectorize_particles and loss.num_particles > 1:
+                value -= 1  # to which Pyro has added the particles
             is_plain = isinstance(value, (bool, int, float, str, type(None)))
             if name not in seen and default is not parameter.empty and is_plain and value != default:
                 is_short = is_first and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "num_particles"

@@ -78,7 +78,7 @@ def page(comparisons: Sequence[Comparison]) -> str:
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=0, num_samples=40, progress=False)
     >>> page([result])[:15]
     '<!DOCTYPE html>'
     """
@@ -106,7 +106,7 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=0, num_samples=40, progress=False)
     >>> "<table>" in section(result)
     True
     """

@@ -96,7 +96,7 @@ def plot_comparisons(
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
+    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=0, num_samples=40, progress=False)
     >>> figure = plot_comparisons([result])
     >>> len(figure.axes)
     1

@@ -29,13 +29,13 @@ def table(comparison: Comparison) -> str:
         title = "Ranking: training time for the same precision, over that of the reference"
         lines += ["", *_wrapped(title), "", _fitted(rows, headers, _left_then_right(headers))]
     lines += ["", *_wrapped(comparison.recommendation.sentence)]
-    if comparison.race is not None:
-        headers, rows = race_rows(comparison.race)
-        lines += ["", *_wrapped(str(comparison.race)), "", _fitted(rows, headers, _left_then_right(headers))]
     if comparison.recommendation.usage:
         lines.append(f"  {comparison.recommendation.usage}")
     for text in comparison.recommendation.caveats:
         lines += _wrapped(text)
+    if comparison.race is not None:
+        headers, rows = race_rows(comparison.race)
+        lines += ["", *_wrapped(str(comparison.race)), "", _fitted(rows, headers, _left_then_right(headers))]
     if comparison.left_out or comparison.notes:
         lines.append("")
     lines += _wrapped(left_out(comparison))
@@ -135,7 +135,8 @@ def width() -> int:
 
 
 def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequence[str]) -> str:
-    """As a table, without the last columns if it would be wider than the terminal."""
+    """As a table, without the last columns if it would be wider than the terminal. Long names are broken."""
+    rows = [[_broken(row[0]), *row[1:]] for row in rows]
     for count in range(len(headers), 1, -1):
         table = tabulate(
             [row[:count] for row in rows],
@@ -147,6 +148,12 @@ def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequen
         if max(map(len, table.splitlines())) <= width():
             break
     return table
+
+
+def _broken(name: str) -> str:
+    """The arguments of a loss go to lines of their own if there are many."""
+    class_name, colon, rest = name.partition(":")
+    return name if len(name) <= 34 else f"{class_name}{colon}\n  " + rest.replace(",", ",\n  ")
 
 
 def _left_then_right(headers: Sequence[str]) -> List[str]:

@@ -78,6 +78,11 @@ class Coordinates:
         """Sums over each parameter's coordinates of interest, ``[number of parameters]``, in float64."""
         return torch.stack([part.sum() for part in vector.double().split(self.counts)]) * self._factors
 
+    @property
+    def weights(self) -> Tensor:
+        """How many coordinates each one that is followed stands for, ``[number followed]``."""
+        return self._factors.repeat_interleave(torch.tensor(self.counts, device=self.device))
+
     def label(self, place: int) -> str:
         """The name of the coordinate at a place of the vector."""
         for name, shape, count, index in zip(self.names, self.shapes, self.counts, self._indices):
