@@ -152,6 +152,8 @@ def check_options(options: argparse.Namespace) -> None:
         values = given.get(name)
         if values is not None and not _smallest(values) > 0:
             raise ValueError(f"{_flag(name)}: expected more than 0, got {_smallest(values)}")
+    if given.get("plot_kind") == "race" and not options.train:
+        raise ValueError("--plot-kind race needs --train")
     if given.get("losses") is not None:
         make_losses(options.losses)
     if not 0 <= options.seed < 2**32:

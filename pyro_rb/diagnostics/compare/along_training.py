@@ -18,7 +18,13 @@ from pyro_rb.diagnostics.compare.report import StateResult, TrainingWindow
 from pyro_rb.diagnostics.guard.guard import GradientGuard, NonFiniteError
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.effect import find_effect
-from pyro_rb.diagnostics.run.losses import ENUMERATED, Losses, make_loss, make_losses
+from pyro_rb.diagnostics.run.losses import (
+    ENUMERATED,
+    Losses,
+    make_loss,
+    make_losses,
+    with_options,
+)
 from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.messages import WarningLog, one_line
 from pyro_rb.diagnostics.run.problem import Problem
@@ -251,7 +257,7 @@ class Study:
         """
         found: List[Tensor] = []
         for seed in range(3):
-            one = self.problem.sampler(make_loss(ENUMERATED))
+            one = self.problem.sampler(make_loss(with_options(ENUMERATED, self.reference)))
             set_rng_seed(seed)
             try:
                 one.step()

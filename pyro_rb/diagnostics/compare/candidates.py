@@ -248,7 +248,7 @@ class Chooser:
 
     def nothing_local(self) -> Optional[str]:
         """Biased if rows are coupled, which no trace shows; so it is never taken unasked."""
-        loss = make_loss(LOCAL)
+        loss = make_loss(with_options(LOCAL, self._reference))
         if self.sums_in_model() or self._evaluate(loss) is not None or not is_treated(loss, "local"):
             return ""
         return "right only if no row has an effect on another; then name it in losses"
@@ -284,7 +284,7 @@ class Chooser:
         # Pyro sums one site out after another, so that what counts is the largest tensor on the way.
         largest = max(_size(site) for site in self._traces[1].nodes.values())
         limit = max(MAX_ELEMENTS, 16 * largest)
-        error = self._evaluate(make_loss(ENUMERATED), limit=limit)
+        error = self._evaluate(make_loss(with_options(ENUMERATED, self._reference)), limit=limit)
         return None if error is None else f"too many joint values, or not to be enumerated in parallel: {error}"
 
     def _evaluate(self, loss: Any, unless: str = "", limit: Optional[int] = None) -> Optional[str]:

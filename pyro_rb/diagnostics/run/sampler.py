@@ -81,7 +81,9 @@ class GradientSampler:
                     "pyro.module()"
                 )
             value = self.loss.differentiable_loss(*self.call, **self.kwargs)
-            self._gradients = torch.autograd.grad(value, self.tensors, allow_unused=True)
+            self._gradients = torch.autograd.grad(
+                value, self.tensors, allow_unused=True, retain_graph=getattr(self.loss, "retain_graph", None)
+            )
         if isinstance(value, tuple):  # ReweightedWakeSleep: the loss of the model first
             value = value[0]
         return float(value.detach() if isinstance(value, Tensor) else value)

@@ -232,7 +232,7 @@ def _wrapped(text: str) -> List[str]:
 def row_cells(result: LossResult) -> List[str]:
     """The cells of one loss, in the order of ``HEADERS``."""
     if result.error:
-        return [result.name, *["-"] * 6, "not measured"]
+        return [result.name, "not measured", *["-"] * 5, ""]
     bias, seen = "reference", ""
     if result.bias_z is not None:
         low_power = (result.detectable_bias or 0) > LOW_POWER

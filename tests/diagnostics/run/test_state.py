@@ -1,8 +1,11 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import functools
 import random
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -14,7 +17,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 from torch import nn
 
-from pyro_rb.diagnostics import preserve_state
+from pyro_rb.diagnostics import compare, preserve_state
 
 
 def model():
@@ -130,6 +133,8 @@ class Net(nn.Module):
         self.calls.append(len(x))
         return self.linear(self.norm(x))
 
+    forward = model
+
 
 NET = Net()
 
@@ -167,6 +172,97 @@ def wrappers():
     yield "holder", holder.model, net
     yield "global", uses_a_global, NET
     yield "helper", through_a_helper, NET
+
+
+class Slots:
+    __slots__ = ("net",)
+
+
+class Called:
+    def __init__(self, net):
+        self.nets = {"first": [net]}
+
+    def __call__(self, x):
+        return self.nets["first"][0].model(x)
+
+
+@dataclasses.dataclass
+class Parts:
+    net: Net
+
+
+class Shelf:
+    net = Net()
+
+
+REGISTRY = {"deep": (SimpleNamespace(parts=Parts(Net())),)}
+PLAIN_CLASS = Shelf
+
+
+def hidden_modules():
+    net = Net()
+    slots = Slots()
+    slots.net = net
+    yield "callable object", Called(net), net
+    yield "dict", lambda x, nets={"a": net}: nets["a"].model(x), net
+    yield "namespace in a tuple in a global dict", lambda x: REGISTRY["deep"][0].parts.net.model(x), (
+        REGISTRY["deep"][0].parts.net
+    )
+    yield "slots", lambda x: slots.net.model(x), net
+    yield "class attribute", lambda x: PLAIN_CLASS.net.model(x), Shelf.net
+    yield "inner function", lambda x: (lambda: REGISTRY["deep"][0].parts.net.model(x))(), REGISTRY["deep"][0].parts.net
+
+
+@pytest.mark.parametrize("name, run, net", list(hidden_modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_modules_are_found_where_they_hide(name, run, net):
+    mean, weight = net.norm.running_mean.clone(), net.linear.weight.detach().clone()
+    with preserve_state(run):
+        run(torch.randn(5, 2))
+        with torch.no_grad():
+            net.linear.weight += 1
+    assert torch.equal(net.norm.running_mean, mean) and torch.equal(net.linear.weight, weight)
+    assert net.calls == [] and net.linear.weight.grad is None
+
+
+@pytest.mark.parametrize("where", ["argument", "nowhere to be found", "registered only"])
+def test_compare_puts_networks_back(where):
+    net = Net()
+    x = torch.randn(5, 2)
+
+    def model(x, nets):
+        found = nets["a"][0] if isinstance(nets, dict) else FINDER(nets)
+        pyro.module("net", found)
+        if where == "registered only":
+            mean = torch.nn.functional.linear(x, found.linear.weight)[:, 0]
+        else:
+            mean = found(x)[:, 0]
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(z + mean, 1.0), obs=torch.ones(5))
+
+    nets = {"a": [net]} if where == "argument" else hidden_number(net)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    result = compare(
+        model, AutoNormal(poutine.block(model, hide=["y"])), "STLTrace_ELBO", args=(x, nets), train_steps=[0, 5],
+        num_samples=4, num_burn_in=0, progress=False,
+    )
+    assert result.states[0].losses[0].loss != result.states[1].losses[0].loss
+    assert "net$$$linear.weight" in result.parameters
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters()) and not pyro.get_param_store()
+
+
+def hidden_number(net):
+    """A number that leads to the module, which no search can follow."""
+    _KEPT.append(weakref.ref(net))
+    return len(_KEPT) - 1
+
+
+_KEPT = []
+
+
+def FINDER(number):
+    return _KEPT[number]()
 
 
 @pytest.mark.parametrize("name, function, net", list(wrappers()), ids=lambda v: v if isinstance(v, str) else "")

@@ -93,10 +93,15 @@ def test_notebooks_show_it_without_pyplot():
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_race_needs_one():
+    with pytest.raises(ValueError, match='"race" needs compare'):
+        make_comparison(row("Good_ELBO")).plot(kind="race")
+
+
 def test_kinds(tmp_path):
     comparison = make_comparison(row("Good_ELBO"), row("Biased_ELBO", biased=True), steps=(0, 4, 9))
     comparison.training = [TrainingWindow(3, 3, 3.5, 0.2), TrainingWindow(6, 3, 3.0, 0.1)]
-    found = {kind: panels(comparison.plot(str(tmp_path / f"{kind}.svg"), kind)) for kind in KINDS}
+    found = {kind: panels(comparison.plot(str(tmp_path / f"{kind}.svg"), kind)) for kind in KINDS if kind != "race"}
     assert {kind: len(axes) for kind, axes in found.items()} == {
         "efficiency": 3, "parameters": 3, "training": 2, "elbo": 1
     }
@@ -109,7 +114,7 @@ def test_kinds(tmp_path):
     assert any(list(line.get_ydata()) == pytest.approx([0.55] * 3) for line in products)
     curve = found["elbo"][0].lines[0]
     assert list(curve.get_xdata()) == [2.0, 5.0] and list(curve.get_ydata()) == [3.5, 3.0]
-    with pytest.raises(ValueError, match="kind: expected one of efficiency, parameters, training, elbo, got 'pie'"):
+    with pytest.raises(ValueError, match="kind: expected one of efficiency, parameters, training, elbo, race, got 'pie'"):
         comparison.plot(kind="pie")
 
 
