@@ -26,6 +26,16 @@ class Snapshot:
     What :func:`preserve_state` puts back. It can grow within the block.
 
     :param roots: Models, guides, arguments: whatever may lead to modules.
+
+    **Example**
+
+    >>> module = nn.Linear(2, 1)
+    >>> bias = module.bias.item()
+    >>> snapshot = Snapshot([module])
+    >>> _ = module.bias.data.add_(1)
+    >>> snapshot.restore()
+    >>> module.bias.item() == bias
+    True
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
