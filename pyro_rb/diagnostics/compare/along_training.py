@@ -37,7 +37,7 @@ from pyro_rb.diagnostics.stats.stopping import StopRule
 
 NUM_WINDOWS = 50
 #: How far to train, where nothing is said and the loss falls on.
-MOST_STEPS, MOST_SECONDS = 2000, 30.0
+MOST_STEPS, MOST_SECONDS = 2000, 20.0
 
 
 @dataclass

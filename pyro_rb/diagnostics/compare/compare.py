@@ -25,7 +25,7 @@ from pyro_rb.diagnostics.compare.race import (
     race,
     trained_tensors,
 )
-from pyro_rb.diagnostics.compare.recommend import recommend
+from pyro_rb.diagnostics.compare.recommend import LEAST_SAMPLES, recommend
 from pyro_rb.diagnostics.compare.report import Comparison
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import Losses, make_loss, make_losses
@@ -100,7 +100,7 @@ def compare(
         when to measure. 0 is only the parameters as they are, from which there is no advice. Default:
         before training, and after a short training run: until a
         :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss falls no more, or
-        2000 steps, or 30 seconds.
+        2000 steps, or 20 seconds; not if there are fewer than 30 gradients, from which there is no advice.
     :param ~pyro.optim.optim.PyroOptim optim: Optimizer for the training. Default: Adam with
         learning rate 0.01. It is copied.
     :param int seed: Seed, between 0 and 2**32 - 1.
@@ -145,8 +145,10 @@ def compare(
     >>> [loss.name for loss in result.states[0].losses]
     ['Trace_ELBO', 'TraceMeanField_ELBO']
     """
-    steps = None if train_steps is None else _steps(train_steps)
     num_samples, num_burn_in = integer("num_samples", num_samples), integer("num_burn_in", num_burn_in)
+    if train_steps is None and num_samples < LEAST_SAMPLES and rel_error is None:
+        train_steps = 0  # too few for advice
+    steps = None if train_steps is None else _steps(train_steps)
     seed = integer("seed", seed)
     plan = _plan(num_samples, num_burn_in, rel_error, max_seconds)
     if optim is None:
