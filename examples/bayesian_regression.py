@@ -19,7 +19,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from tqdm import trange
 
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from utils.command_line import make_parser, restart, run, set_up
 from utils.losses import add_loss_option, train_each
 from utils.results import report

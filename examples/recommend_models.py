@@ -22,7 +22,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.ops.indexing import Vindex
 
-from pyro_rb.diagnostics.models import EXAMPLES
+from pyro_rb.diagnostics.cli.examples import EXAMPLES
 from utils.data import data_of, load_digits, load_mnist
 
 ENUMERATED = "TraceEnum_ELBO+config_enumerate"

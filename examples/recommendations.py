@@ -46,8 +46,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import compare
-from pyro_rb.diagnostics.losses import make_loss
-from pyro_rb.diagnostics.palette import STYLES
+from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.show.palette import STYLES
 from utils.results import cell, make_panels, write_table
 from utils.training import Run
 

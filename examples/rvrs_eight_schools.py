@@ -21,7 +21,7 @@ import torch
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
 
-from pyro_rb.diagnostics.models import (
+from pyro_rb.diagnostics.cli.examples import (
     EIGHT_SCHOOLS_EFFECTS,
     EIGHT_SCHOOLS_ERRORS,
 )

@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
 
-from pyro_rb.diagnostics.palette import INK
+from pyro_rb.diagnostics.show.palette import INK
 from pyro_rb.infer import RVRSGuide
 from utils.bounds import elbo
 from utils.command_line import make_parser, restart, run, set_up

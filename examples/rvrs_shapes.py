@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal
 
-from pyro_rb.diagnostics.palette import INK
+from pyro_rb.diagnostics.show.palette import INK
 from pyro_rb.infer import RVRSGuide
 from pyro_rb.ops.rejection import acceptance
 from utils.bounds import log_joint

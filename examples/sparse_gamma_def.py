@@ -27,7 +27,7 @@ from torch.nn.functional import softplus
 from tqdm import trange
 
 from pyro_rb import GradientGuard
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from utils.command_line import make_parser, restart, run, set_up
 from utils.data import load_counts
 from utils.losses import add_loss_option, train_each

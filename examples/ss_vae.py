@@ -28,7 +28,7 @@ from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from torch import nn
 from tqdm import trange
 
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from utils.command_line import make_parser, restart, run, set_up
 from utils.data import load_mnist
 from utils.losses import add_loss_option, mark_for, train_each

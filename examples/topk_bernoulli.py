@@ -24,7 +24,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from tabulate import tabulate
 from tqdm import tqdm
 
-from pyro_rb.diagnostics.palette import INK
+from pyro_rb.diagnostics.show.palette import INK
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from utils.command_line import make_parser, restart, run, set_up
 from utils.results import make_panels, write_results

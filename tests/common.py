@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Statistical asserts on gradient samples, on top of :mod:`pyro_rb.diagnostics.stats`.
+Statistical asserts on gradient samples, on top of :mod:`pyro_rb.diagnostics.stats.summary`.
 
 Samples are a tensor of shape ``[N, *shape]``, or a dict of such tensors by parameter, as
 :func:`pyro_rb.diagnostics.sample_gradients` returns them.
@@ -15,8 +15,8 @@ from typing import Dict, Mapping, Optional, Union
 import torch
 from torch import Tensor
 
-from pyro_rb.diagnostics import stats
-from pyro_rb.diagnostics.bias import compare_means
+from pyro_rb.diagnostics.stats import summary as stats
+from pyro_rb.diagnostics.stats.bias import compare_means
 
 Samples = Union[Tensor, Mapping[str, Tensor]]
 

@@ -22,7 +22,7 @@ from sparse_gamma_def import SparseGammaDEF
 from ss_vae import SemiSupervisedVae, make_batches
 
 from pyro_rb import RaoBlackwellTopK_ELBO
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from utils.command_line import find_device, make_parser, run
 from utils.losses import add_loss_option, mark_for, train_each
 from utils.results import report

@@ -3,11 +3,15 @@
 
 """``python -m pyro_rb`` as a user meets it."""
 
+import fcntl
 import json
 import os
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from pathlib import Path
@@ -15,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from pyro_rb.__main__ import main
+from pyro_rb.diagnostics.cli import commands
+from pyro_rb.diagnostics.compare import along_training
 
 QUICK = ["--num-samples", "4", "--burn-in", "1", "--no-progress"]
 
@@ -33,7 +39,7 @@ USER_MODULE = """
         loc = pyro.param("loc", torch.tensor(0.0))
         pyro.sample("z", dist.Normal(loc, 0.8))
 
-    def make_args():
+    def arguments():
         return (torch.tensor(0.7),)
 
     def make_args_and_kwargs():
@@ -69,6 +75,13 @@ USER_MODULE = """
         return torch.tensor(0.7)
 
     number = 3
+    x = torch.tensor(0.7)
+
+    def from_variables(x, obs=None):
+        model(x)
+
+    def needs_more(x, y):
+        model(x)
 """
 
 
@@ -83,16 +96,17 @@ def user_module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def mine(guide="mine:guide", model="mine:model", args="mine:make_args"):
+def mine(guide="mine:guide", model="mine:model", args="mine:arguments"):
     return ["--model", model, "--guide", guide, "--args", args, *QUICK]
 
 
 def command(*arguments, **options):
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), **options.pop("env", {})}
+    options = {"text": True, **options}
     return subprocess.run(
         [sys.executable, "-m", "pyro_rb", *arguments],
-        capture_output=True, text=True, env=environment, timeout=120, **options
+        capture_output=True, env=environment, timeout=120, **options
     )
 
 
@@ -102,10 +116,10 @@ def test_embedded_models(capsys):
     assert "Eight schools (Rubin 1981)" in out and "Batting averages (Efron and Morris 1975)" in out
     assert out.count("Before training") == out.count("After 2 training steps") == 2
     for name in ("Trace_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:adaptive"):
-        assert out.count("\n" + name + "  ") == 4
+        assert out.count("\n" + name + "  ") == 6  # two states of two models, and two rankings
     assert out.count("Not tried: TraceMeanField_ELBO (biased on this guide") == 2
-    assert out.count("The evidence is too thin to recommend a loss: 4 gradients of each") == 2
-    assert out.count("bias z      largest") == 1
+    assert out.count("No advice: 4 gradients of each loss at a state are too few") == 2
+    assert out.count("variance         of the gradient") == 1
     assert err == ""
 
 
@@ -126,6 +140,93 @@ def test_user_model_in_a_process():
 def test_kinds_of_guides(guide, capsys):
     assert main([*mine(guide), "--losses", "STLTrace_ELBO"]) == 0
     assert "not measured" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["mine.py", "./mine.py", "my models/été.py", "package/inner.py"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_files(path, absolute, capsys, tmp_path):
+    """A path, also with spaces and letters; a part of a package may import its neighbours."""
+    file = tmp_path / path
+    file.parent.mkdir(exist_ok=True)
+    if path.startswith("package"):
+        (file.parent / "__init__.py").touch()
+        (file.parent / "neighbour.py").write_text(textwrap.dedent(USER_MODULE))
+        file.write_text("from .neighbour import arguments, guide, model")
+    else:
+        file.write_text(textwrap.dedent(USER_MODULE))
+    spec = str(file) if absolute else path
+    given = ["--model", f"{spec}:model", "--guide", f"{spec}:guide", "--args", f"{spec}:arguments"]
+    try:
+        assert main([*given, *QUICK, "--losses", "STLTrace_ELBO"]) == 0
+        assert f"Model {spec}:model, guide {spec}:guide" in capsys.readouterr().out
+        # The file has a model of the usual name.
+        assert main(["--model", spec, "--args", f"{spec}:arguments", *QUICK, "--losses", "STLTrace_ELBO"]) == 0
+    finally:
+        for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(tmp_path))]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "def make_args(): return (torch.tensor(0.7),)",
+        "args = (torch.tensor(0.7),)",
+        "args = 'of something else'",
+        "def model(*, x): z = pyro.sample('z', dist.Normal(x, 1.0))",
+    ],
+)
+def test_arguments_of_the_script(lines, capsys):
+    with open("mine.py", "a") as file:
+        file.write(lines)
+    assert main(["--model", "mine:model", *QUICK, "--losses", "STLTrace_ELBO"]) == 0
+    assert "not measured" not in capsys.readouterr().out
+
+
+def test_a_script_that_trains():
+    with open("mine.py", "a") as file:
+        file.write("guide(x)")
+    done = command("compare", "--model", "mine:model", "--guide", "mine:guide", *QUICK, "--losses", "STLTrace_ELBO")
+    assert done.returncode == 0
+    assert "warning: importing 'mine' has run and maybe trained a model" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_of_any_alphabet(encoding):
+    names = ["\u03b2", "\u53c2\u6570", "a$b$c{", "\ud800", "_x"]
+    lines = [f"pyro.sample({ascii(name)}, dist.Normal(0.0, 1.0))" for name in names]
+    Path("mine.py").write_text(
+        "import pyro\nimport pyro.distributions as dist\n\ndef model():\n    " + "\n    ".join(lines)
+    )
+    files = ["--json", "out.json", "--html", "out.html", "--plot", "out.svg"]
+    arguments = ["--model", "mine:model", *QUICK, "--losses", "STLTrace_ELBO", *files]
+    done = command(*arguments, env={"PYTHONIOENCODING": encoding}, encoding=encoding, text=None)
+    assert done.returncode == 0 and done.stderr == ""
+    found = json.loads(Path("out.json").read_text())["comparisons"][0]["parameters"]
+    assert {f"AutoNormal.locs.{name}" for name in names} < found.keys()
+    assert Path("out.html").exists() and Path("out.svg").exists()
+
+
+def test_what_was_measured_before_an_error(capsys):
+    with open("mine.py", "a") as file:
+        file.write(textwrap.dedent("""
+            calls = []
+
+            def fails(x):
+                calls.append(1)
+                assert len(calls) != 60, "sixty"
+                model(x)
+            """))
+    arguments = [*mine(model="mine:fails"), "--losses", "STLTrace_ELBO", "--train-steps", "0", "100"]
+    assert main([*arguments, "--json", "out.json"]) == 2
+    out, err = capsys.readouterr()
+    assert "STLTrace_ELBO" in out and "Ended early, by an error: training with Trace_ELBO failed at step" in out
+    assert "error: training with Trace_ELBO failed at step" in err and "sixty" in err
+    assert len(json.loads(Path("out.json").read_text())["comparisons"][0]["states"]) == 1
+
+
+def test_fit_looks_at_its_file_first(capsys):
+    assert main(["fit", *mine()[:-5], "--save", "no/such/file", "--no-progress"]) == 2
+    assert "--save: there is no directory 'no/such'" in capsys.readouterr().err
 
 
 def test_other_inputs(capsys):
@@ -152,7 +253,16 @@ def test_help_and_version(capsys):
 BAD = {
     "no module": (mine(guide="nowhere.at_all:guide"), "--guide: no module named 'nowhere'"),
     "no attribute": (mine(model="mine:modle"), "--model: module 'mine' has no 'modle'"),
-    "no colon": (mine(model="mine.model"), "--model: expected package.module:name, got 'mine.model'"),
+    "no colon": (
+        mine(model="mine.model"),
+        "--model: expected package.module:name or path/to/file.py:name, got 'mine.model'",
+    ),
+    "no file": (mine(model="nowhere/mine.py:model"), "--model: there is no file 'nowhere/mine.py' in "),
+    "file without it": (mine(model="./mine.py:modle"), "--model: module 'mine' has no 'modle'"),
+    "no arguments": (
+        ["--model", "mine:needs_more"],
+        "--model mine:needs_more needs 'y': give --args MODULE:make_args, a function that returns (x, y), or define",
+    ),
     "broken import": (
         mine(guide="broken:guide"),
         "--guide: importing 'broken' failed: No module named 'no_such_package'",
@@ -214,7 +324,7 @@ def test_traceback_on_demand(capsys):
 
 
 def test_file_that_cannot_be_written_in_the_end(capsys, monkeypatch):
-    monkeypatch.setattr("pyro_rb.__main__.os.access", lambda *_: True)
+    monkeypatch.setattr("pyro_rb.diagnostics.cli.options.os.access", lambda *_: True)
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     assert main([*mine(), "--json", "/dev/full"]) == 2
@@ -239,32 +349,35 @@ def test_current_directory_is_put_back():
     assert sys.path == before
 
 
-def test_progress_bar_and_interrupt(tmp_path):
+def test_progress_bar_and_interrupt():
     """Ctrl-C leaves what was measured until then, as a table and in files."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     arguments = [*mine()[:-1], "--num-samples", "100000", "--json", "out.json", "--html", "out.html"]
-    errors = tmp_path / "stderr"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pyro_rb", *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
-            # A shell that runs the tests in the background has it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            deadline = time.time() + 60
-            while "/100001" not in errors.read_text() and time.time() < deadline:
-                time.sleep(0.1)
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    text = errors.read_text()
+    terminal, stderr = os.openpty()  # a bar is for terminals only
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyro_rb", *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        # A shell that runs the tests in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.close(stderr)
+    text = ""
+    try:
+        deadline = time.time() + 60
+        while "%|" not in text and time.time() < deadline:
+            if select.select([terminal], [], [], 1)[0]:
+                text += os.read(terminal, 10000).decode()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        text += os.read(terminal, 100000).decode()
+    finally:
+        process.kill()
+        os.close(terminal)
     assert process.returncode == 130
     assert "Traceback" not in text
-    assert "it/s" in text or "s/it" in text  # the bar
-    assert text.endswith("python -m pyro_rb: interrupted\n")
+    assert text.rstrip().endswith("python -m pyro_rb: interrupted")
     assert "At the parameters as they are, interrupted after" in out and "STLTrace_ELBO" in out
     (comparison,) = json.loads(Path("out.json").read_text())["comparisons"]
     assert comparison["interrupted"] and comparison["states"][0]["stopped"] == "interrupted"
@@ -275,7 +388,7 @@ def test_interrupt_before_anything_was_measured(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_rb.diagnostics.study.measure", interrupt)
+    monkeypatch.setattr(along_training, "measure", interrupt)
     assert main([*mine(), "--json", "out.json"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err == "python -m pyro_rb: interrupted\n"
@@ -284,7 +397,7 @@ def test_interrupt_before_anything_was_measured(capsys, monkeypatch):
 
 def test_interrupt_keeps_what_was_finished(capsys, monkeypatch):
     """The second of two models was not begun."""
-    usual, calls = sys.modules["pyro_rb.__main__"].compare, []
+    usual, calls = commands.compare, []
 
     def compare(**kwargs):
         calls.append(1)
@@ -292,7 +405,7 @@ def test_interrupt_keeps_what_was_finished(capsys, monkeypatch):
             raise KeyboardInterrupt
         return usual(**kwargs)
 
-    monkeypatch.setattr("pyro_rb.__main__.compare", compare)
+    monkeypatch.setattr(commands, "compare", compare)
     assert main([*QUICK, "--train-steps", "0", "--json", "out.json"]) == 130
     assert "Eight schools" in capsys.readouterr().out
     assert len(json.loads(Path("out.json").read_text())["comparisons"]) == 1

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_rb.diagnostics import sample_gradients
-from pyro_rb.diagnostics.palette import INK, figure_style
+from pyro_rb.diagnostics.show.palette import INK, figure_style
 from pyro_rb.infer import DReG_ELBO
 
 OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "dreg"

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from overview_models import PROBLEMS, Problem
 from pyro_rb import Comparison, compare
-from pyro_rb.diagnostics.losses import make_loss
-from pyro_rb.diagnostics.palette import INK, STYLES, dress, error_bars
-from pyro_rb.diagnostics.report import LossResult
+from pyro_rb.diagnostics.compare.report import LossResult
+from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.show.palette import INK, STYLES, dress, error_bars
 
 OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "overview"
 OURS = STYLES[3][0]
@@ -109,7 +109,7 @@ def draw_gains(axes: Any, models: Dict[str, Any]) -> None:
             )
             if last:
                 axes.plot([1.0, value], [place, place], color=OURS, lw=3, alpha=0.5, zorder=1)
-        text = f"{problem.loss.partition(':')[0]}\n{_times(value)}"
+        text = f"{problem.loss}\n{_times(value)} variance x time"
         axes.annotate(
             text,
             (1.0, place),

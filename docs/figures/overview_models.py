@@ -13,8 +13,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_mea
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from pyro_rb.diagnostics.losses import make_loss
-from pyro_rb.diagnostics.models import EXAMPLES
+from pyro_rb.diagnostics.cli.examples import EXAMPLES
+from pyro_rb.diagnostics.run.losses import make_loss
 
 SHARPNESS = 0.02  # of the classifier at the start: it has a preference, and is not sure
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pyro_rb import STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients
-from pyro_rb.diagnostics.palette import INK, figure_style
+from pyro_rb.diagnostics.show.palette import INK, figure_style
 
 OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "stl"
 OFFSET = 0.3  # of the guide's locations, in standard deviations of the best guide

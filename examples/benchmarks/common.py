@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_rb.diagnostics.models import (
+from pyro_rb.diagnostics.cli.examples import (
     EIGHT_SCHOOLS_EFFECTS,
     EIGHT_SCHOOLS_ERRORS,
     eight_schools,

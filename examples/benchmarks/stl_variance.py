@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from pyro_rb import STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients, stats
-from pyro_rb.diagnostics.models import EXAMPLES
+from pyro_rb.diagnostics.cli.examples import EXAMPLES
 from utils.command_line import run, set_up
 
 X = (0.5, -1.2, 2.0, 0.3)

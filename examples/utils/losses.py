@@ -10,7 +10,7 @@ import traceback
 import torch.distributed
 from pyro.infer import RenyiELBO, TraceEnum_ELBO, config_enumerate
 
-from pyro_rb.diagnostics.losses import make_loss
+from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 
 #: What is said of errors of a type, where the loss's name and the text match a pattern: the reason, if

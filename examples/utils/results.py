@@ -15,7 +15,7 @@ import pyro
 import torch
 from tabulate import tabulate
 
-from pyro_rb.diagnostics.palette import figure_style
+from pyro_rb.diagnostics.show.palette import figure_style
 
 
 def mean_and_error(values):

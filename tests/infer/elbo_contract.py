@@ -29,7 +29,7 @@ from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam
 from pyro.poutine.runtime import am_i_wrapped
 
-from pyro_rb.diagnostics.gradients import sample_gradients
+from pyro_rb.diagnostics.run.gradients import sample_gradients
 from tests.cases import Case, positive, real
 from tests.common import assert_unbiased, assert_variance_ratio
 from tests.guides import GUIDES

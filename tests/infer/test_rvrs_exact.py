@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from scipy.stats import kstest
 
 from pyro_rb import RVRSGuide
-from pyro_rb.diagnostics.gradients import sample_gradients
+from pyro_rb.diagnostics.run.gradients import sample_gradients
 from pyro_rb.infer import rvrs_guide, rvrs_surrogate
 from tests.common import assert_unbiased
 from tests.infer.rvrs_models import CASES, GRID, Local, curve

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 
 from pyro_rb import STLTrace_ELBO
-from pyro_rb.diagnostics import stats
+from pyro_rb.diagnostics.stats import summary as stats
 from tests.cases import Case
 from tests.common import assert_variance_ratio
 from tests.infer.elbo_contract import case_args, draw_gradients

@@ -1,0 +1,315 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which loss gives the best gradients for the time it takes? :func:`compare` measures it."""
+
+import copy
+import operator
+import time
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Union
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from pyro.optim import PyroOptim
+
+import pyro_rb
+from pyro_rb.diagnostics.compare.along_training import MOST_STEPS, Study
+from pyro_rb.diagnostics.compare.candidates import Choice, Chooser, has_elbo
+from pyro_rb.diagnostics.compare.measure import Plan
+from pyro_rb.diagnostics.compare.race import (
+    LEARNING_RATES,
+    NUM_POINTS,
+    NUM_SEEDS,
+    race,
+    trained_tensors,
+)
+from pyro_rb.diagnostics.compare.recommend import LEAST_SAMPLES, recommend
+from pyro_rb.diagnostics.compare.report import Comparison
+from pyro_rb.diagnostics.run.bar import TimedBar
+from pyro_rb.diagnostics.run.losses import Losses, make_loss, make_losses
+from pyro_rb.diagnostics.run.messages import one_line, recorded_warnings
+from pyro_rb.diagnostics.run.parameters import Arguments, integer
+from pyro_rb.diagnostics.run.problem import prepared
+from pyro_rb.diagnostics.stats.mean_test import z_threshold
+
+#: So many losses are trained, beside the reference.
+MOST_RACERS = 4
+#: How long to go on for a relative error at most, where nothing else is said.
+DEFAULT_SECONDS = 600.0
+
+
+def compare(
+    model: Callable,
+    guide: Callable,
+    losses: Optional[Losses] = None,
+    args: Arguments = (),
+    kwargs: Optional[Mapping[str, Any]] = None,
+    num_samples: int = 300,
+    num_burn_in: int = 100,
+    train_steps: Union[None, int, Sequence[int]] = None,
+    optim: Optional[PyroOptim] = None,
+    seed: int = 0,
+    failure_rate: float = 1e-3,
+    title: Optional[str] = None,
+    progress: bool = True,
+    reference: Optional[str] = None,
+    rel_error: Optional[float] = None,
+    max_seconds: Optional[float] = None,
+    train: Union[bool, float] = False,
+) -> Comparison:
+    """
+    Compares losses on a model and guide: is the gradient unbiased, how large is its
+    variance, what does it cost? And which loss is to be recommended?
+
+    All losses are measured in turn at the same parameters and with the same random numbers
+    draw by draw, against a reference, which is always measured:
+    :class:`~pyro.infer.trace_elbo.Trace_ELBO` unless you say otherwise. ``variance x time``
+    is the time that a loss needs to estimate the gradient as well as another;
+    ``result.recommendation`` weighs the states, by the rule in
+    :mod:`~pyro_rb.diagnostics.compare.recommend`.
+
+    Bias is tested against the exact gradient where all latent variables are discrete and
+    few enough to be enumerated, and else against the reference's, draw by draw;
+    ``result.settings["reference_gradient"]`` says which.
+
+    The param store, the random number generators and the modules are left as they were
+    found, see :func:`~pyro_rb.diagnostics.run.state.preserve_state`. A loss that cannot run on
+    this model and guide gets a row that says why. If training or the reference fails after
+    something was measured, that is returned, and ``result.error`` says what has happened.
+
+    :param callable model: A Pyro model.
+    :param callable guide: A Pyro guide whose sample sites match the model's.
+    :param losses: Names such as ``"STLTrace_ELBO:adaptive"`` (see
+        :func:`~pyro_rb.diagnostics.run.losses.make_loss`), ELBO instances, or a dict of either by
+        name. Instances are copied. Default: those that apply, see
+        :func:`~pyro_rb.diagnostics.compare.candidates.choose_losses`; ``result.left_out`` says why the
+        others do not.
+    :param args: Positional arguments of model and guide; or a function without arguments that
+        returns them. It is called before each step, for a new minibatch, whose noise then counts
+        in all variances; the time that it takes counts as well. It must draw by the generators
+        of torch, numpy or random, so that all losses see the same.
+    :param dict kwargs: Keyword arguments of model and guide.
+    :param int num_samples: Number of gradients of each loss at each state, at least 2. With
+        ``rel_error``, the least number.
+    :param int num_burn_in: Number of gradients that are drawn first and thrown away, from
+        which adaptive losses learn.
+    :param train_steps: With ``n`` steps the losses are measured before, halfway (after
+        ``n // 2`` steps) and after training by the reference. A list of steps says exactly
+        when to measure. 0 is only the parameters as they are, from which there is no advice. Default:
+        before training, and after a short training run: until a
+        :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss falls no more, or
+        2000 steps, or 20 seconds; not if there are fewer than 30 gradients, from which there is no advice.
+    :param ~pyro.optim.optim.PyroOptim optim: Optimizer for the training. Default: Adam with
+        learning rate 0.01. It is copied.
+    :param int seed: Seed, between 0 and 2**32 - 1.
+    :param float failure_rate: Probability that any of the losses is called biased by chance.
+    :param str title: Heading of the table.
+    :param bool progress: Whether to show a progress bar on stderr.
+    :param str reference: Name of the loss that the others are compared to. Losses with
+        another objective than it appear as biased; so compare importance-weighted bounds
+        to ``"RenyiELBO:alpha=0,num_particles=8"`` or the like. Default:
+        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site,
+        else ``Trace_ELBO``.
+    :param float rel_error: Go on sampling at each state until the standard error of each
+        variance ratio is at most this share of it. Default: take ``num_samples``.
+    :param float max_seconds: Stop sampling after this time, with at least two gradients at
+        each state; training is not cut short. The states share the time. Results then
+        depend on the speed of the machine. Default: no limit, or 600 with ``rel_error``.
+    :param train: Whether to train with the best losses, and the reference, for equal time from the
+        same start, and to see which ends lowest; a number is the time in seconds for each loss and
+        seed (True: 5). It takes about 20 times that. ``result.race`` has the curves, see
+        :func:`~pyro_rb.diagnostics.compare.race.race`.
+    :returns: A :class:`~pyro_rb.diagnostics.compare.report.Comparison`: prints as a table, shows as
+        one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
+    :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
+        argument is out of range, or the reference or the training fails before anything is measured.
+    :raises ComparisonInterrupted: On Ctrl-C. It is a :class:`KeyboardInterrupt` that has
+        what was measured until then.
+
+    The test of bias has little power where the gradient is very noisy; the column *bias
+    seen from* tells how large a bias would have been noticed. Variances are those at frozen
+    parameters; they tell nothing about the path of training.
+
+    **Example**
+
+    >>> import torch, pyro
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0., 1.))
+    ...     pyro.sample("x", dist.Normal(z, 1.), obs=x)
+    >>> result = compare(model, AutoNormal(model), ["TraceMeanField_ELBO"], args=(torch.tensor(0.7),),
+    ...                  train_steps=0, num_samples=20, progress=False)
+    >>> [loss.name for loss in result.states[0].losses]
+    ['Trace_ELBO', 'TraceMeanField_ELBO']
+    """
+    num_samples, num_burn_in = integer("num_samples", num_samples), integer("num_burn_in", num_burn_in)
+    if train_steps is None and num_samples < LEAST_SAMPLES and rel_error is None:
+        train_steps = 0  # too few for advice
+    steps = None if train_steps is None else _steps(train_steps)
+    seed = integer("seed", seed)
+    plan = _plan(num_samples, num_burn_in, rel_error, max_seconds)
+    if optim is None:
+        optim = PyroOptim(torch.optim.Adam, {"lr": 0.01})
+    if not isinstance(optim, PyroOptim):
+        raise TypeError(
+            f"optim: expected a pyro.optim.PyroOptim such as pyro.optim.Adam, got {optim!r}"
+        )
+    z_threshold(failure_rate)  # fails early
+    seconds = 5.0 if train is True else float(train)
+    if seconds < 0:
+        raise ValueError(f"train: expected True, False or a number of seconds > 0, got {train!r}")
+    if losses is not None:
+        make_losses(losses)
+    if reference is not None:
+        if not isinstance(reference, str):
+            raise TypeError(
+                "reference: expected the name of a loss, such as 'Trace_ELBO:num_particles=4', "
+                f"got {reference!r}"
+            )
+        make_loss(reference)
+    with recorded_warnings() as warned, prepared(model, guide, args, kwargs, seed) as problem:
+        parameters = problem.parameters
+        chooser = Chooser(problem)
+        choice = Choice(reference or chooser.reference(), [], {})
+        if losses is None:
+            choice = chooser.choose(reference)
+        num_states, last = (2, MOST_STEPS) if steps is None else (len(steps), steps[-1])
+        counts = {"round": (num_samples + num_burn_in) * num_states, "step": last}
+        guess = {"step": 1 / (1 + len(choice.losses if losses is None else make_losses(losses)))}
+        if seconds:
+            counts["training"] = (MOST_RACERS + 1) * (len(LEARNING_RATES) + NUM_SEEDS * NUM_POINTS)
+        tensors = trained_tensors(problem)
+        start = [tensor.detach().clone() for tensor in tensors] if seconds else []
+        with TimedBar(progress, title, counts, guess) as bar:
+            study = Study(
+                problem=problem,
+                reference=choice.reference,
+                losses=choice.losses if losses is None else losses,
+                scored=bool(chooser.sites.scored),
+                exact=has_elbo(choice.reference) and chooser.is_exact(),
+                steps=steps,
+                optim=copy.deepcopy(optim),
+                plan=plan,
+                seed=seed,
+                failure_rate=failure_rate,
+                bar=bar,
+                warned=warned,
+            )
+            study.run()
+            found_race = None
+            if seconds and study.states and not study.interrupted and not study.error:
+                with torch.no_grad():
+                    for tensor, value in zip(tensors, start):
+                        tensor.copy_(value)
+                made = {choice.reference: make_loss(choice.reference), **make_losses(study.losses)}
+                best = [one.name for one in recommend(study.states).ranking][:MOST_RACERS]
+                bar.start()
+                try:
+                    found_race = race(problem, choice.reference, best, made, optim, seconds, bar)
+                except KeyboardInterrupt:
+                    study.interrupted = True
+                except Exception as error:
+                    study.error = f"training by all losses failed: {one_line(error)}"
+
+    if not study.states:
+        raise ComparisonInterrupted(None)
+    compared = study.states[0].losses[0].bias_z is not None
+    result = Comparison(
+        title=title or f"{_describe(model)} with guide {_describe(guide)}",
+        states=study.states,
+        parameters={name: list(tensor.shape) for name, tensor in parameters.items()},
+        settings={
+            "reference": choice.reference,
+            "reference_gradient": (
+                "the exact gradient, by enumeration"
+                if compared
+                else f"{choice.reference}, with the same random numbers"
+            ),
+            "num_samples": num_samples,
+            "num_burn_in": num_burn_in,
+            "rel_error": rel_error,
+            "max_seconds": max_seconds,
+            "seed": seed,
+            "failure_rate": failure_rate,
+            "bias_threshold": study.threshold,
+            "optim": f"{_describe(optim.pt_optim_constructor)}({optim.pt_optim_args})",
+            "device": str(next(iter(parameters.values())).device),
+            "num_threads": torch.get_num_threads(),
+            "pyro_rb": pyro_rb.__version__,
+            "pyro": pyro.__version__,
+            "torch": str(torch.__version__),
+        },
+        notes=study.notes
+        + _explanations(study, chooser.sites.jacobians)
+        + warned.notes,
+        left_out=choice.left_out,
+        training=study.windows(),
+        interrupted=study.interrupted,
+        error=study.error,
+        race=found_race,
+    )
+    if study.interrupted:
+        raise ComparisonInterrupted(result)
+    return result
+
+
+class ComparisonInterrupted(KeyboardInterrupt):
+    """
+    The user has pressed Ctrl-C in :func:`compare`.
+
+    :param Comparison partial: What was measured until then, in ``partial``; None if that is
+        nothing.
+    """
+
+    def __init__(self, partial: Optional[Comparison]) -> None:
+        super().__init__("the comparison was interrupted")
+        self.partial = partial
+
+
+def _explanations(study: Study, jacobians: List[str]) -> List[str]:
+    """Reasons for results that would surprise."""
+    biased = {row.name for state in study.states for row in state.losses if row.biased}
+    return [
+        f"{name} is biased on this guide: Pyro's KL divergence of a Delta leaves out its "
+        f"log_density, here the Jacobian of {', '.join(map(repr, jacobians))}."
+        for name, loss in make_losses(study.losses).items()
+        if name in biased and jacobians and isinstance(loss, TraceMeanField_ELBO)
+    ]
+
+
+def _plan(
+    num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
+) -> Plan:
+    if num_samples < 2 or num_burn_in < 0:
+        raise ValueError(
+            "expected num_samples >= 2 and num_burn_in >= 0, "
+            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
+        )
+    for name, value in (("rel_error", rel_error), ("max_seconds", max_seconds)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    if max_seconds is None and rel_error is not None:
+        max_seconds = DEFAULT_SECONDS
+    deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+    return Plan(num_samples, num_burn_in, rel_error, deadline)
+
+
+def _steps(train_steps: Union[int, Sequence[int]]) -> List[int]:
+    given: Any = train_steps
+    is_one = not isinstance(given, (Sequence, np.ndarray))
+    try:
+        listed = [operator.index(n) for n in ([given] if is_one else list(given))]
+    except TypeError:
+        listed = []
+    if not listed or min(listed) < 0:
+        raise ValueError(
+            f"train_steps: expected an integer >= 0 or a list of such, got {train_steps!r}"
+        )
+    return sorted({0, listed[0] // 2, listed[0]} if is_one else set(listed))
+
+
+def _describe(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

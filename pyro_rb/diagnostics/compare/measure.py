@@ -1,0 +1,167 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Measures several losses side by side at one state of the parameters."""
+
+import math
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+from pyro_rb.diagnostics.compare.measurement import Draw, Gauge
+from pyro_rb.diagnostics.run.bar import TimedBar
+from pyro_rb.diagnostics.run.messages import WarningLog, one_line
+from pyro_rb.diagnostics.run.sampler import draw_seeds
+
+# Draws are gathered in about this many blocks; the spread of the blocks' variances gives
+# the standard error of the variance.
+NUM_BLOCKS = 20
+# Where an error is asked for, it is looked at whenever there are so many times more draws.
+GROWTH = 1.5
+
+
+class Plan(NamedTuple):
+    """
+    How long to sample at one state.
+
+    :param int num_samples: Number of gradients of each loss; with ``rel_error``, the least.
+    :param int num_burn_in: Number of gradients that are thrown away before.
+    :param float rel_error: Relative standard error that each variance ratio is to reach.
+    :param float deadline: When to stop at the latest, by :func:`time.perf_counter`.
+    """
+
+    num_samples: int
+    num_burn_in: int
+    rel_error: Optional[float] = None
+    deadline: Optional[float] = None
+
+
+class ReferenceFailed(Exception):
+    """
+    The reference cannot be measured any further.
+
+    :param Exception cause: What it has raised.
+    :param int seed: Of the random numbers with which it failed.
+    """
+
+    def __init__(self, cause: Exception, seed: int) -> None:
+        super().__init__(one_line(cause))
+        self.cause, self.seed = cause, seed
+
+
+def measure(
+    gauges: List[Gauge], plan: Plan, seed: int, bar: TimedBar, warned: WarningLog
+) -> str:
+    """
+    Draws from all gauges in turn. One that fails is left out from there on; if it is the
+    first, the reference, that is the end. What was drawn until then stays.
+
+    :returns: Why it has ended, as in :class:`~pyro_rb.diagnostics.compare.report.StateResult`.
+    :raises ReferenceFailed: If it has ended by that.
+    """
+    burn_in, draws = draw_seeds(seed, plan.num_samples, plan.num_burn_in)
+    block_size = max(2, plan.num_samples // NUM_BLOCKS)
+    start, turn, done = time.perf_counter(), 0, 0
+    try:
+        for number in burn_in:
+            if plan.deadline is not None and 2 * time.perf_counter() > start + plan.deadline:
+                break  # at most half of the time
+            _draw_all(gauges, number, turn, warned)
+            turn += 1
+            bar.update("round")
+        while True:
+            for left, number in zip(range(len(draws) - 1, -1, -1), draws):
+                late = plan.deadline is not None and time.perf_counter() > plan.deadline
+                if late and done >= 2:
+                    return "max_seconds"
+                drawn = _draw_all(gauges, number, turn, warned)
+                turn, done = turn + 1, done + 1
+                with _no_interrupt():
+                    _update(gauges, drawn)
+                    # The last block is longer rather than short.
+                    if gauges[0].block.count >= block_size <= left:
+                        _end_blocks(gauges)
+                bar.update("round")
+            with _no_interrupt():
+                _end_blocks(gauges)
+            if plan.rel_error is None:
+                return "num_samples"
+            if largest_error(gauges) <= plan.rel_error:
+                return "rel_error"
+            more = math.ceil((GROWTH - 1) * done)
+            draws = draw_seeds(draws[-1], more)[1]
+            bar.counts["round"] += more
+    except KeyboardInterrupt:
+        for gauge in gauges:
+            gauge.sampler.clear()
+        return "interrupted"
+    finally:
+        with _no_interrupt():
+            _end_blocks(gauges)
+
+
+def largest_error(gauges: List[Gauge]) -> float:
+    """
+    The largest relative standard error of the variance ratios to the first gauge's. A
+    variance that is next to nothing beside the reference's need not be known well.
+    """
+    errors = [0.0]
+    for gauge in gauges[1:]:
+        if gauge.failure is None:
+            ratio, error = gauge.ratio_to(gauges[0])
+            errors.append(0.0 if ratio == 0 or ratio + error < 1e-3 else error / ratio)
+    return math.inf if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _draw_all(
+    gauges: List[Gauge], seed: int, turn: int, warned: WarningLog
+) -> Dict[str, Draw]:
+    live = [gauge for gauge in gauges if gauge.failure is None]
+    first = turn % len(live)  # no loss always runs on another's warm cache
+    drawn: Dict[str, Draw] = {}
+    failed: Dict[str, Exception] = {}
+    for gauge in live[first:] + live[:first]:
+        try:
+            drawn[gauge.name] = gauge.draw(seed)
+        except Exception as error:
+            gauge.sampler.clear()
+            if gauge is gauges[0]:
+                # What else has failed with it may have failed for the same reason.
+                raise ReferenceFailed(error, seed) from error
+            failed[gauge.name] = error
+        warned.collect(gauge.name)
+    for gauge in live:
+        if gauge.name in failed:
+            gauge.failure = one_line(failed[gauge.name])
+    return drawn
+
+
+def _update(gauges: List[Gauge], drawn: Dict[str, Draw]) -> None:
+    for gauge in gauges:
+        if gauge.failure is None:
+            gauge.update(drawn[gauge.name], drawn[gauges[0].name])
+
+
+def _end_blocks(gauges: List[Gauge]) -> None:
+    for gauge in gauges:
+        if gauge.failure is None:
+            gauge.end_block()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Puts Ctrl-C off until the end of the block, which must not be left half done."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    pending: List[Any] = []
+    signal.signal(signal.SIGINT, lambda *received: pending.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if pending:
+            usual(*pending[0])

@@ -1,0 +1,271 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""
+Which loss to take, in a sentence: :func:`recommend`.
+
+**The rule.** With a gradient of mean :math:`G` and variance :math:`V`, and the best step
+size, a gradient method needs steps in proportion to :math:`1 + V / |G|^2` to reduce what is
+left to gain by a given factor. So a loss with the time :math:`t` for a step needs
+
+.. math::
+
+    \frac{\sum_s t_s \, (1 + V_s / |G_s|^2)}{\sum_s t_{0s} \, (1 + V_{0s} / |G_s|^2)}
+
+times the time of the reference, which has :math:`t_0` and :math:`V_0`, over the states :math:`s`
+along training. Early in training the mean is large, noise matters little unless a loss has very
+much more of it, and training does not stay there for long. Late in training the mean is next to
+nothing: these states weigh most, and there the ratio is that of variance times time. How much a
+state weighs by its noise is bounded, as if :math:`V_0 / |G|^2` were at most 99.
+
+Each coordinate counts in units of its own gradient, as in the steps of Adam
+(:func:`~pyro_rb.diagnostics.stats.progress.steps_ratio`); those that the model does not depend on do
+not count (:func:`~pyro_rb.diagnostics.run.effect.find_effect`).
+
+Out of the running is a loss that is biased at any state, or could not be measured at one. Before
+training one that needs three times the time of the reference is no loss to begin with. Of the others
+the one with the least time is recommended if it saves at least 10%, and else the reference.
+Where the best are within two standard errors or 5%, the simplest of them is taken: the one
+that comes first among the candidates.
+
+There is no advice from the state before training alone, where noise says little about what follows;
+nor if a state has fewer than 30 gradients; nor if the best loss and the reference are within two
+standard errors, and yet might differ by more than 10%.
+
+**What it predicts** is the time that noise costs near the optimum. From a cold start the gain is as
+often a loss that ends lower, in the same time.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from pyro_rb.diagnostics.run.losses import usage
+from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
+
+#: Below this many gradients a standard error of a variance means little.
+LEAST_SAMPLES = 30
+#: What a loss must save to be worth a change, and what may pass for the same.
+WORTHWHILE, SAME = 0.1, 0.05
+#: A loss that needs so many times the time before training is not one to begin with.
+BAD_START = 3.0
+#: Steps count by their noise up to this share of it.
+MOST_NOISE = 0.99
+LOW_POWER = 0.5
+MUCH_MEMORY = 1.5
+
+
+@dataclass
+class Ranked:
+    """
+    A loss in the ranking. Times are those that training takes for the same precision, over that of
+    the reference.
+
+    :param str name: The loss.
+    :param float time: Over all states.
+    :param float error: Its standard error.
+    :param float difference: ``time`` less that of the best.
+    :param float difference_error: Its standard error.
+    :param list by_state: The same at each state.
+    """
+
+    name: str
+    time: float
+    error: float
+    by_state: List[float]
+    difference: float = 0.0
+    difference_error: float = 0.0
+
+
+@dataclass
+class Recommendation:
+    """
+    Prints as a sentence.
+
+    :param str loss: The loss to take; None if there is no advice.
+    :param str sentence: The same in a sentence, with the reason.
+    :param list caveats: What the reader should know besides, each in a sentence.
+    :param str usage: What to write for it in a script, if it is not the reference and is of
+        Pyro or pyro_rb.
+    :param list ranking: A :class:`Ranked` for each loss in the running, the best first.
+    """
+
+    loss: Optional[str]
+    sentence: str
+    caveats: List[str] = field(default_factory=list)
+    ranking: List[Ranked] = field(default_factory=list)
+    usage: Optional[str] = None
+
+    @property
+    def progress_time(self) -> Dict[str, float]:
+        """The time of each loss in the running, by name."""
+        return {ranked.name: ranked.time for ranked in self.ranking}
+
+    @property
+    def progress_time_error(self) -> Dict[str, float]:
+        """Its standard error."""
+        return {ranked.name: ranked.error for ranked in self.ranking}
+
+    def __str__(self) -> str:
+        return " ".join([self.sentence, *self.caveats])
+
+
+def recommend(states: Sequence[Any]) -> Recommendation:
+    """
+    Applies the rule above.
+
+    :param list states: A :class:`~pyro_rb.diagnostics.compare.report.StateResult` for each state.
+    :rtype: Recommendation
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb import compare
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
+    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=[1], num_samples=40, progress=False)
+    >>> recommend(result.states).loss
+    'STLTrace_ELBO'
+    """
+    reference = states[0].losses[0].name
+    rows = {row.name: _rows(states, row.name) for row in states[0].losses}
+    usable = {name: found for name, found in rows.items() if found is not None}
+    ranking = _ranking(states, usable)
+    advice = Recommendation(None, "", [], ranking)
+    ranked = {one.name: one for one in ranking}
+    fewest = min(state.num_samples for state in states)
+    if reference not in ranked:
+        advice.sentence = (
+            f"No advice: {reference} itself disagrees with the exact gradient, so something is wrong "
+            "with model, guide or reference."
+        )
+        return advice
+    others = [one for one in ranking if one.name != reference]
+    if not others:
+        advice.loss = reference
+        advice.sentence = f"Stay with {reference}: no other loss that was measured applies."
+        return advice
+    if fewest < LEAST_SAMPLES:
+        advice.sentence = (
+            f"No advice: {fewest} gradients of each loss at a state are too few. "
+            f"Take at least {10 * LEAST_SAMPLES}."
+        )
+        return advice
+    if len(states) == 1 and not states[0].step:
+        advice.sentence = (
+            "No advice: the losses were measured at one state only, before training, and noise matters "
+            "more along it. Leave train_steps out, or say how far to train."
+        )
+        return advice
+    starts = [one for one in others if states[0].step or one.by_state[0] <= BAD_START]
+    rival = (starts or others)[0]
+    gap, error = 1 - rival.time, rival.error
+    if not math.isfinite(error) or (abs(gap) < 2 * error and gap + 2 * error > WORTHWHILE):
+        advice.sentence = (
+            f"No advice yet: {rival.name} needs {_number(rival.time)} +/- {_number(error)} times the time of "
+            f"{reference}. Take more gradients{_needed(fewest, gap, error)}."
+        )
+        return advice
+    if gap < WORTHWHILE or not starts:
+        advice.loss = reference
+        advice.sentence = (
+            f"Stay with {reference}: for the same precision the best of the others, {rival.name}, "
+            f"needs {_number(rival.time)} +/- {_number(error)} times its time."
+        )
+    else:
+        best = _simplest([ranked[name] for name in usable if ranked[name] in starts], rival)
+        advice.loss, advice.usage = best.name, usage(best.name)
+        measured = usable[best.name]
+        advice.sentence = (
+            f"Take {best.name}: near the optimum it is to need {_number(best.time)} +/- {_number(best.error)} times "
+            f"the time of {reference} for the same precision. Its noise asks for "
+            f"{_range(row.steps_ratio for row in measured)} times the steps, and a step takes "
+            f"{_range(row.time_ratio for row in measured)} times as long."
+        )
+    advice.caveats = _caveats(advice.loss, states, usable[advice.loss])
+    late = others[0]
+    if starts and late not in starts and late.time < (ranked[advice.loss].time) * (1 - WORTHWHILE):
+        advice.caveats.append(
+            f"{late.name} is better still near the optimum ({_number(late.by_state[-1])}), but not to begin with "
+            f"({_number(late.by_state[0])} times the time before training)."
+        )
+    return advice
+
+
+def _ranking(states: Sequence[Any], usable: Dict[str, List[Any]]) -> List[Ranked]:
+    # The share of each state in the time of the reference.
+    costs = [s.losses[0].seconds / (1 - min(s.noise_share, MOST_NOISE)) for s in states]
+    weights = [cost / sum(costs) for cost in costs]
+    found = []
+    for name, rows in usable.items():
+        pairs = [_time(row) for row in rows]
+        time = sum(weight * time for weight, (time, _) in zip(weights, pairs))
+        error = math.hypot(*(weight * error for weight, (_, error) in zip(weights, pairs)))
+        found.append(Ranked(name, time, error, [time for time, _ in pairs]))
+    found.sort(key=lambda one: one.time)
+    for one in found[1:]:
+        one.difference = one.time - found[0].time
+        one.difference_error = math.hypot(one.error, found[0].error)
+    return found
+
+
+def _time(row: Any) -> Tuple[float, float]:
+    """For the same precision at one state, over that of the reference, and its standard error."""
+    value = row.time_ratio * row.steps_ratio
+    if row.reference:
+        return value, 0.0
+    return value, math.hypot(row.time_ratio * row.steps_ratio_error, row.time_ratio_error * row.steps_ratio)
+
+
+def _rows(states: Sequence[Any], name: str) -> Optional[List[Any]]:
+    """The loss at all states; None if it is out of the running."""
+    found = [row for state in states for row in state.losses if row.name == name]
+    usable = len(found) == len(states) and not any(
+        row.biased or row.error or row.steps_ratio is None for row in found
+    )
+    return found if usable else None
+
+
+def _simplest(candidates: Sequence[Ranked], best: Ranked) -> Ranked:
+    """The first that is about as good as the best."""
+    for one in candidates:
+        about = max(2 * math.hypot(one.error, best.error), SAME * best.time)
+        if one.time <= min(best.time + about, 1 - WORTHWHILE):
+            return one
+    return best
+
+
+def _caveats(loss: str, states: Sequence[Any], measured: List[Any]) -> List[str]:
+    found = []
+    tested = [row.detectable_bias for row in measured if row.detectable_bias is not None]
+    if tested and not min(tested) <= LOW_POWER:
+        found.append(f"The draws are too few or too noisy to show a bias of {loss}, had it one.")
+    if any((row.tail_share or 0) > HEAVY_TAIL for row in [*measured, *(s.losses[0] for s in states)]):
+        found.append("Rare large gradients make up much of the variance, so errors may be larger.")
+    memory = [row.memory_ratio for row in measured if row.memory_ratio is not None]
+    if memory and max(memory) > MUCH_MEMORY:
+        found.append(f"A step of {loss} takes {_number(max(memory))} times the memory.")
+    return found
+
+
+def _needed(num_samples: int, gap: float, error: float) -> str:
+    if not math.isfinite(error):
+        return ""
+    # Then either zero or what is worthwhile is three errors away.
+    wanted = max(abs(gap), WORTHWHILE - gap) / 3
+    count = num_samples * (error / wanted) ** 2
+    return f", about {float(f'{count:.2g}'):.0f} of each"
+
+
+def _range(values: Any) -> str:
+    shown = list(dict.fromkeys(_number(value) for value in sorted(values)))
+    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"

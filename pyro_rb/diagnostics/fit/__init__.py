@@ -1,0 +1,4 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains until the loss falls no more."""

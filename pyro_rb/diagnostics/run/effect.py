@@ -1,0 +1,73 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which coordinates of the parameters matter: :func:`find_effect`."""
+
+from typing import Any, List
+
+import torch
+from pyro.poutine.util import site_is_subsample
+from pyro.util import set_rng_seed
+from torch import Tensor
+
+from pyro_rb.diagnostics.run.parameters import run_traces
+from pyro_rb.diagnostics.run.problem import Problem
+
+NUM_DRAWS = 4
+
+
+def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
+    """
+    For each parameter, which of its coordinates have an effect on the model's density, or on the
+    probability of a site without a reparameterised draw, in any of a few draws.
+
+    Others only move the entropy of latent variables on which nothing depends, such as those that
+    Pyro adds for observations that are masked: their noise is no hindrance to anything.
+
+    :returns: Booleans of the shape of each parameter. All are true where there is no effect at all,
+        or where it cannot be told.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro_rb.diagnostics.run.problem import prepared
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     with pyro.plate("two", 2), pyro.poutine.mask(mask=torch.tensor([True, False])):
+    ...         pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     with pyro.plate("two", 2):
+    ...         pyro.sample("z", dist.Normal(pyro.param("loc", torch.ones(2)), 1.))
+    >>> with prepared(model, guide) as problem:
+    ...     print(find_effect(problem))
+    [tensor([ True, False])]
+    """
+    tensors = list(problem.parameters.values())
+    found = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in tensors]
+    everything = [torch.ones_like(mask) for mask in found]
+    for draw in range(NUM_DRAWS):
+        set_rng_seed((seed + draw) % 2**32)
+        try:
+            with torch.enable_grad():
+                total = _relevant_density(problem)
+                # The graph may be shared with that of the losses.
+                gradients = torch.autograd.grad(total, tensors, allow_unused=True, retain_graph=True)
+        except (ValueError, RuntimeError, NotImplementedError):
+            return everything
+        for mask, gradient in zip(found, gradients):
+            if gradient is not None:
+                mask |= gradient.to_dense() != 0  # also NaN
+    return found if any(mask.any() for mask in found) else everything
+
+
+def _relevant_density(problem: Problem) -> Tensor:
+    guide_trace, model_trace = run_traces(problem.model, problem.guide, problem.args, problem.kwargs)
+    total: Any = torch.zeros(())
+    for trace in (model_trace, guide_trace):
+        trace.compute_log_prob()
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                if trace is model_trace or not getattr(site["fn"], "has_rsample", False):
+                    total = total + site["log_prob_sum"]
+    return total

@@ -1,0 +1,163 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of the gradient that a loss estimates: :func:`sample_gradients`, :func:`gradient_moments`."""
+
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
+
+import torch
+from pyro.util import set_rng_seed
+from torch import Tensor
+
+from pyro_rb.diagnostics.run.bar import bar
+from pyro_rb.diagnostics.run.parameters import Arguments
+from pyro_rb.diagnostics.run.problem import prepared
+from pyro_rb.diagnostics.run.sampler import draw_seeds
+from pyro_rb.diagnostics.stats.moments import RunningMoments
+
+
+def sample_gradients(
+    loss: Any,
+    model: Callable,
+    guide: Callable,
+    args: Arguments = (),
+    kwargs: Optional[Mapping[str, Any]] = None,
+    num_samples: int = 100,
+    num_burn_in: int = 0,
+    seed: Optional[int] = None,
+    parameters: Optional[Mapping[str, Tensor]] = None,
+    progress: bool = False,
+) -> Dict[str, Tensor]:
+    """
+    Draws the gradient of a loss again and again, at the parameters as they are.
+
+    The gradient is that of the loss (minus the ELBO), with respect to the *unconstrained*
+    parameters: what ``SVI.step`` would hand to the optimizer. The param store, the random
+    number generators and the modules are left as they were found, see
+    :func:`~pyro_rb.diagnostics.run.state.preserve_state`; a guide that initialises itself at
+    its first call is initialised for the time of the measurement only.
+
+    The random numbers of draw ``i`` depend on ``seed`` and ``i`` alone. Two losses that
+    are sampled with the same seed (or with none, one straight after the other) see the
+    same random numbers, and are best compared by a paired test; for independent samples
+    give different seeds.
+
+    :param ~pyro.infer.elbo.ELBO loss: Any Pyro ELBO, for example
+        :class:`~pyro.infer.trace_elbo.Trace_ELBO`. Without a ``pyro.param`` in model and
+        guide (a plain :class:`torch.nn.Module` as guide), Pyro's ``loss_and_grads`` computes
+        no gradient, and the loss must have a ``differentiable_loss``.
+    :param callable model: A Pyro model.
+    :param callable guide: A Pyro guide.
+    :param args: Positional arguments of model and guide; or a function that returns them, which
+        is called before each draw: a new minibatch, by the seeded generators.
+    :param dict kwargs: Keyword arguments of model and guide.
+    :param int num_samples: Number of draws ``N``.
+    :param int num_burn_in: Number of draws that are made first and thrown away. Losses that
+        learn from earlier gradients need them.
+    :param int seed: Seed of the draws. Default: taken from torch's generator, which is then
+        put back.
+    :param dict parameters: Unconstrained tensors by name. Default: those that
+        :func:`~pyro_rb.diagnostics.run.parameters.find_parameters` finds.
+    :param bool progress: Whether to show a progress bar.
+    :returns: By name of the parameter, a tensor of shape ``[N, *shape of the parameter]``.
+        A parameter that the loss does not depend on has zeros.
+    :rtype: dict
+    :raises ValueError: If there is no parameter, or a number of draws is out of range.
+
+    For large models, where ``N`` gradients do not fit in memory, see
+    :func:`gradient_moments`.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     loc = pyro.param("loc", torch.tensor(0.5))
+    ...     pyro.sample("z", dist.Normal(loc, 1.))
+    >>> gradients = sample_gradients(Trace_ELBO(), model, guide, num_samples=200, seed=0)
+    >>> gradients["loc"].shape
+    torch.Size([200])
+    """
+    rows: Dict[str, List[Tensor]] = {}
+    draws = _draws(
+        loss, model, guide, args, kwargs, num_samples, num_burn_in, seed, parameters, progress
+    )
+    for gradients in draws:
+        for name, gradient in gradients.items():
+            rows.setdefault(name, []).append(gradient)
+    return {name: torch.stack(row) for name, row in rows.items()}
+
+
+def gradient_moments(
+    loss: Any,
+    model: Callable,
+    guide: Callable,
+    args: Arguments = (),
+    kwargs: Optional[Mapping[str, Any]] = None,
+    num_samples: int = 100,
+    num_burn_in: int = 0,
+    seed: Optional[int] = None,
+    parameters: Optional[Mapping[str, Tensor]] = None,
+    progress: bool = False,
+) -> Dict[str, RunningMoments]:
+    """
+    Like :func:`sample_gradients`, with the same arguments, but keeps the mean and variance
+    per coordinate only. Memory does not grow with ``num_samples``.
+
+    :returns: By name of the parameter, moments whose ``mean`` and ``variance`` have the
+        shape of the parameter.
+    :rtype: dict
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(3.)), 1.))
+    >>> moments = gradient_moments(Trace_ELBO(), model, guide, num_samples=400, seed=0)
+    >>> 2.8 < moments["loc"].mean < 3.2, 0.7 < moments["loc"].variance < 1.3
+    (tensor(True), tensor(True))
+    """
+    moments: Dict[str, RunningMoments] = {}
+    draws = _draws(
+        loss, model, guide, args, kwargs, num_samples, num_burn_in, seed, parameters, progress
+    )
+    for gradients in draws:
+        for name, gradient in gradients.items():
+            moments.setdefault(name, RunningMoments()).update(gradient)
+    return moments
+
+
+def _draws(
+    loss: Any,
+    model: Callable,
+    guide: Callable,
+    args: Arguments,
+    kwargs: Optional[Mapping[str, Any]],
+    num_samples: int,
+    num_burn_in: int,
+    seed: Optional[int],
+    parameters: Optional[Mapping[str, Tensor]],
+    progress: bool,
+) -> Iterator[Dict[str, Tensor]]:
+    if num_samples < 1 or num_burn_in < 0:
+        raise ValueError(
+            "expected num_samples >= 1 and num_burn_in >= 0, "
+            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
+        )
+    with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
+        sampler = problem.sampler(loss)
+        burn_in, draws = draw_seeds(problem.seed, num_samples, num_burn_in)
+        for i, draw_seed in enumerate(bar(progress, burn_in + draws)):
+            set_rng_seed(draw_seed)
+            sampler.step()
+            gradients = sampler.collect()
+            if i >= num_burn_in:
+                yield dict(zip(sampler.names, gradients))

@@ -1,0 +1,131 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of the gradient that a loss estimates: :class:`GradientSampler`."""
+
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from pyro_rb.diagnostics.run.parameters import Arguments, current_args
+
+
+class GradientSampler:
+    """
+    Draws gradients of one loss. To be used inside of
+    :func:`~pyro_rb.diagnostics.run.state.preserve_state`.
+
+    :param dict parameters: As :func:`~pyro_rb.diagnostics.run.parameters.find_parameters`
+        returns them.
+    :param bool use_backward: Whether to call ``loss_and_grads`` and read ``.grad``, as SVI
+        does; else ``differentiable_loss`` is differentiated.
+
+    **Example**
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> pyro.clear_param_store()
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(3.)), 1.))
+    >>> from pyro_rb.diagnostics.run.parameters import find_parameters
+    >>> parameters = find_parameters(model, guide)
+    >>> sampler = GradientSampler(Trace_ELBO(), model, guide, (), {}, parameters, use_backward=True)
+    >>> loss = sampler.step()
+    >>> [gradient.shape for gradient in sampler.collect()]
+    [torch.Size([])]
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        model: Callable,
+        guide: Callable,
+        args: Arguments,
+        kwargs: Dict[str, Any],
+        parameters: Mapping[str, Tensor],
+        use_backward: bool,
+    ) -> None:
+        self.loss = loss
+        self.names = list(parameters)
+        self.tensors = list(parameters.values())
+        self._callables = (model, guide)
+        self._args = args
+        self.kwargs = kwargs
+        self._use_backward = use_backward
+        self.clear()
+
+    def clear(self) -> None:
+        for tensor in self.tensors:
+            tensor.grad = None
+        self._gradients: Sequence[Optional[Tensor]] = ()
+
+    @property
+    def call(self) -> Tuple:
+        """What the loss is called with: model, guide, and the arguments of this step."""
+        return (*self._callables, *current_args(self._args))
+
+    @torch.enable_grad()
+    def step(self) -> float:
+        """Computes one gradient and returns the loss. This is the part worth timing."""
+        if self._use_backward:
+            value = self.loss.loss_and_grads(*self.call, **self.kwargs)
+        else:
+            if not hasattr(self.loss, "differentiable_loss"):
+                raise NotImplementedError(
+                    f"{type(self.loss).__name__} has no differentiable_loss, which is needed as "
+                    "model and guide have no pyro.param site: register their modules by "
+                    "pyro.module()"
+                )
+            value = self.loss.differentiable_loss(*self.call, **self.kwargs)
+            self._gradients = torch.autograd.grad(
+                value, self.tensors, allow_unused=True, retain_graph=getattr(self.loss, "retain_graph", None)
+            )
+        if isinstance(value, tuple):  # ReweightedWakeSleep: the loss of the model first
+            value = value[0]
+        return float(value.detach() if isinstance(value, Tensor) else value)
+
+    def collect(self) -> List[Tensor]:
+        """The gradients of the last step, in the order of the parameters."""
+        gradients = self._gradients
+        if self._use_backward:
+            gradients = [tensor.grad for tensor in self.tensors]
+        result = [
+            torch.zeros_like(tensor) if gradient is None else gradient.detach().to_dense()
+            for tensor, gradient in zip(self.tensors, gradients)
+        ]
+        self.clear()
+        return result
+
+    def train(self, optim: Callable) -> float:
+        """
+        One gradient step. Returns the loss before it.
+
+        :param ~pyro.optim.optim.PyroOptim optim: The optimizer.
+        """
+        loss = self.step()
+        for tensor, gradient in zip(self.tensors, self._gradients):
+            tensor.grad = gradient
+        optim(self.tensors)
+        self.clear()
+        return loss
+
+
+def draw_seeds(seed: int, num_samples: int, num_burn_in: int = 0) -> Tuple[List[int], List[int]]:
+    """
+    Seeds of the burn-in and of the draws; the latter do not depend on the former.
+
+    **Example**
+
+    >>> burn_in, seeds = draw_seeds(0, num_samples=3, num_burn_in=2)
+    >>> len(burn_in), len(seeds), draw_seeds(0, num_samples=3)[1] == seeds
+    (2, 3, True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    limit = 2**32  # numpy accepts no larger seed
+    count = num_samples + num_burn_in
+    seeds = torch.randint(limit, (count,), generator=generator, device="cpu").tolist()
+    return seeds[num_samples:], seeds[:num_samples]

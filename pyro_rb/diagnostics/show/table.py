@@ -1,0 +1,295 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A comparison as text: tables, and sentences about what they show."""
+
+import math
+import os
+import shutil
+import textwrap
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from tabulate import tabulate
+
+from pyro_rb.diagnostics.compare.race import Race
+from pyro_rb.diagnostics.compare.recommend import LOW_POWER
+from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
+from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
+
+
+def table(comparison: Comparison) -> str:
+    """The printed form of a comparison, without the legend."""
+    lines = [comparison.title]
+    for text in outline(comparison):
+        lines += _wrapped(text)
+    for state in comparison.states:
+        lines += ["", *_state_lines(state, heading(comparison, state))]
+    headers, rows = ranking(comparison)
+    if len(rows) > 1:
+        title = "Ranking: training time for the same precision, over that of the reference"
+        lines += ["", *_wrapped(title), "", _fitted(rows, headers, _left_then_right(headers))]
+    lines += ["", *_wrapped(comparison.recommendation.sentence)]
+    if comparison.recommendation.usage:
+        lines.append(f"  {comparison.recommendation.usage}")
+    for text in comparison.recommendation.caveats:
+        lines += _wrapped(text)
+    if comparison.race is not None:
+        headers, rows = race_rows(comparison.race)
+        lines += ["", *_wrapped(str(comparison.race)), "", _fitted(rows, headers, _left_then_right(headers))]
+    if comparison.left_out or comparison.notes:
+        lines.append("")
+    lines += _wrapped(left_out(comparison))
+    for text in comparison.notes:
+        lines += _wrapped(f"Note: {text}")
+    return "\n".join(lines)
+
+
+def text(comparison: Comparison) -> str:
+    """The printed form, with the legend."""
+    return f"{table(comparison)}\n\n{LEGEND}"
+
+
+def race_rows(race: Race) -> Tuple[List[str], List[List[str]]]:
+    """Headers and rows: the loss along training, the mean over seeds."""
+    points = sorted({0, len(race.curves[0].seconds) // 2, len(race.curves[0].seconds) - 1} - {-1})
+    headers = ["loss", "learning rate", "steps"]
+    headers += [f"nats after {race.curves[0].seconds[point]:.3g} s" for point in points]
+    rows = []
+    for curve in race.curves:
+        columns = list(zip(*curve.losses))
+        means = [f"{sum(columns[point]) / len(columns[point]):.6g}" for point in points if columns]
+        steps = f"{curve.steps[-1]:.0f}" if curve.steps else "-"
+        rows.append([curve.name, f"{curve.learning_rate:g}", steps, *(means or ["failed"] * len(points))])
+    return headers, rows
+
+
+def outline(comparison: Comparison) -> List[str]:
+    """How it was measured, a line each."""
+    settings = comparison.settings
+    size = sum(math.prod(shape) for shape in comparison.parameters.values())
+    counts = sorted({state.num_samples for state in comparison.states})
+    count = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    lines = [
+        f"{size} parameter values, {count} gradients of each loss, "
+        f"seed {settings['seed']}, device {settings['device']}",
+        f"biased means |z| > {settings['bias_threshold']:.1f} against "
+        f"{settings['reference_gradient']}",
+    ]
+    if comparison.states[-1].step:
+        reference = comparison.states[0].losses[0].name
+        lines.append(f"trained with {reference} and {settings['optim']}")
+    if comparison.interrupted:
+        lines.append("Interrupted: not all that was asked for was measured.")
+    if comparison.error:
+        lines.append(f"Ended early, by an error: {comparison.error}")
+    return lines
+
+
+def heading(comparison: Comparison, state: StateResult) -> str:
+    """Which state it is, and how the measurement ended if not as planned."""
+    when = state.when()
+    if len(comparison.states) == 1 and not state.step:
+        when = "at the parameters as they are"
+    stopped = {
+        "max_seconds": f", time over after {state.num_samples} gradients",
+        "interrupted": f", interrupted after {state.num_samples} gradients",
+        "failed": f", failed after {state.num_samples} gradients",
+        "rel_error": f", as exact as asked for after {state.num_samples} gradients",
+    }
+    return when[0].upper() + when[1:] + stopped.get(state.stopped, "")
+
+
+def left_out(comparison: Comparison) -> str:
+    """Losses that were not tried, by the reason."""
+    by_reason: Dict[str, List[str]] = {}
+    for name, reason in comparison.left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    return f"Not tried: {'; '.join(parts)}." if parts else ""
+
+
+LEGEND = """\
+variance         of the gradient, summed over all parameters; over that of the reference, with its
+                 standard error.
+time             of one step, over that of the reference.
+variance x time  the time to estimate the gradient as well; below 1 is better. The ranking counts each
+                 coordinate in units of its own gradient, as Adam does, and may differ from it where
+                 few parameters have most of the variance.
+|z|              largest difference of the mean gradient from the reference's, in standard errors.
+                 !  so large that the loss is biased, or has another objective.
+bias seen from   the smallest bias in one coordinate that would have been seen, in % of the size of
+                 the reference's gradient; more draws lower it.  ?  only a large one.
+                 -  too few draws make up the spread to tell.
+memory           peak of what a step allocates, over that of the reference.
+most variance in  the parameters with most of it."""
+
+HEADERS = (
+    "loss", "variance", "time", "variance x time", "|z|", "bias seen from", "memory", "most variance in"
+)
+_ALIGN = ("left", "right", "right", "right", "right", "right", "right", "left")
+
+
+def width() -> int:
+    """Of the terminal, within reason."""
+    return max(60, min(shutil.get_terminal_size((110, 24)).columns, 140))
+
+
+def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequence[str]) -> str:
+    """As a table, without the last columns if it would be wider than the terminal. Long names are broken."""
+    rows = [[_broken(row[0]), *row[1:]] for row in rows]
+    for count in range(len(headers), 1, -1):
+        table = tabulate(
+            [row[:count] for row in rows],
+            headers[:count],
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=align[:count] if rows else None,
+        )
+        if max(map(len, table.splitlines())) <= width():
+            break
+    return table
+
+
+def _broken(name: str) -> str:
+    """The arguments of a loss go to lines of their own if there are many."""
+    class_name, colon, rest = name.partition(":")
+    return name if len(name) <= 34 else f"{class_name}{colon}\n  " + rest.replace(",", ",\n  ")
+
+
+def _left_then_right(headers: Sequence[str]) -> List[str]:
+    return ["left"] + ["right"] * (len(headers) - 1)
+
+
+def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:
+    """Headers and rows: the time for the same precision, and the difference to the best."""
+    headers = ["loss", "time needed", "less the best"]
+    states = comparison.states if len(comparison.states) > 1 else []
+    headers += [state.when() for state in states]
+    rows = []
+    for one in comparison.recommendation.ranking:
+        difference = _with_error(one.difference, one.difference_error) if one.difference else ""
+        times = [_number(time) for time in one.by_state] if states else []
+        rows.append([one.name, _with_error(one.time, one.error or None), difference, *times])
+    return headers, rows
+
+
+def _state_lines(state: StateResult, title: str) -> List[str]:
+    cells = _fitted([row_cells(result) for result in state.losses], HEADERS, _ALIGN)
+    lines = [*_wrapped(f"{title}: {summary(state)}"), "", cells, ""]
+    for remark in remarks(state):
+        lines += _wrapped(remark)
+    return lines
+
+
+def summary(state: StateResult) -> str:
+    """The reference in a few words."""
+    reference = state.losses[0]
+    assert reference.seconds is not None and reference.loss is not None
+    return (
+        f"loss {reference.loss:.4g} +/- {reference.loss_error:.2g} nats, {1e3 * reference.seconds:.3g} ms a step "
+        f"with {reference.name}; noise makes up {_percent(state.noise_share)} of the mean square of its gradient"
+    )
+
+
+def remarks(state: StateResult) -> List[str]:
+    """What is to be said about a state, in sentences."""
+    found = []
+    for result in state.losses:
+        if result.error:
+            found.append(f"{result.name} could not be measured: {result.error}")
+        elif result.biased:
+            found.append(
+                f"{result.name} is biased, or has another objective: its mean gradient differs "
+                f"at {result.bias_at} by {_percent(result.bias_size)} of the gradient's size."
+            )
+    bad = [f"{r.bad_losses} times with {r.name}" for r in state.losses if r.bad_losses]
+    if bad:
+        found.append(
+            f"In {state.num_samples} draws the loss was not finite {', '.join(bad)}, though the "
+            "gradient was."
+        )
+    heavy = [
+        f"{_percent(result.tail_share)} of that of {result.name}"
+        for result in state.losses
+        if (result.tail_share or 0) > HEAVY_TAIL
+    ]
+    if heavy:
+        found.append(
+            "Rare large gradients dominate the variance: the largest 1% make up "
+            f"{', '.join(heavy)}. It is less certain than the standard error says; take more draws."
+        )
+    fit = [r for r in state.losses if r.cost_ratio is not None and not r.biased]
+    if fit:
+        best = min(fit, key=lambda r: r.cost_ratio or 0.0)
+        found.append(f"Best variance x time: {best.name}, {_number(best.cost_ratio)}.")
+    return found
+
+
+def _wrapped(text: str) -> List[str]:
+    return textwrap.wrap(text, width(), subsequent_indent="  ", break_on_hyphens=False)
+
+
+def row_cells(result: LossResult) -> List[str]:
+    """The cells of one loss, in the order of ``HEADERS``."""
+    if result.error:
+        return [result.name, "not measured", *["-"] * 5, ""]
+    bias, seen = "reference", ""
+    if result.bias_z is not None:
+        low_power = (result.detectable_bias or 0) > LOW_POWER
+        mark = "!" if result.biased else "?" if low_power else " "
+        large = result.bias_z >= 1000
+        bias = f"{'>999' if large else f'{result.bias_z:.1f}'} {mark}"
+        seen = _percent(result.detectable_bias)
+    return [
+        result.name,
+        _with_error(result.variance_ratio, None if result.reference else result.variance_ratio_error),
+        _with_error(result.time_ratio, None if result.reference else result.time_ratio_error),
+        _number(result.cost_ratio),
+        bias,
+        seen,
+        _number(result.memory_ratio),
+        _shares(result.variance_shares),
+    ]
+
+
+def short_names(names: Sequence[str]) -> List[str]:
+    """Names of parameters without what all of them begin with."""
+    # Pyro joins a module's name and its parameter's by $$$.
+    names = [name.replace("$$$", ".") for name in names]
+    start = os.path.commonprefix([name[: name.rfind(".") + 1] for name in names])
+    start = start[: start.rfind(".") + 1]
+    return [name[len(start) :] for name in names]
+
+
+def _shares(shares: Dict[str, float], most: int = 2) -> str:
+    """The parameters with most of the variance."""
+    if not shares:
+        return "none: it has no noise"
+    ranked = sorted(zip(shares.values(), short_names(list(shares))), reverse=True)
+    shown = [f"{name} {_percent(share)}" for share, name in ranked[:most] if share > 0.005]
+    # A long name leaves no room for a second.
+    return ", ".join(shown if len(", ".join(shown)) <= 26 else shown[:1]) or f"{len(ranked)} alike"
+
+
+def _with_error(value: Optional[float], error: Optional[float]) -> str:
+    if value is None or error is None or not math.isfinite(error):
+        return _number(value)
+    if abs(value) < 0.1:
+        return f"{value:.2g} +/- {error:.1g}"
+    digits = 0 if error >= 1 else 1 if error >= 0.1 else 2
+    # Rounded up: an error of 0.00 would promise too much.
+    return f"{value:.{digits}f} +/- {max(error, 10.0**-digits):.{digits}f}"
+
+
+def _number(value: Optional[float]) -> str:
+    if value is None or not math.isfinite(value):
+        return "-" if value is None else str(value)
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _percent(share: Optional[float]) -> str:
+    if share is None or not math.isfinite(share):
+        return "-"
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
