@@ -106,14 +106,18 @@ class Run:
             treatment: Any = otherwise
             reason = self.handler.reasons.get(name, "")
             if strategy is None and self.topk is not None and is_single_draw(site):
-                if reason not in ("one value", SUPPLIED):
+                is_left = site["infer"].get("rao_blackwell") is False
+                if not is_left and reason not in ("one value", SUPPLIED):
                     treatment, reason = _describe_single_draw(site, reason, baselines)
             elif strategy is None:
                 view = None if self.projection is None else self.projection.find(site["value"])
                 if view is not None:
                     treatment, reason = f"as {view.site.name}", "shows its value"
             elif strategy is self.topk:
-                treatment = _Slots(site["infer"].get("_topk"), site["infer"]["_enumerate_dim"])
+                treatment = "several draws"
+                if any(name == e.name and e.has_table for e in self.topk.enumerated):
+                    infer = site["infer"]
+                    treatment = _Slots(infer.get("_topk"), infer["_enumerate_dim"])
             elif strategy is self.projection and name not in self.path_sites:
                 ours = self.projection.sites[name]
                 _, treatment, reason = describe(ours, name not in self._not_analytic)

@@ -40,7 +40,8 @@ class Baselines(NamedTuple):
 
     def over_particles(self, site: Any) -> bool:
         """Whether a site has the mean cost of the other particles for its baseline."""
-        has_others = self.kind is not None and self.num_particles > 1
+        is_left = site["infer"].get("rao_blackwell") is False
+        has_others = self.kind is not None and self.num_particles > 1 and not is_left
         return has_others and is_single_draw(site) and not has_own_baseline(site)
 
     def any(self, site: Any) -> bool:

@@ -52,6 +52,7 @@ class _Enumerated(NamedTuple):
     dim: int
     num_slots: int
     counters: Dict[str, int]  # of the sequential plates around it
+    has_table: bool  # whether its values can be listed
 
 
 class TopK(Strategy):
@@ -129,7 +130,7 @@ class TopK(Strategy):
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
             values = table.values(index.reshape(shape))
-        self._enumerate(msg, handler, values, slots, num_slots)
+        self._enumerate(msg, handler, values, slots, num_slots, True)
         return reason
 
     def _draw_several(self, msg: Any, handler: DrawMessenger, reason: str) -> str:
@@ -147,7 +148,7 @@ class TopK(Strategy):
         log_weight = torch.full(shape, -math.log(num_draws), **like)
         is_sampled = torch.ones(shape, dtype=torch.bool, **like)
         slots = Slots(is_sampled, log_weight, ~is_sampled, is_sampled)
-        self._enumerate(msg, handler, values, slots, num_draws)
+        self._enumerate(msg, handler, values, slots, num_draws, False)
         return f"{num_draws} draws: {reason}"
 
     def _find_num_draws(self, msg: Any) -> int:
@@ -165,7 +166,13 @@ class TopK(Strategy):
         self.check_product(msg["name"], msg["fn"].batch_shape, num_slots)
 
     def _enumerate(
-        self, msg: Any, handler: DrawMessenger, values: Any, slots: Optional[Slots], num_slots: int
+        self,
+        msg: Any,
+        handler: DrawMessenger,
+        values: Any,
+        slots: Optional[Slots],
+        num_slots: int,
+        has_table: bool,
     ) -> None:
         """
         :param values: ``[m, *batch, *event]``; None for the whole support.
@@ -185,7 +192,7 @@ class TopK(Strategy):
             msg["fn"] = GatherCategorical.of(fn)
             msg["infer"]["_topk"] = Slots(*(_move_slots(x, dim) for x in slots))
         name, counters = msg["name"], _sequential_counters(msg)
-        self.enumerated.append(_Enumerated(name, dim, num_slots, counters))
+        self.enumerated.append(_Enumerated(name, dim, num_slots, counters, has_table))
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"

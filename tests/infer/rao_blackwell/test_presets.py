@@ -22,6 +22,7 @@ OTHERS = (
     "discrete_first",
     "discrete_last",
     "gamma_partly_reparameterized",
+    "gamma_partly_reparameterized",
     "gamma_score_function",
     "normal_score_function",
     "AutoGaussian_funsor",

@@ -112,7 +112,7 @@ def test_no_projection():
 def test_remedy_for_a_score_function_without_a_baseline(site):
     row = rows_of(*many_kinds(), draws=1)[site]
     assert "num_particles" in row.reason, row
-    row = rows_of(*many_kinds(), draws=1, num_particles=3, vectorize_particles=True)[site]
+    row = rows_of(*many_kinds(), draws=1, num_particles=3)[site]
     assert "particles" in row.treatment + row.reason and "num_particles=" not in row.reason, row
 
 
