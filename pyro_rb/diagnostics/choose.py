@@ -46,7 +46,7 @@ from pyro_rb.infer import DReG_ELBO, RaoBlackwellTopK_ELBO
 #: Enumeration is tried up to this many joint values, and this many numbers in one tensor.
 MAX_EVALUATIONS, MAX_ELEMENTS = 2**16, 2**24
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
-STL, ADAPTIVE = "STLTrace_ELBO:1.0", "STLTrace_ELBO"
+STL, FIXED = "STLTrace_ELBO", "STLTrace_ELBO:1.0"
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 R2G2, LOCAL = "R2G2_ELBO", "R2G2_ELBO:local"
 
@@ -95,7 +95,7 @@ def choose_losses(
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.)), 1.))
     >>> choice = choose_losses(model, guide)
     >>> choice.losses
-    ['TraceMeanField_ELBO', 'STLTrace_ELBO:1.0', 'STLTrace_ELBO']
+    ['TraceMeanField_ELBO', 'STLTrace_ELBO', 'STLTrace_ELBO:1.0']
     >>> choice.left_out["RaoBlackwellTopK_ELBO:budget=4"]
     'the guide has no discrete site'
     """
@@ -217,7 +217,7 @@ class Chooser:
             self._tried.remove(STL)
             self._left_out[STL] = "the guide has no site whose score could be removed"
         elif loss is not None:
-            self._try(ADAPTIVE)
+            self._try(FIXED)
 
     def _choose_r2g2(self) -> None:
         loss = self._try(R2G2)

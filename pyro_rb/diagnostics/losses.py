@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Losses by name: ``STLTrace_ELBO:adaptive``."""
+"""Losses by name: ``STLTrace_ELBO:1.0``."""
 
 import ast
 import copy

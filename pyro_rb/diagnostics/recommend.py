@@ -87,9 +87,9 @@ def recommend(states: Sequence[Any]) -> Recommendation:
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", num_samples=40, num_burn_in=0, progress=False)
-    >>> print(recommend(result.states).sentence[:24])
-    Take STLTrace_ELBO: for
+    >>> result = compare(model, guide, "STLTrace_ELBO:1.0", num_samples=40, num_burn_in=0, progress=False)
+    >>> print(recommend(result.states).sentence[:27])
+    Take STLTrace_ELBO:1.0: for
     """
     reference = states[0].losses[0].name
     rows = {row.name: _rows(states, row.name) for row in states[0].losses}

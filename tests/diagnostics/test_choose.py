@@ -42,7 +42,7 @@ def test_reparameterized_guide():
     case = conj()
     choice = choose_losses(case.model, case.guide, case.args)
     assert choice.reference == "Trace_ELBO"
-    assert choice.losses == ["TraceMeanField_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:adaptive"]
+    assert choice.losses == ["TraceMeanField_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:1.0"]
     assert choice.left_out["TraceGraph_ELBO"] == "all sites of the guide are reparameterised"
     assert choice.left_out[ENUMERATED] == choice.left_out[TOP_K] == "the guide has no discrete site"
 
@@ -76,7 +76,7 @@ def test_no_score_to_remove():
     case = conj()
     choice = choose_losses(case.model, AutoDelta(case.model), case.args)
     assert choice.left_out["STLTrace_ELBO"] == "the guide has no site whose score could be removed"
-    assert "STLTrace_ELBO:adaptive" not in choice.losses
+    assert "STLTrace_ELBO:1.0" not in choice.losses
 
 
 def test_discrete_sites():
@@ -95,7 +95,7 @@ def test_few_values_are_all_summed():
 def test_discrete_and_continuous_sites():
     case = discrete_first()
     losses = choose_losses(case.model, case.guide).losses
-    assert losses == ["TraceGraph_ELBO", ENUMERATED, "STLTrace_ELBO", "STLTrace_ELBO:adaptive"]
+    assert losses == ["TraceGraph_ELBO", ENUMERATED, "STLTrace_ELBO", "STLTrace_ELBO:1.0"]
 
 
 def test_annotated_guide_needs_no_wrapper():
@@ -220,7 +220,7 @@ def test_reference_is_not_listed_twice():
     case = conj()
     choice = choose_losses(case.model, case.guide, case.args, reference="STLTrace_ELBO")
     assert "STLTrace_ELBO" not in choice.losses and "STLTrace_ELBO" not in choice.left_out
-    assert "STLTrace_ELBO:adaptive" in choice.losses
+    assert "STLTrace_ELBO:1.0" in choice.losses
 
 
 def test_candidate_that_fails_is_left_out():
