@@ -9,7 +9,7 @@ and is that different in Africa? The data are simulated, so that the answer is k
 loss the table gives the ELBO in nats, the posterior of the coefficients and the seconds of training,
 above least squares and the truth::
 
-    python examples/bayesian_regression.py --loss Trace_ELBO STLTrace_ELBO:adaptive
+    python examples/bayesian_regression.py --loss Trace_ELBO STLTrace_ELBO
 """
 
 import pyro
@@ -88,7 +88,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    add_loss_option(parser, "STLTrace_ELBO:adaptive")
+    add_loss_option(parser, "STLTrace_ELBO")
     parser.add_argument("--num-countries", type=int, default=170, help="rows of data that are simulated")
     parser.add_argument("--num-steps", type=int, default=3000, help="of training")
     parser.add_argument("--lr", type=float, default=0.03, help="of Adam; a tenth of it at the end")

@@ -10,7 +10,7 @@ of Poisson counts, here the pixels of the 8 x 8 digits of scikit-learn (extra "e
 which are counts from 0 to 16. The guide is a gamma for each variable, with a shape and a mean
 of its own::
 
-    python examples/sparse_gamma_def.py --loss Trace_ELBO STLTrace_ELBO:adaptive
+    python examples/sparse_gamma_def.py --loss Trace_ELBO STLTrace_ELBO
 
 The table gives the ELBO of an image in nats, and the seconds of training.
 
@@ -123,7 +123,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    add_loss_option(parser, "STLTrace_ELBO:adaptive")
+    add_loss_option(parser, "STLTrace_ELBO")
     parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40], help="of the layers, from the top")
     parser.add_argument("--num-images", type=int, default=1000, help="that are fitted")
     parser.add_argument("--num-steps", type=int, default=1500, help="of training")

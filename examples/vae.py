@@ -6,7 +6,7 @@ A variational autoencoder on handwritten digits, by any loss of Pyro or pyro_rb.
 
 For each loss the table gives the ELBO of a test image in nats, and the seconds of training::
 
-    python examples/vae.py --loss Trace_ELBO STLTrace_ELBO:adaptive
+    python examples/vae.py --loss Trace_ELBO STLTrace_ELBO
 
 The digits are those of 8 x 8 pixels that scikit-learn carries (extra "examples"), or with
 --data-dir those of MNIST, from the files train-images-idx3-ubyte and t10k-images-idx3-ubyte
@@ -98,7 +98,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    add_loss_option(parser, "STLTrace_ELBO:adaptive")
+    add_loss_option(parser, "STLTrace_ELBO")
     parser.add_argument("--num-epochs", type=int, default=100, help="of training")
     parser.add_argument("--batch-size", type=int, default=100, help="images of a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")

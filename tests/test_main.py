@@ -115,7 +115,7 @@ def test_embedded_models(capsys):
     out, err = capsys.readouterr()
     assert "Eight schools (Rubin 1981)" in out and "Batting averages (Efron and Morris 1975)" in out
     assert out.count("Before training") == out.count("After 2 training steps") == 2
-    for name in ("Trace_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:adaptive"):
+    for name in ("Trace_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:1.0"):
         assert out.count("\n" + name + "  ") == 6  # two states of two models, and two rankings
     assert out.count("Not tried: TraceMeanField_ELBO (biased on this guide") == 2
     assert out.count("No advice: 4 gradients of each loss at a state are too few") == 2

@@ -13,6 +13,7 @@ Writes ``variance.png`` and ``variance.json``::
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Sequence
 
@@ -33,8 +34,8 @@ OUT = Path(__file__).resolve().parents[1] / "source" / "_static" / "stl"
 OFFSET = 0.3  # of the guide's locations, in standard deviations of the best guide
 LOSSES: Dict[str, Callable[[], Trace_ELBO]] = {
     "Trace_ELBO()": Trace_ELBO,
+    "STLTrace_ELBO:1.0": partial(STLTrace_ELBO, control_variate_scale=1.0),
     "STLTrace_ELBO()": STLTrace_ELBO,
-    'STLTrace_ELBO("adaptive")': lambda: STLTrace_ELBO("adaptive"),
 }
 
 
@@ -104,7 +105,7 @@ def measure(
 
 
 def exact_normal_ratio(r: np.ndarray) -> np.ndarray:
-    """The curve of STLTrace_ELBO() for :func:`normal_problem`, locations and log scales."""
+    """The curve of c = 1 for :func:`normal_problem`, locations and log scales."""
     precision = 5.0
     path = precision * (r - 1 / r) ** 2 + 2 * (r**2 - 1) ** 2 + (r * OFFSET) ** 2
     total = precision * r**2 + 2 * r**4 + (r * OFFSET) ** 2

@@ -46,7 +46,8 @@ def cases():
     model = schools()
     guide = AutoNormal(model)
     yield "eight schools, AutoNormal, Trace_ELBO", Trace_ELBO, model, guide, False
-    yield "eight schools, AutoNormal, STLTrace_ELBO", STLTrace_ELBO, model, guide, False
+    stl = partial(STLTrace_ELBO, control_variate_scale=1.0)
+    yield "eight schools, AutoNormal, STLTrace_ELBO:1.0", stl, model, guide, False
     vae = Vae(batch_size=256)
     yield "VAE 784-400-20, batch 256, Trace_ELBO", Trace_ELBO, vae.model, vae.guide, False
     yield "eight schools, bad steps, Trace_ELBO", Trace_ELBO, bad_schools, AutoNormal(bad_schools), True

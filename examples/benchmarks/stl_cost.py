@@ -44,9 +44,9 @@ from utils.command_line import restart, run, set_up
 
 LOSSES = {
     "Trace_ELBO": Trace_ELBO,
-    "c = 1": partial(STLTrace_ELBO, 1.0),
-    "c = 0.5": partial(STLTrace_ELBO, 0.5),
-    "adaptive": partial(STLTrace_ELBO, "adaptive"),
+    "c = 1": partial(STLTrace_ELBO, control_variate_scale=1.0),
+    "c = 0.5": partial(STLTrace_ELBO, control_variate_scale=0.5),
+    "adaptive": STLTrace_ELBO,
 }
 
 
@@ -98,7 +98,7 @@ def measure(model, guide, num_blocks, block_size, start_up):
         seconds(step, start_up)
         steps[name] = lambda step=step: step
     # The start-up is measured on a new object each time.
-    steps["adaptive, start-up"] = lambda: step_of(STLTrace_ELBO("adaptive"))
+    steps["adaptive, start-up"] = lambda: step_of(STLTrace_ELBO())
     return ratios(take_turns(steps, num_blocks, block_size), "Trace_ELBO")
 
 

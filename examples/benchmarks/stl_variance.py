@@ -105,12 +105,12 @@ def ratio(a, b, mean=None):
 def measure(model, guide, args, num_samples, num_starts, num_burn_in):
     draw = partial(flat_gradients, model=model, guide=guide, args=args)
     plain = draw(Trace_ELBO(), num_samples=num_samples, seed=0)
-    path = draw(STLTrace_ELBO(), num_samples=num_samples, seed=0)
-    adaptive = STLTrace_ELBO("adaptive")
+    path = draw(STLTrace_ELBO(control_variate_scale=1.0), num_samples=num_samples, seed=0)
+    adaptive = STLTrace_ELBO()
     adapted = draw(adaptive, num_samples=num_samples, seed=0, num_burn_in=num_burn_in)
     starts = [
         [draw(make(), num_samples=30, seed=seed) for seed in range(num_starts)]
-        for make in (partial(STLTrace_ELBO, "adaptive"), Trace_ELBO)
+        for make in (STLTrace_ELBO, Trace_ELBO)
     ]
     cold, reference = (torch.stack(s).transpose(0, 1) for s in starts)  # [step, start, values]
     steps = [ratio(c, r, plain.mean(0))[0] for c, r in zip(cold, reference)]

@@ -60,6 +60,7 @@ class Moments:
 
     def center(self, h: torch.Tensor, s: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Centred before they are multiplied, so that float32 keeps its digits."""
+        h, s = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (h, s))
         if h.is_sparse:
             return h.coalesce(), s.coalesce()
         return h - self._mean_h.to(h), s - self._mean_s.to(s)
@@ -171,8 +172,8 @@ class AdaptiveScale:
     several models.
 
     In a pickle or a :meth:`state_dict` they have the names of the parameters. What is
-    loaded goes to the first tensor that has that name and shape; among tensors without a
-    name, in the order in which they come up.
+    loaded goes to the tensor that has that name and shape; among tensors without a name, to
+    those of that shape in the order in which they come up.
 
     >>> adaptive, loc = AdaptiveScale(), torch.zeros(1, requires_grad=True)
     >>> variate = adaptive.find([loc])
@@ -198,8 +199,11 @@ class AdaptiveScale:
         shape = list(parameter.shape)
         if found is None or found.shape != shape:
             name = name_of(parameter)
-            waiting = self._loaded.get((name, *shape))
-            found = waiting.pop(0) if waiting else Moments(shape, name)
+            waiting = self._loaded.pop((name, *shape), [])
+            if name is None and waiting[1:]:
+                self._loaded[name, *shape] = waiting[1:]
+            # Of several with one name, all but the last have been replaced.
+            found = waiting[0 if name is None else -1] if waiting else Moments(shape, name)
             self._variates[parameter] = found
         return found
 

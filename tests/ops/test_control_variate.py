@@ -231,3 +231,31 @@ def test_copies_of_an_adaptive_scale_know_parameters_by_name(duplicate):
     assert vars(copied.moments(twin, name_of)).keys() == vars(adaptive.moments(p)).keys()
     assert copied.find([twin]).scale == adaptive.find([p]).scale > 0.0
     assert copied.moments(p, name_of).updates == 0  # it has gone to the first of that name
+
+
+def test_the_last_of_several_tensors_with_one_name_is_loaded():
+    """As when the value of a parameter is replaced, where Pyro keeps the old tensor."""
+    adaptive, tensors = AdaptiveScale(), [torch.zeros(3, requires_grad=True) for _ in range(3)]
+    for number, p in enumerate(tensors[:2]):
+        adaptive.moments(p, lambda p: "p").updates = 5 + number
+    for _ in range(2):
+        loaded = AdaptiveScale()
+        loaded.load_state_dict(adaptive.state_dict())
+        assert loaded.moments(tensors[2], lambda p: "p").updates == 6
+        adaptive = loaded
+
+
+def test_tensors_without_a_name_are_loaded_in_their_order():
+    adaptive, tensors = AdaptiveScale(), [torch.zeros(3, requires_grad=True) for _ in range(6)]
+    for number, p in enumerate(tensors[:3]):
+        adaptive.moments(p).updates = number
+    loaded = pickle.loads(pickle.dumps(adaptive))
+    assert loaded.moments(torch.zeros(2)).updates == 0
+    assert [loaded.moments(p).updates for p in tensors] == [0, 1, 2, 0, 0, 0]
+
+
+def test_half_precision_does_not_overflow():
+    h, s = draws(60)
+    expected = feed(new_variate(), h, s).scale
+    variate = feed(new_variate(), (100 * h).half(), (100 * s).half())
+    assert variate.scale == pytest.approx(expected, abs=0.1)

@@ -41,7 +41,7 @@ from pyro_rb.infer.util import sample_sites
 #: Enumeration is tried up to this many numbers in one tensor.
 MAX_ELEMENTS = 2**22
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
-STL, ADAPTIVE = "STLTrace_ELBO:1.0", "STLTrace_ELBO"
+STL, FIXED = "STLTrace_ELBO", "STLTrace_ELBO:1.0"
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 R2G2, LOCAL = "R2G2_ELBO", "R2G2_ELBO:local"
 PARTICLES = "num_particles=10,vectorize_particles=True"
@@ -76,14 +76,14 @@ def candidates() -> List[Candidate]:
         Candidate(ENUMERATED, Chooser.no_enumeration),
         Candidate(STL, Chooser.sums_in_model, _untreated("path gradient", "the guide has no site whose score could "
                   "be removed")),  # fmt: skip
-        Candidate(ADAPTIVE, Chooser.no_path_gradient),
+        Candidate(FIXED, Chooser.no_path_gradient),
         Candidate(R2G2, Chooser.sums_in_model, Chooser.nothing_projected),
         Candidate(LOCAL, Chooser.nothing_local),
         Candidate(TOP_K, Chooser.no_discrete, _untreated("top-k", "there are too few values: all are summed")),
         Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
         Candidate("JitTrace_ELBO:ignore_jit_warnings=True", Chooser.sums_in_model),
         Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.sums_in_model, hint=one_by_one),
-        Candidate(f"{ADAPTIVE}:{PARTICLES}", Chooser.no_path_gradient, hint=one_by_one),
+        Candidate(f"{STL}:{PARTICLES}", Chooser.no_path_gradient, hint=one_by_one),
     ]
 
 
@@ -131,7 +131,7 @@ def choose_losses(
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.)), 1.))
     >>> choice = choose_losses(model, guide)
     >>> choice.losses
-    ['TraceMeanField_ELBO', 'STLTrace_ELBO:1.0', 'STLTrace_ELBO', 'RaoBlackwell_ELBO',
+    ['TraceMeanField_ELBO', 'STLTrace_ELBO', 'STLTrace_ELBO:1.0', 'RaoBlackwell_ELBO',
      'JitTrace_ELBO:ignore_jit_warnings=True', 'Trace_ELBO:num_particles=10,vectorize_particles=True',
      'STLTrace_ELBO:num_particles=10,vectorize_particles=True']
     >>> choice.left_out["RaoBlackwellTopK_ELBO:budget=4"]

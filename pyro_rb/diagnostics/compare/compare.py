@@ -81,7 +81,7 @@ def compare(
 
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide whose sample sites match the model's.
-    :param losses: Names such as ``"STLTrace_ELBO:adaptive"`` (see
+    :param losses: Names such as ``"STLTrace_ELBO"`` (see
         :func:`~pyro_rb.diagnostics.run.losses.make_loss`), ELBO instances, or a dict of either by
         name. Instances are copied. Default: those that apply, see
         :func:`~pyro_rb.diagnostics.compare.candidates.choose_losses`; ``result.left_out`` says why the

@@ -171,7 +171,7 @@ def test_detect():
 
 
 def test_burn_in_and_copies():
-    loss = STLTrace_ELBO("adaptive")
+    loss = STLTrace_ELBO()
     case = conj()
     check(loss, case, num_samples=20, num_burn_in=5)
     with pytest.raises(RuntimeError, match="there was none"):

@@ -221,7 +221,7 @@ LOSSES = {
     "JitTrace_ELBO": lambda: JitTrace_ELBO(ignore_jit_warnings=True),
     "two particles": lambda: Trace_ELBO(num_particles=2),
     "STLTrace_ELBO": STLTrace_ELBO,
-    "adaptive": lambda: STLTrace_ELBO("adaptive"),
+    "adaptive": lambda: STLTrace_ELBO(),
     "DReG_ELBO": lambda: DReG_ELBO(3, max_plate_nesting=0),
     "wake-sleep": lambda: ReweightedWakeSleep(num_particles=2, vectorize_particles=False, insomnia=1.0),
 }

@@ -70,7 +70,8 @@ def test_no_signal_at_the_optimum():
 
 def test_no_noise_takes_one_draw():
     case = conj(0.0, 1.0)
-    noise = measure_noise(STLTrace_ELBO(), case.model, case.guide, case.args, num_samples=40)
+    path = STLTrace_ELBO(control_variate_scale=1.0)
+    noise = measure_noise(path, case.model, case.guide, case.args, num_samples=40)
     assert noise.variance == pytest.approx(0.0, abs=1e-20)
 
 
@@ -82,7 +83,7 @@ def test_signal_is_unbiased_and_its_error_right():
 
 
 def test_world_and_loss_are_left_alone():
-    loss, state = STLTrace_ELBO("adaptive"), torch.get_rng_state()
+    loss, state = STLTrace_ELBO(), torch.get_rng_state()
     measure_noise(loss, model, guide, num_samples=40, num_burn_in=2)
     assert not pyro.get_param_store() and torch.equal(state, torch.get_rng_state())
     with pytest.raises(RuntimeError, match="there was none"):

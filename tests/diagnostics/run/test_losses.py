@@ -28,14 +28,19 @@ def test_available_losses_are_those_of_both_packages():
 
 
 def test_arguments_by_name_and_position():
-    assert make_loss("STLTrace_ELBO").control_variate_scale == 1.0
+    assert make_loss("STLTrace_ELBO").control_variate_scale == "adaptive"
     assert make_loss("STLTrace_ELBO:adaptive").control_variate_scale == "adaptive"
+    assert make_loss("STLTrace_ELBO:1.0").control_variate_scale == 1.0
     assert make_loss("STLTrace_ELBO:0.5,num_particles=3").control_variate_scale == 0.5
     assert make_loss("STLTrace_ELBO:0.5,num_particles=3").num_particles == 3
     assert make_loss("Trace_ELBO:5").num_particles == 5
     # Options of our own are keywords; by name, the first of them needs none.
     local = make_loss("R2G2_ELBO:local,num_particles=3")
     assert (local.pre_activations, local.num_particles) == ("local", 3)
+    # An integer is the number of particles, as in Pyro.
+    assert make_loss("Trace_ELBO:8").num_particles == 8
+    loss = make_loss("STLTrace_ELBO:8")
+    assert (loss.num_particles, loss.control_variate_scale) == (8, "adaptive")
     loss = make_loss("RenyiELBO:alpha=0, num_particles=4, vectorize_particles=True")
     assert isinstance(loss, RenyiELBO)
     assert (loss.alpha, loss.num_particles, loss.vectorize_particles) == (0, 4, True)
@@ -56,12 +61,18 @@ def test_bad_arguments(name):
 
 def test_names_of_instances():
     losses = make_losses(
-        [Trace_ELBO(), Trace_ELBO(num_particles=5), STLTrace_ELBO("adaptive", num_particles=2)]
+        [
+            Trace_ELBO(),
+            Trace_ELBO(num_particles=5),
+            STLTrace_ELBO(num_particles=2),
+            STLTrace_ELBO(control_variate_scale=1.0),
+        ]
     )
     assert list(losses) == [
         "Trace_ELBO",
         "Trace_ELBO:num_particles=5",
-        "STLTrace_ELBO:adaptive,num_particles=2",
+        "STLTrace_ELBO:num_particles=2",
+        "STLTrace_ELBO:1.0",
     ]
     assert list(make_losses([DReG_ELBO(8, control_variate_scale=0.5)])) == [
         "DReG_ELBO:num_particles=8,control_variate_scale=0.5"
@@ -72,7 +83,7 @@ def test_names_of_instances():
     "loss",
     [
         Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=2, retain_graph=True),
-        STLTrace_ELBO("adaptive"),
+        STLTrace_ELBO(control_variate_scale="adaptive"),
         R2G2_ELBO("local"),
         R2G2_ELBO(num_steps=3),
         RaoBlackwellTopK_ELBO(budget=4),
