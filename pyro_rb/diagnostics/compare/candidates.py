@@ -171,7 +171,9 @@ class Chooser:
         elif not has_elbo(reference):
             reason = f"another objective than {reference}"
         for one in listed:
-            name = with_options(self._annotated(one.name), reference)
+            name = self._annotated(one.name)
+            if reason is None:
+                name = with_options(name, reference)
             if reason is not None or name != reference:
                 found = reason or self._try(one._replace(name=name))
                 if found:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import inspect
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -253,11 +254,14 @@ def test_sparse_gradients():
     assert (rows[:, 2] != 0).all() and (rows[:, [0, 1, 3]] == 0).all()
 
 
-def test_progress_bar(capsys):
+def test_progress_bar(capsys, monkeypatch):
+    sample_gradients(Trace_ELBO(), model, guide, num_samples=2, progress=True)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     sample_gradients(Trace_ELBO(), model, guide, num_samples=2)
     assert capsys.readouterr().err == ""
     sample_gradients(Trace_ELBO(), model, guide, num_samples=2, progress=True)
-    assert "2/2" in capsys.readouterr().err
+    assert "/2" in capsys.readouterr().err
 
 
 ROWS = torch.linspace(-2.0, 2.0, 50)

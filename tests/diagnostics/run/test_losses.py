@@ -84,7 +84,7 @@ def test_names_of_instances():
     [
         Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=2, retain_graph=True),
         STLTrace_ELBO(control_variate_scale="adaptive"),
-        R2G2_ELBO("local"),
+        R2G2_ELBO(pre_activations="local"),
         R2G2_ELBO(num_steps=3),
         RaoBlackwellTopK_ELBO(budget=4),
         RaoBlackwellTopK_ELBO(k=2, baseline=None),
