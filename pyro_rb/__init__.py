@@ -15,10 +15,10 @@ from pyro_rb.diagnostics import (
 from pyro_rb.infer import (
     R2G2_ELBO,
     DReG_ELBO,
+    RaoBlackwell_ELBO,
     RaoBlackwellTopK_ELBO,
     RejectionSamplingError,
     RVRSGuide,
-    RaoBlackwell_ELBO,
     STLTrace_ELBO,
 )
 

@@ -178,7 +178,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         model_trace, guide_trace = super()._get_trace(model, under(tap, guide), args, kwargs)
         tap.settle(guide_trace)
         tap.path.raise_if_edited()
-        guide_trace.tap = tap  # type: ignore[attr-defined]
+        guide_trace.tap = tap
         return model_trace, guide_trace
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -259,7 +259,8 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         for draw in draws:
             if draw.scale is not None:
                 log_q.setdefault(draw.site, []).append(draw.log_q)
-        groups = self._find_scales(log_q, {draw.value.grad_fn for draw in draws})
+        nodes: Any = {draw.value.grad_fn for draw in draws}
+        groups = self._find_scales(log_q, nodes)
         return [self._scales.get(draw.site, 0.0) for draw in draws], groups
 
     def _compute_total(self, surrogate: Surrogate, shares: List[float], groups: Groups) -> Any:

@@ -14,7 +14,19 @@ import math
 from contextlib import nullcontext
 from functools import lru_cache
 from queue import LifoQueue
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import torch
 from pyro.poutine import Trace

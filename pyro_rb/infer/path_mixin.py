@@ -6,7 +6,18 @@
 import math
 import numbers
 import textwrap
-from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    AbstractSet,
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 
@@ -35,8 +46,9 @@ def check_scale(scale: Any) -> Union[float, str]:
     )
 
 
-def check_num_particles(num_particles: Any, option: str) -> None:
+def check_num_particles(num_particles: Any, name: str, option: str) -> None:
     """
+    :param str name: of the loss.
     :param str option: what a user may have meant by a first argument that is no number.
     :raises ValueError: unless it is a positive integer.
     """
@@ -45,7 +57,7 @@ def check_num_particles(num_particles: Any, option: str) -> None:
         raise ValueError(
             f"Invalid num_particles: {num_particles!r}. Expected a positive int, as the first "
             f"argument is Pyro's. If it is meant as an option of this loss, write "
-            f"{option}={num_particles!r}."
+            f"{name}({option}={num_particles!r})."
         )
 
 

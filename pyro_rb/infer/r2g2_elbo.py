@@ -113,6 +113,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     _own_option = "pre_activations"
     _strategies = ("projection",)
     otherwise = "plain"
+    _pre_activations = ("shared", "local")
 
     def __init__(
         self,

@@ -1,63 +1,166 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-import math
-import queue
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import (
+    Any,
+    Collection,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
-from pyro import poutine
-from pyro.infer import Trace_ELBO
-from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import torch_backward, torch_item
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 
-from pyro_rb.infer.outside_plates import OutsidePlates, Terms
+from pyro_rb.infer.outside_plates import Terms
 from pyro_rb.infer.particle_baseline import Draw, compute_scores
-from pyro_rb.infer.path_mixin import Groups, PathGradientMixin, check_num_particles
-from pyro_rb.infer.hint import hint_at_shapes
+from pyro_rb.infer.path_mixin import Groups, check_num_particles
 from pyro_rb.infer.run import Run
+from pyro_rb.infer.run_mixin import RunMixin
 from pyro_rb.infer.surrogate import path_terms
-from pyro_rb.infer.util import (
-    check_traces,
-    get_generators,
-    get_traces,
-    is_guide_messenger,
-    set_generators,
-    site_values,
-)
-from pyro_rb.infer.weights import Baselines, compute_elbo, set_apart, weigh, without_value
+from pyro_rb.infer.util import site_values
+from pyro_rb.infer.weights import compute_elbo, weigh, without_value
 from pyro_rb.ops.projection import SOLVERS
 from pyro_rb.ops.quiet_grad import quiet_grad
-from pyro_rb.poutine import (
-    PathGradient,
-    Projection,
-    ProjectionOptions,
-    TopK,
-    TopKOptions,
-)
-from pyro_rb.poutine.gaussian_site import Plain
+from pyro_rb.poutine import TopKOptions
 
 BASELINES = (None, "loo", "reinforce+")
-PRE_ACTIVATIONS = ("auto", "shared", "local", None)
+#: Of the argument budget, where neither k nor num_samples is given.
+BUDGET = 3
 
 
-class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
-    #: Which strategies sites are offered to, in this order.
-    _strategies: Tuple[str, ...] = ("topk", "projection", "path")
+class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
+    r"""
+    One loss for any model and guide: a :class:`~pyro.infer.Trace_ELBO` that treats each
+    site of the guide by what suits it. The objective is that of ``Trace_ELBO``, and so is
+    the mean of the gradient.
+
+    .. list-table::
+       :header-rows: 1
+
+       * - Site of the guide
+         - Treatment
+         - Loss that does only this
+       * - discrete, its values can be listed
+         - likely values are summed, others drawn [1]
+         - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
+       * - without ``rsample`` or such a list: vectors by ``to_event``, say
+         - ``draws`` independent draws, with a leave-one-out baseline
+         -
+       * - Gaussian, and the model uses it by linear functions
+         - its noise is projected [2]; analytic divergence
+         - :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`
+       * - other reparameterised draws
+         - path gradient, with a learned scale [3]
+         - :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`
+       * - all else: :class:`~pyro.distributions.Delta`, supplied values
+         - as ``Trace_ELBO`` does
+         -
+
+    All add to one surrogate. Each term of the ELBO has a weight, the product of those of
+    the values that it was evaluated at, by ``pyro.infer.util.Dice``. A site whose score has
+    a baseline, or is left out, passes on its density to earlier draws only. So the gradient
+    has no noise at all where the guide is the posterior, with ``control_variate_scale=1.0``,
+    or with the learned scale after its start, and nothing projected. Where nothing is
+    discrete there are no weights, and a step costs what that of ``STLTrace_ELBO`` costs.
+
+    **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, if discrete sites may
+    have one more dim on the left, as under parallel enumeration; ``infer={"topk": 0}`` asks
+    for a plain draw. A site that something outside of its plates depends on gets a single
+    draw by itself, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
+    or a dict of ``k``, ``num_samples``, ``budget``; ``infer={"draws": n}``;
+    ``infer={"rao_blackwell": False}`` leaves it to Pyro; ``infer={"enumerate": ...}`` and
+    ``infer={"baseline": ...}`` as in Pyro. :meth:`report` tells what was done, and why.
+
+    **When it is worse.** With few values and a cheap model nothing beats
+    :class:`~pyro.infer.TraceEnum_ELBO`. Sites that depend on one another are a cartesian
+    product, and a global site with several draws evaluates the whole model for each. Where
+    Gaussian sites are used linearly, watching these uses takes time. Gradients are first
+    order only.
+
+    :param args: The positional arguments of :class:`~pyro.infer.Trace_ELBO`, in its order.
+    :param int k: values to sum, ``>= 0``. Defaults to None: ``budget`` decides.
+    :param int num_samples: draws among the others, ``>= 1``. Defaults to None, likewise.
+    :param int budget: evaluations at a discrete site, ``>= 1``, shared out between sums and
+        draws by element. Defaults to 3.
+    :param str baseline: ``"loo"`` (the default), ``"reinforce+"`` or None, as in
+        :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`.
+    :param int draws: independent draws where values cannot be listed, ``>= 1``. Defaults
+        to 2.
+    :param control_variate_scale: As in :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`.
+        Defaults to ``"adaptive"``.
+    :param str pre_activations: ``"shared"`` projects, ``"local"`` draws pre-activations by
+        row, see :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`; None does neither. ``"auto"``,
+        the default, is ``"shared"``.
+    :param str solver: As in :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`. Defaults to
+        ``"auto"``.
+    :param int max_evaluations: the largest cartesian product of the sites that a site of
+        the model depends on. Defaults to 65536.
+    :param int num_steps: after that many steps nothing is projected. Defaults to None.
+    :param kwargs: The keyword arguments of :class:`~pyro.infer.Trace_ELBO`.
+    :raises ValueError: naming the argument, if it is none of these; at a step, naming the
+        site, for invalid options of a site, and for too large a product.
+    :raises RuntimeError: at a step, if the value of a guide site was changed in place.
+    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
+
+    Example::
+
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> def model(data):
+        ...     loc = pyro.sample("loc", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+        ...     with pyro.plate("data", len(data)):
+        ...         z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+        ...         pyro.sample("x", dist.Normal(loc[..., z], 1.0), obs=data)
+        >>> def guide(data):
+        ...     m = pyro.param("m", torch.tensor([-1.0, 0.0, 1.0]))
+        ...     pyro.sample("loc", dist.Normal(m, 0.1).to_event(1))
+        ...     with pyro.plate("data", len(data)):
+        ...         logits = pyro.param("logits", torch.zeros(len(data), 3))
+        ...         pyro.sample("z", dist.Categorical(logits=logits))
+        >>> pyro.clear_param_store()
+        >>> elbo = RaoBlackwell_ELBO(max_plate_nesting=1)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> loss = svi.step(torch.tensor([-2.3, 1.8]))
+        >>> print(elbo.report())
+        site    treatment             reason
+        ------  --------------------  --------------------
+        loc     path gradient, c = 0  reparameterised draw
+        z       exact                 3 of 3 values
+
+    **References**
+
+    [1] Runjing Liu, Jeffrey Regier, Nilesh Tripuraneni, Michael I. Jordan, Jon McAuliffe
+    (2019), "Rao-Blackwellized Stochastic Gradients for Discrete Distributions".
+    https://arxiv.org/abs/1810.04777
+
+    [2] Kevin Lam, Thang Bui, George Deligiannidis, Yee Whye Teh (2025),
+    "Rao-Blackwellised Reparameterisation Gradients". https://arxiv.org/abs/2506.07687
+
+    [3] Geoffrey Roeder, Yuhuai Wu, David Duvenaud (2017), "Sticking the Landing:
+    Simple, Lower-Variance Gradient Estimators for Variational Inference".
+    https://arxiv.org/abs/1703.09194
+    """
+
     #: Says in the report how a site is treated that no strategy accepts.
     otherwise = "as Trace_ELBO"
+    #: What a user may have meant by a first argument that is no number.
     _own_option = "budget"
+    _pre_activations: Tuple[Optional[str], ...] = ("auto", "shared", "local", None)
 
     def __init__(
         self,
         *args: Any,
         k: Optional[int] = None,
         num_samples: Optional[int] = None,
-        budget: Optional[int] = 3,
+        budget: Optional[int] = BUDGET,
         baseline: Optional[str] = "loo",
         draws: int = 2,
         control_variate_scale: Union[float, str] = "adaptive",
@@ -67,175 +170,39 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         num_steps: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
-        if k is not None or num_samples is not None:
-            budget = None if budget == 3 else budget
+        if budget == BUDGET and (k is not None or num_samples is not None):
+            budget = None
         self.options = TopKOptions.make(k, num_samples, budget)
+        _check("baseline", baseline, BASELINES)
+        _check("pre_activations", pre_activations, self._pre_activations)
+        _check("solver", solver, SOLVERS)
+        _check_count("max_evaluations", max_evaluations)
+        _check_count("draws", draws)
+        if num_steps is not None:
+            _check_count("num_steps", num_steps, "None, or ")
         self.baseline = baseline
-        self.max_evaluations = max_evaluations
         self.draws = draws
         self.pre_activations = pre_activations
         self.solver = solver
+        self.max_evaluations = max_evaluations
         self.num_steps = num_steps
         self._init_scales(control_variate_scale)
-        self._steps_done = 0
-        self._makes_gradients = False
-        # By name and shape of a site. An entry that is out of date costs variance only.
-        self._plain: Dict[Tuple, Any] = {}
-        self._outside = OutsidePlates()
+        self._init_runs()
         super().__init__(*args, **kwargs)
-        check_num_particles(self.num_particles, self._own_option)
-
-    def _get_learned(self) -> Dict[str, Any]:
-        plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
-        return {**super()._get_learned(), "steps_done": self._steps_done, "plain": plain}
-
-    def _set_learned(self, learned: Dict[str, Any]) -> None:
-        super()._set_learned(learned)
-        self._steps_done = learned["steps_done"]
-        self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
-
-    # -- Traces ------------------------------------------------------------------
-
-    def _get_traces(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Iterator[Tuple[Trace, Trace]]:
-        for _, terms in self._get_terms(model, guide, args, kwargs):
-            yield terms.model_trace, terms.guide_trace
-
-    def _get_terms(
-        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Iterator[Tuple[int, Terms]]:
-        """The number of a particle, and its runs: one, but for sequential enumeration."""
-        self._note_call(model, guide, args, kwargs)
-        enumerates = self._enumerates(guide)
-        if self.max_plate_nesting == math.inf and (enumerates or self.vectorize_particles):
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
-        if self.vectorize_particles:
-            # Before the handlers, so that each particle has draws of its own.
-            guide = self._vectorized_num_particles(guide)
-            model = self._vectorized_num_particles(model)
-        num_runs = 1 if self.vectorize_particles else self.num_particles
-        for particle in range(num_runs):
-            path = PathGradient(self._obstacle())
-            starts: Any = queue.LifoQueue()
-            # All particles of a step use what was learned before the step.
-            is_last = particle == num_runs - 1
-
-            def get_traces(*handlers: Messenger) -> Tuple[Trace, Trace]:
-                call = [h(f) for h, f in zip(handlers, (model, guide))] or [model, guide]
-                pair = self._get_trace_from(starts, path, *call, args, kwargs)
-                pair[1].run.may_learn = is_last and starts.empty()  # type: ignore[attr-defined]
-                return pair
-
-            if enumerates:
-                for terms in self._outside.get_terms(get_traces, starts):
-                    yield particle, terms
-            else:
-                yield particle, Terms(*get_traces())
-
-    def _get_trace_from(
-        self, starts: Any, path: PathGradient, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Tuple[Trace, Trace]:
-        """
-        :param starts: partial traces of the guide, of sites that are enumerated in a loop.
-        """
-        saved, generators = list(starts.queue), None
-        while True:
-            run = self._make_run(path, guide)
-            if generators is None and run.projection is not None:
-                generators = get_generators()
-            found = None
-            try:
-                with hint_at_shapes(run.hint):
-                    found = self._run(run, starts, model, guide, args, kwargs)
-            except Exception:
-                # A derivative of what was projected may be the cause.
-                if not run.is_void:
-                    raise
-            if found is not None and not run.is_void:
-                self._note(run, found[1])
-                return found
-            # Nothing of this run is kept. The next has the same noise, so that what the
-            # run depends on, its branches and the use that made it void, stays the same.
-            assert run.projection is not None
-            self._plain.update(run.projection.violated)
-            set_generators(generators)
-            starts.queue[:] = saved
-
-    def _run(
-        self, run: Run, starts: Any, model: Any, guide: Any, args: Tuple, kwargs: Dict
-    ) -> Tuple[Trace, Trace]:
-        enumerates, nesting = run.topk is not None, self.max_plate_nesting
-        guide = run.guide(guide)
-        if enumerates:
-            guide = poutine.queue(
-                guide, starts, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
-            )
-        model_trace, guide_trace = get_traces(run.model(model), guide, args, kwargs, nesting)
-        run.compute_densities(model_trace, guide_trace)
-        check_traces(model_trace, guide_trace, nesting, enumerates)
-        if run.path is not None:
-            run.path.raise_if_edited()
-        guide_trace.run = run  # type: ignore[attr-defined]
-        if enumerates:
-            guide_trace.pack_tensors()
-            model_trace.pack_tensors(guide_trace.plate_to_symbol)
-            set_apart(guide_trace, self._baselines, run.path_sites)
-        return model_trace, guide_trace
-
-    def _note(self, run: Run, guide_trace: Trace) -> None:
-        """For the report."""
-        if self._makes_gradients or self._latest is None:
-            self._latest = run.summarize(guide_trace, self.otherwise, self._baselines)
-
-    @property
-    def _baselines(self) -> Baselines:
-        return Baselines(self.baseline, self.num_particles)
-
-    def _enumerates(self, guide: Any) -> bool:
-        """Whether discrete sites of the guide may have several values."""
-        return "topk" in self._strategies and not is_guide_messenger(guide)
-
-    def _make_run(self, path: PathGradient, guide: Any) -> Run:
-        topk = projection = None
-        first_available_dim = None
-        if self._enumerates(guide):
-            first_available_dim = -1 - self.max_plate_nesting
-            topk = TopK(
-                self.options,
-                self.baseline == "reinforce+",
-                self.max_evaluations,
-                self.draws,
-                self._outside.reasons,
-            )
-        has_projection = "projection" in self._strategies and self.pre_activations is not None
-        if has_projection and not is_guide_messenger(guide):
-            reason = ""
-            if not self._makes_gradients:
-                reason = "no gradient"
-            elif self.num_steps is not None and self._steps_done >= self.num_steps:
-                reason = f"schedule (num_steps={self.num_steps})"
-            options = ProjectionOptions(self.pre_activations, self.solver)
-            own_path = path if "path" in self._strategies and not path.obstacle else None
-            projection = Projection(options, self._plain, reason, own_path)
-        return Run(
-            topk, projection, path if "path" in self._strategies else None, first_available_dim
-        )
-
-    # -- The surrogate --------------------------------------------------------------
+        check_num_particles(self.num_particles, type(self).__name__, self._own_option)
 
     def _differentiable_loss_particle(
         self, model_trace: Trace, guide_trace: Any
     ) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
-        names = run.path_sites
-        if not names:
+        path, names = run.path, run.path_sites
+        if path is None or not names:
             return super()._differentiable_loss_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
         log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in names}
         groups = self._choose_scales(log_q, run)
-        terms = path_terms(log_q, run.path, self._scales)
-        for name, z in run.path.values.items():
+        terms = path_terms(log_q, path, self._scales)
+        for name, z in path.values.items():
             site = guide_trace.nodes[name]
             entropy_term = terms.get(name, z.new_zeros(()))
             if name not in log_q:  # analytic
@@ -357,11 +324,30 @@ class RaoBlackwell_ELBO(PathGradientMixin, Trace_ELBO):
         warn_if_nan(loss, "loss")
         return loss
 
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        self._makes_gradients = True
-        try:
-            yield
-        finally:
-            self._makes_gradients = False
-        self._steps_done += 1
+    def _trace_enum(self) -> TraceEnum_ELBO:
+        return TraceEnum_ELBO(
+            num_particles=self.num_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            strict_enumeration_warning=False,
+        )
+
+    def compute_marginals(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``TraceEnum_ELBO.compute_marginals``, with plain draws from the guide."""
+        return self._trace_enum().compute_marginals(model, guide, *args, **kwargs)
+
+    def sample_posterior(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``TraceEnum_ELBO.sample_posterior``, with plain draws from the guide."""
+        return self._trace_enum().sample_posterior(model, guide, *args, **kwargs)
+
+
+def _check(name: str, value: Any, accepted: Collection[Any]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in accepted:
+        names = ", ".join(map(repr, accepted))
+        raise ValueError(f"Invalid {name}: {value!r}. Expected one of {names}.")
+
+
+def _check_count(name: str, value: Any, other: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"Invalid {name}: {value!r}. Expected {other}an integer that is at least 1."
+        )

@@ -14,7 +14,6 @@ from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
 from pyro_rb.ops.topk import Slots
-from pyro_rb.poutine.draw_messenger import SUPPLIED
 from pyro_rb.poutine import (
     DrawMessenger,
     PathGradient,
@@ -22,6 +21,7 @@ from pyro_rb.poutine import (
     TopK,
     TopKModelMessenger,
 )
+from pyro_rb.poutine.draw_messenger import SUPPLIED
 
 
 class Run:

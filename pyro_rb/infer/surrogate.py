@@ -11,7 +11,7 @@ score has a baseline has ``c = 1``: its score has mean zero, but what its densit
 on to earlier draws is needed for the noise to vanish at the optimum.
 """
 
-from typing import Any, Dict, Mapping
+from typing import Dict, Mapping
 
 import torch
 

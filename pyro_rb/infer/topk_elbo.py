@@ -6,6 +6,7 @@ from typing import Any, Optional
 from pyro.infer import TraceEnum_ELBO
 
 from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
+from pyro_rb.infer.util import is_guide_messenger
 
 
 class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
@@ -125,3 +126,8 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
             max_evaluations=max_evaluations,
             **kwargs,
         )
+
+    def _enumerates(self, guide: Any) -> bool:
+        if is_guide_messenger(guide):
+            raise NotImplementedError("RaoBlackwellTopK_ELBO does not support GuideMessenger")
+        return True

@@ -53,6 +53,8 @@ def site_values(*traces: Trace) -> List[torch.Tensor]:
     nodes = [site for trace in traces for site in trace.nodes.values()]
     values = [site["value"] for site in nodes if site["type"] in ("sample", "param")]
     return [value for value in values if isinstance(value, torch.Tensor)]
+
+
 def find_density_scale(site: Any) -> Any:
     """
     The factor by which ``scale`` and all masks multiply the log density of a site's draw.
@@ -233,7 +235,8 @@ def get_traces(
     """
     if is_guide_messenger(guide):
         guide(*args, **kwargs)
-        model_trace, guide_trace = poutine.unwrap(guide).get_traces()
+        messenger: Any = poutine.unwrap(guide)
+        model_trace, guide_trace = messenger.get_traces()
     else:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -9,6 +10,17 @@ from pyro_rb.ops.gaussian import GaussianDraw
 
 #: Some elements of a value: none, all, or those of a boolean tensor of its shape.
 Elements = Union[None, bool, torch.Tensor]
+
+
+def _unseen(fn: Callable) -> Callable:
+    """Lets no function mode see a decision about elements: it is none of the user's code."""
+
+    @functools.wraps(fn)
+    def unseen(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return fn(*args)
+
+    return unseen
 
 
 def join(a: Elements, b: Elements) -> Elements:
@@ -23,6 +35,7 @@ def join(a: Elements, b: Elements) -> Elements:
     return torch.as_tensor(a) | torch.as_tensor(b)
 
 
+@_unseen
 def overlap(a: Elements, b: Elements) -> Elements:
     """
     >>> overlap(True, None) is None
@@ -36,6 +49,7 @@ def overlap(a: Elements, b: Elements) -> Elements:
     return both if both.any() else None
 
 
+@_unseen
 def without(a: Elements, b: Elements) -> Elements:
     """
     >>> without(True, torch.tensor([True, False]))
@@ -181,6 +195,7 @@ class View:
         """Whether it shows an element more than once."""
         return self._find()[1]
 
+    @_unseen
     def _find(self) -> Tuple[Elements, bool]:
         if self._found is None:
             self._found = (True, False)
@@ -194,6 +209,7 @@ class View:
         return self._found
 
     @property
+    @_unseen
     def free(self) -> Elements:
         """What may be projected, in the shape of the view."""
         site = self.site

@@ -5,11 +5,7 @@ import math
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
-from pyro.distributions.torch_distribution import (
-    TorchDistribution,
-    TorchDistributionMixin,
-)
-from pyro.poutine.util import site_is_subsample
+from pyro.distributions.torch_distribution import TorchDistribution
 
 from pyro_rb.ops.topk import Slots, select_slots
 from pyro_rb.poutine.draw_messenger import (

@@ -155,7 +155,8 @@ class Comparison:
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
     ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO:1.0", train_steps=[1], num_samples=40, num_burn_in=0, progress=False)
+    >>> options = {"train_steps": [1], "num_samples": 40, "num_burn_in": 0, "progress": False}
+    >>> result = compare(model, guide, "STLTrace_ELBO:1.0", **options)
     >>> result.recommendation.loss, result.states[0].losses[1].name
     ('STLTrace_ELBO:1.0', 'STLTrace_ELBO:1.0')
     >>> result.to_dict()["settings"]["reference"]

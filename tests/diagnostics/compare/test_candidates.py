@@ -3,7 +3,6 @@
 
 import functools
 import math
-
 import re
 
 import pyro

@@ -1,0 +1,206 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+import queue
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+import torch
+from pyro import poutine
+from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+
+from pyro_rb.infer.hint import hint_at_shapes
+from pyro_rb.infer.outside_plates import OutsidePlates, Terms
+from pyro_rb.infer.path_mixin import PathGradientMixin
+from pyro_rb.infer.run import Run
+from pyro_rb.infer.util import (
+    check_traces,
+    get_generators,
+    get_traces,
+    is_guide_messenger,
+    set_generators,
+)
+from pyro_rb.infer.weights import Baselines, set_apart
+from pyro_rb.poutine import (
+    PathGradient,
+    Projection,
+    ProjectionOptions,
+    TopK,
+    TopKOptions,
+)
+from pyro_rb.poutine.gaussian_site import Plain
+
+
+class RunMixin(PathGradientMixin):
+    """
+    Base class, to be named before the one of Pyro: runs guide and model for each particle,
+    with sites drawn by strategies.
+    """
+
+    #: Which strategies sites are offered to, in this order.
+    _strategies: Tuple[str, ...] = ("topk", "projection", "path")
+
+    num_particles: int
+    vectorize_particles: bool
+    options: TopKOptions
+    baseline: Optional[str]
+    max_evaluations: int
+    draws: int
+    pre_activations: Optional[str]
+    solver: str
+    num_steps: Optional[int]
+
+    def _init_runs(self) -> None:
+        self._steps_done = 0
+        self._makes_gradients = False
+        # By name and shape of a site. An entry that is out of date costs variance only.
+        self._plain: Dict[Tuple, Any] = {}
+        self._outside = OutsidePlates()
+
+    def _get_learned(self) -> Dict[str, Any]:
+        plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
+        return {**super()._get_learned(), "steps_done": self._steps_done, "plain": plain}
+
+    def _set_learned(self, learned: Dict[str, Any]) -> None:
+        super()._set_learned(learned)
+        self._steps_done = learned["steps_done"]
+        self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
+
+    def _get_traces(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Iterator[Tuple[Trace, Trace]]:
+        for _, terms in self._get_terms(model, guide, args, kwargs):
+            yield terms.model_trace, terms.guide_trace
+
+    def _get_terms(
+        self, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Iterator[Tuple[int, Terms]]:
+        """The number of a particle, and its runs: one, but for sequential enumeration."""
+        self._note_call(model, guide, args, kwargs)
+        enumerates = self._enumerates(guide)
+        if self.max_plate_nesting == math.inf and (enumerates or self.vectorize_particles):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)  # type: ignore[attr-defined]
+        if self.vectorize_particles:
+            # Before the handlers, so that each particle has draws of its own.
+            guide = self._vectorized_num_particles(guide)  # type: ignore[attr-defined]
+            model = self._vectorized_num_particles(model)  # type: ignore[attr-defined]
+        num_runs = 1 if self.vectorize_particles else self.num_particles
+        for particle in range(num_runs):
+            path = PathGradient(self._obstacle())
+            starts: Any = queue.LifoQueue()
+            # All particles of a step use what was learned before the step.
+            is_last = particle == num_runs - 1
+
+            def make(*watches: Messenger) -> Tuple[Trace, Trace]:
+                watched = [w(fn) for w, fn in zip(watches, (model, guide))] or [model, guide]
+                pair = self._get_trace_from(starts, path, watched[0], watched[1], args, kwargs)
+                pair[1].run.may_learn = is_last and starts.empty()  # type: ignore[attr-defined]
+                return pair
+
+            if enumerates:
+                for terms in self._outside.get_terms(make, starts):
+                    yield particle, terms
+            else:
+                yield particle, Terms(*make())
+
+    def _get_trace_from(
+        self, starts: Any, path: PathGradient, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Tuple[Trace, Trace]:
+        """
+        :param starts: partial traces of the guide, of sites that are enumerated in a loop.
+        """
+        saved, generators = list(starts.queue), None
+        while True:
+            run = self._make_run(path, guide)
+            if generators is None and run.projection is not None:
+                generators = get_generators()
+            found = None
+            try:
+                with hint_at_shapes(run.hint):
+                    found = self._run(run, starts, model, guide, args, kwargs)
+            except Exception:
+                # A derivative of what was projected may be the cause.
+                if not run.is_void:
+                    raise
+            if found is not None and not run.is_void:
+                self._note(run, found[1])
+                return found
+            # Nothing of this run is kept. The next has the same noise, so that what the
+            # run depends on, its branches and the use that made it void, stays the same.
+            assert run.projection is not None
+            self._plain.update(run.projection.violated)
+            set_generators(generators)
+            starts.queue[:] = saved
+
+    def _run(
+        self, run: Run, starts: Any, model: Any, guide: Any, args: Tuple, kwargs: Dict
+    ) -> Tuple[Trace, Trace]:
+        enumerates, nesting = run.topk is not None, self.max_plate_nesting
+        guide = run.guide(guide)
+        if enumerates:
+            guide = poutine.queue(
+                guide, starts, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
+            )
+        model_trace, guide_trace = get_traces(run.model(model), guide, args, kwargs, nesting)
+        run.compute_densities(model_trace, guide_trace)
+        check_traces(model_trace, guide_trace, nesting, enumerates)
+        if run.path is not None:
+            run.path.raise_if_edited()
+        guide_trace.run = run  # type: ignore[attr-defined]
+        if enumerates:
+            guide_trace.pack_tensors()
+            model_trace.pack_tensors(guide_trace.plate_to_symbol)
+            set_apart(guide_trace, self._baselines, run.path_sites)
+        return model_trace, guide_trace
+
+    def _note(self, run: Run, guide_trace: Trace) -> None:
+        """For the report."""
+        if self._makes_gradients or run.topk is not None:
+            self._latest = run.summarize(guide_trace, self.otherwise, self._baselines)
+
+    @property
+    def _baselines(self) -> Baselines:
+        return Baselines(self.baseline, self.num_particles)
+
+    def _enumerates(self, guide: Any) -> bool:
+        """Whether discrete sites of the guide may have several values."""
+        return "topk" in self._strategies and not is_guide_messenger(guide)
+
+    def _make_run(self, path: PathGradient, guide: Any) -> Run:
+        topk = projection = None
+        first_available_dim = None
+        if self._enumerates(guide):
+            first_available_dim = -1 - self.max_plate_nesting
+            topk = TopK(
+                self.options,
+                self.baseline == "reinforce+",
+                self.max_evaluations,
+                self.draws,
+                self._outside.reasons,
+            )
+        has_projection = "projection" in self._strategies and self.pre_activations is not None
+        if has_projection and not is_guide_messenger(guide):
+            reason = ""
+            if not self._makes_gradients:
+                reason = "no gradient"
+            elif self.num_steps is not None and self._steps_done >= self.num_steps:
+                reason = f"schedule (num_steps={self.num_steps})"
+            options = ProjectionOptions(str(self.pre_activations), self.solver)
+            own_path = path if "path" in self._strategies and not path.obstacle else None
+            projection = Projection(options, self._plain, reason, own_path)
+        return Run(
+            topk, projection, path if "path" in self._strategies else None, first_available_dim
+        )
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Within, runs are for gradients."""
+        self._makes_gradients = True
+        try:
+            yield
+        finally:
+            self._makes_gradients = False
+        self._steps_done += 1
