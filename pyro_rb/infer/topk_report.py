@@ -5,7 +5,7 @@
 
 import re
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Iterator, List, NamedTuple, Optional
 
 from pyro.poutine import Trace
 
@@ -64,32 +64,29 @@ def summarize(
     guide_trace: Trace, handler: TopKMessenger, baselines: Baselines
 ) -> List[Treated]:
     enumerated = {site.name for site in handler.enumerated}
-    return [
-        _treated(name, guide_trace.nodes[name], name in enumerated, handler.reasons, baselines)
-        for name in guide_trace.stochastic_nodes
-    ]
+    rows = []
+    for name in guide_trace.stochastic_nodes:
+        site: Any = guide_trace.nodes[name]
+        infer, reason = site["infer"], handler.reasons.get(name, "")
+        treatment = "as TraceEnum_ELBO"
+        if name in enumerated:
+            # A replay around the loss comes after the handler, and puts its own options.
+            if infer.get("enumerate") is None:
+                reason = "its value was supplied, not drawn"
+            else:
+                treatment = "top-k" if "_topk" in infer else "exact"
+        elif name in handler.plain or (reason not in ("", "one value") and is_single_draw(site)):
+            treatment = "single draw, " + _baseline(site, baselines)
+            if treatment.endswith("no baseline") and is_single_draw(site) and baselines.kind:
+                reason += "; num_particles > 1 or infer={'baseline': ...} would give a baseline"
+        if has_own_baseline(site):
+            reason += ", infer={'baseline': ...}"
+        slots, dim = infer.get("_topk"), infer.get("_enumerate_dim", 0)
+        rows.append(Treated(name, treatment, reason, slots, dim))
+    return rows
 
 
-def _treated(
-    name: str, site: Any, is_enumerated: bool, reasons: Dict[str, str], baselines: Baselines
-) -> Treated:
-    infer, reason = site["infer"], reasons.get(name, "")
-    treatment = "as TraceEnum_ELBO"
-    if is_enumerated:
-        # A replay around the loss comes after the handler, and puts its own options.
-        if infer.get("enumerate") is None:
-            reason = "its value was supplied, not drawn"
-        else:
-            treatment = "top-k" if "_topk" in infer else "exact"
-    elif reason != "one value" and name in reasons and is_single_draw(site):
-        treatment = "single draw, no baseline"
-        if baselines.over_particles(site):
-            num_others = baselines.num_particles - 1
-            treatment = f"single draw, baseline over {num_others} other particles"
-        elif has_own_baseline(site):
-            treatment = "single draw"
-        elif baselines.kind is not None:
-            reason += "; num_particles > 1 or infer={'baseline': ...} would give a baseline"
-    if has_own_baseline(site):
-        reason += ", infer={'baseline': ...}"
-    return Treated(name, treatment, reason, infer.get("_topk"), infer.get("_enumerate_dim", 0))
+def _baseline(site: Any, baselines: Baselines) -> str:
+    if baselines.over_particles(site):
+        return f"baseline over {baselines.num_particles - 1} other particles"
+    return "its own baseline" if has_own_baseline(site) else "no baseline"

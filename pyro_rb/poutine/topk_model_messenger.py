@@ -18,7 +18,8 @@ class TopKModelMessenger(EnumMessenger):
 
     :param TopKMessenger guide: the handler of the guide.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pyro_rb.poutine import TopKOptions
     >>> handler = TopKMessenger(TopKOptions(k=1), first_available_dim=-1)
     >>> with handler:
     ...     z = pyro.sample("z", dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
