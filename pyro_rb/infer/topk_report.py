@@ -77,8 +77,6 @@ def summarize(
                 treatment = "top-k" if "_topk" in infer else "exact"
         elif name in handler.plain or (reason not in ("", "one value") and is_single_draw(site)):
             treatment = "single draw, " + _baseline(site, baselines)
-            if treatment.endswith("no baseline") and is_single_draw(site) and baselines.kind:
-                reason += "; num_particles > 1 or infer={'baseline': ...} would give a baseline"
         if has_own_baseline(site):
             reason += ", infer={'baseline': ...}"
         slots, dim = infer.get("_topk"), infer.get("_enumerate_dim", 0)
@@ -87,6 +85,10 @@ def summarize(
 
 
 def _baseline(site: Any, baselines: Baselines) -> str:
+    if has_own_baseline(site):
+        return "its own baseline"
     if baselines.over_particles(site):
         return f"baseline over {baselines.num_particles - 1} other particles"
-    return "its own baseline" if has_own_baseline(site) else "no baseline"
+    if baselines.kind is None or not is_single_draw(site):
+        return "no baseline"
+    return "no baseline: num_particles > 1 or infer={'baseline': ...} gives one"
