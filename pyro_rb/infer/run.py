@@ -95,6 +95,12 @@ class Run:
         )
         note_uses(model_trace, guide_trace, self.projection)
 
+    def _is_single_draw(self, name: str, site: Any, reason: str) -> bool:
+        if self.topk is None or site["infer"].get("rao_blackwell") is False:
+            return False
+        is_told = reason not in ("", "one value", SUPPLIED)
+        return name in self.topk.plain or (is_told and is_single_draw(site))
+
     def summarize(self, guide_trace: Trace, otherwise: str, baselines: Baselines) -> Summary:
         """
         :param otherwise: what is said of sites that are left to Pyro.
@@ -105,10 +111,8 @@ class Run:
             strategy = self.handler.drawn_by.get(name)
             treatment: Any = otherwise
             reason = self.handler.reasons.get(name, "")
-            if strategy is None and self.topk is not None and is_single_draw(site):
-                is_left = site["infer"].get("rao_blackwell") is False
-                if not is_left and reason not in ("one value", SUPPLIED):
-                    treatment, reason = _describe_single_draw(site, reason, baselines)
+            if strategy is None and self._is_single_draw(name, site, reason):
+                treatment = "single draw, " + _describe_baseline(site, baselines)
             elif strategy is None:
                 view = None if self.projection is None else self.projection.find(site["value"])
                 if view is not None:
@@ -129,15 +133,14 @@ class Run:
         return Summary(rows, self.scales)
 
 
-def _describe_single_draw(site: Any, reason: str, baselines: Baselines) -> Tuple[str, str]:
-    if baselines.over_particles(site):
-        num_others = baselines.num_particles - 1
-        return f"single draw, baseline over {num_others} other particles", reason
+def _describe_baseline(site: Any, baselines: Baselines) -> str:
     if has_own_baseline(site):
-        return "single draw", reason
-    if baselines.kind is not None:
-        reason += "; num_particles > 1 or infer={'baseline': ...} would give a baseline"
-    return "single draw, no baseline", reason
+        return "its own baseline"
+    if baselines.over_particles(site):
+        return f"baseline over {baselines.num_particles - 1} other particles"
+    if baselines.kind is None or not is_single_draw(site):
+        return "no baseline"
+    return "no baseline: num_particles > 1 or infer={'baseline': ...} gives one"
 
 
 class _Slots(NamedTuple):

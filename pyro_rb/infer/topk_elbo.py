@@ -30,16 +30,24 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     that of ``TraceEnum_ELBO``.
 
     **Requirements.** A model and guide that ``TraceEnum_ELBO`` accepts with the discrete
-    sites of the guide enumerated: parallel enumeration must be possible, and nothing
-    outside of a plate may depend on a site inside, such as a site of the model that is
-    enumerated outside of a plate that the guide's site is in (``{"topk": 0}`` there gives
-    what Pyro does). No annotation is needed. Treated is
+    sites of the guide enumerated: parallel enumeration must be possible. No annotation is
+    needed. Treated is
     each latent guide site that is a Categorical, OneHotCategorical, Bernoulli, Binomial,
     any other distribution with ``enumerate_support``, or a Poisson, Geometric or
-    NegativeBinomial. All other sites are treated as by ``TraceEnum_ELBO``; :meth:`report`
-    tells which and why. In a plate of size ``N`` the value of a treated site has the
+    NegativeBinomial. In a plate of size ``N`` the value of a treated site has the
     shape ``[k + num_samples, N]``, not ``[K, 1]``: index arrays by
     :func:`~pyro.ops.indexing.Vindex`.
+
+    **Single draws.** A site has one draw where no table can be made, as for Bernoulli
+    vectors by ``to_event``; where the table would have more than
+    :data:`~pyro_rb.poutine.topk_table.MAX_TABLE` elements; where ``infer={"topk": 0}``
+    asks for it; and where a cost depends on the site from outside of its plates, or on a
+    sum over its values such as ``k.mean()``. The latter is found by following the values
+    at the first step, when the structure changes, and now and then. Such a site then has
+    the full cost, as in ``Trace_ELBO``. With ``num_particles > 1`` the baseline of single
+    draws is the mean cost of the other particles, for each element of a plate. All
+    sites that are reparameterised are treated as by ``TraceEnum_ELBO``; :meth:`report`
+    tells what was done at each site, and why.
 
     **When it is worse.** With few values or a cheap model, enumerate. Where all values are
     about equally likely and ``baseline=None``, summing some of them is worse than drawing
@@ -48,13 +56,17 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     training the guide may be confident and wrong, and plain draws explore more.
 
     **Options of a site** in the guide: ``infer={"topk": k}``, or a dict of ``k``,
-    ``num_samples``, ``budget``; ``{"topk": 0}`` asks for a plain draw. Sites with
-    ``infer={"enumerate": ...}`` keep the meaning that Pyro gives them.
+    ``num_samples``, ``budget``; ``{"topk": 0}`` asks for a single draw. Sites with
+    ``infer={"enumerate": ...}`` keep the meaning that Pyro gives them, unless a cost depends
+    on them from outside of their plates.
     ``infer={"baseline": {...}}`` works as in :class:`~pyro.infer.TraceGraph_ELBO`, in
     the place of ``baseline``, wherever something is drawn.
 
     Gradients are first order only: Hessians of the surrogate loss are wrong.
 
+    :param args: The arguments of :class:`~pyro.infer.TraceEnum_ELBO`, in its order:
+        ``num_particles``, ``max_plate_nesting``, and so on. There is no warning if no
+        site is annotated, whatever ``strict_enumeration_warning`` says.
     :param int k: values to sum, ``>= 0``. Defaults to 1.
     :param int num_samples: draws among the others, ``>= 1``. Defaults to 1.
     :param int budget: evaluations, ``>= 1``, in the place of ``k`` and ``num_samples``:
@@ -63,16 +75,15 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     :param str baseline: what is subtracted from the cost at a draw: ``"loo"`` (the
         default), the mean over the other draws and the values that are summed;
         ``"reinforce+"``, the cost at one more draw, which takes one more evaluation;
-        None, nothing.
+        None, nothing. Single draws have the mean over other particles for the first two.
     :param int max_evaluations: the largest cartesian product of the sites that a site of
         the model depends on. Defaults to 65536.
-    :param kwargs: The arguments of :class:`~pyro.infer.TraceEnum_ELBO`, for example
-        ``num_particles``, ``vectorize_particles`` and ``max_plate_nesting``.
-        ``strict_enumeration_warning`` is False unless given.
+    :param kwargs: The arguments of :class:`~pyro.infer.TraceEnum_ELBO` by name.
     :raises ValueError: naming the argument, for ``k``, ``num_samples``, ``budget``,
         ``baseline`` or ``max_evaluations`` out of range, and for ``budget`` together with
         ``k`` or ``num_samples``. At a step, naming the site, for invalid options of a
-        site, for ``"topk"`` where it cannot be followed, and for too large a product.
+        site, for ``"topk"`` where there is no table, for too large a product, and for a
+        cost that depends on a sum over vectorised particles.
     :raises NotImplementedError: at a step, if the guide is a ``GuideMessenger``.
 
     Example::

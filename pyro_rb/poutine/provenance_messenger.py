@@ -4,7 +4,7 @@
 from typing import Any, Dict
 
 import torch
-from pyro.distributions import Rejector
+from pyro.distributions import Distribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
@@ -56,8 +56,6 @@ class ProvenanceMessenger(Messenger):
 
 
 def _has_score(fn: Any) -> bool:
-    if not getattr(fn, "has_rsample", False):
-        return True
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Rejector)
+    # A sampler by rejection has part of a score.
+    is_partly = type(fn).score_parts is not Distribution.score_parts
+    return is_partly or not getattr(fn, "has_rsample", False)

@@ -31,6 +31,7 @@ from tests.infer.topk_models import (
     table,
 )
 
+NO_BASELINE = "single draw, no baseline: num_particles > 1 or infer={'baseline': ...} gives one"
 TREATED = [name for name in ALL if name != "bernoullis"]
 
 
@@ -426,7 +427,8 @@ def test_zero_is_a_plain_draw(baseline):
     elbo = topk(k=2, num_samples=4, baseline=baseline)
     assert_close(step(elbo, with_options(0)), step(trace_enum(), mixture()), 0.0)
     (row,) = elbo.report()
-    assert row.treatment == "single draw, no baseline" and row.reason.startswith("infer={'topk': 0}")
+    assert row.treatment == (NO_BASELINE if baseline else "single draw, no baseline")
+    assert row.reason == "infer={'topk': 0}"
 
 
 @pytest.mark.parametrize(
@@ -464,8 +466,8 @@ def test_annotated_sites_keep_their_meaning(options):
     elbo = topk()
     assert_close(step(elbo, case), step(trace_enum(), case), 0.0)
     (row,) = elbo.report()
-    assert row.treatment == ("as TraceEnum_ELBO" if options["default"] else "single draw, no baseline")
-    assert row.reason.startswith(f"infer={{'enumerate': {options['default']!r}}}")
+    assert row.treatment == ("as TraceEnum_ELBO" if options["default"] else NO_BASELINE)
+    assert row.reason == f"infer={{'enumerate': {options['default']!r}}}"
 
 
 @pytest.mark.parametrize("infer", [{"num_samples": 2}, {"num_samples": 2, "tmc": "mixture"}])
@@ -485,6 +487,26 @@ def test_local_sampling_keeps_its_meaning():
     guide = config_enumerate(case.guide, num_samples=4, expand=True)
     case = Case(case.model, guide, case.args)
     assert_close(step(topk(), case), step(trace_enum(), case), 0.0)
+
+
+@pytest.mark.parametrize("infer", [{}, {"topk": 2}])
+def test_a_table_that_becomes_too_large_in_training(infer):
+    def model():
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Poisson(300.0))
+
+    def guide():
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Poisson(pyro.param("rate", torch.tensor(300.0))), infer=infer)
+
+    elbo, treated = topk(), []
+    for rate in (300.0, 1e9, 1.0, 1e12):
+        pyro.param("rate", torch.tensor(rate)).data.fill_(rate)
+        loss, grads = step(elbo, Case(model, guide))
+        assert loss.isfinite() and grads["rate"].isfinite()
+        treated.append(elbo.report()[0])
+    assert [row.treatment.split(",")[0] for row in treated] == ["top-k", "single draw"] * 2
+    assert "elements, more than" in treated[1].reason and "1e-9 of the mass" in treated[0].reason
 
 
 # -- Report ---------------------------------------------------------------------------
@@ -512,17 +534,12 @@ def test_report_of_a_mixed_guide():
     with pytest.raises(RuntimeError, match="Expected a step"):
         elbo.report()
     elbo.loss(model, guide)
-    remedy = "num_particles > 1 or infer={'baseline': ...} would give a baseline"
     assert elbo.report() == [
         ("categorical", "top-k, k = 1, n = 1, complement 0.3", "2 of 6 values"),
         ("coin", "exact", "2 of 2 values"),
         ("normal", "as TraceEnum_ELBO", "reparameterised"),
-        (
-            "event",
-            "single draw, no baseline",
-            "no enumerable support: an event of several variables, see to_event(); " + remedy,
-        ),
-        ("masked", "single draw, no baseline", "a masked distribution; use poutine.mask in its place; " + remedy),
+        ("event", NO_BASELINE, "no enumerable support: an event of several variables, see to_event()"),
+        ("masked", NO_BASELINE, "a masked distribution; use poutine.mask in its place"),
         ("one", "as TraceEnum_ELBO", "one value"),
     ]
     elbo = topk(k=2, baseline="reinforce+")

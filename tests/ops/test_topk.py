@@ -14,6 +14,7 @@ from pyro_rb.ops.topk import (
     Slots,
     leave_one_out_baseline,
     optimal_k,
+    particle_baseline,
     probe_baseline,
     score_coefficients,
     select_slots,
@@ -297,6 +298,27 @@ def test_leave_one_out_baseline_by_hand():
     stacked = [x.unsqueeze(-1).expand(4, 3) for x in (weight * cost, weight, is_top, ~is_top)]
     actual = leave_one_out_baseline(*stacked, -2)
     torch.testing.assert_close(actual, expected.unsqueeze(-1).expand(4, 3))
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_particle_baseline_by_hand(dim):
+    weight, cost = torch.rand(4, 3, 5), torch.randn(4, 3, 5)
+    actual = particle_baseline(weight * cost, weight, dim)
+    rows = [x.movedim(dim, 0) for x in (weight, cost)]
+    for p, row in enumerate(actual.movedim(dim, 0)):
+        w, c = (torch.cat([x[:p], x[p + 1 :]]) for x in rows)
+        torch.testing.assert_close(row, (w * c).sum(0) / w.sum(0))
+    # One more in each cost is one more in each mean, for any weights.
+    torch.testing.assert_close(particle_baseline(weight * (cost + 1.0), weight, dim), actual + 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_particle_baseline_without_others(dtype):
+    one = torch.ones(1, dtype=dtype)
+    assert particle_baseline(5.0 * one, one, 0) == 0
+    weight = torch.tensor([0.3, 1e-30, 0.0], dtype=dtype)
+    baseline = particle_baseline(7.0 * weight, weight, 0)
+    torch.testing.assert_close(baseline, torch.tensor([0.0, 7.0, 7.0], dtype=dtype))
 
 
 def test_no_baseline_without_others():

@@ -111,7 +111,25 @@ def test_annotated_guide_needs_no_wrapper():
     model, guide = positions(20)
     choice = choose_losses(model, config_enumerate(guide))
     assert "TraceEnum_ELBO" in choice.losses and ENUMERATED not in choice.losses
-    assert TOP_K in choice.left_out  # there is nothing left to draw
+    assert choice.left_out[TOP_K] == "it treats no site; 'z': infer={'enumerate': 'parallel'}"
+
+
+def test_costs_outside_of_a_plate():
+    """What neither enumeration nor top-k can treat is said by name."""
+
+    def model():
+        with pyro.plate("plate", 3):
+            b = pyro.sample("b", dist.Bernoulli(0.4))
+        pyro.sample("x", dist.Normal(b.sum(), 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        with pyro.plate("plate", 3):
+            pyro.sample("b", dist.Bernoulli(logits=pyro.param("q", torch.zeros(3))))
+
+    choice = choose_losses(model, guide)
+    reason = "'b': used outside of its plates, summed up or read as a number for 'x'"
+    assert choice.left_out[ENUMERATED] == reason
+    assert choice.left_out[TOP_K] == f"it treats no site; {reason}"
 
 
 def test_too_many_joint_values(monkeypatch):
