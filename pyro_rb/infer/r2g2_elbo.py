@@ -2,63 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
-from pyro_rb.infer.gaussian_kl import compute_log_prob
+from pyro_rb.infer.r2g2_run import Run, run_once
 from pyro_rb.infer.report import Report, SiteReport
-from pyro_rb.infer.util import (
-    check_shapes,
-    get_generators,
-    get_traces,
-    sample_sites,
-    set_generators,
-)
+from pyro_rb.infer.row_check import RowCheck
+from pyro_rb.infer.util import get_generators, set_generators
 from pyro_rb.ops.projection import SOLVERS
 from pyro_rb.poutine import ProjectionOptions, R2G2Messenger
-from pyro_rb.poutine.gaussian_site import GaussianSite, Plain
+from pyro_rb.poutine.gaussian_site import Plain
+from pyro_rb.poutine.local_draws import LocalDraws
 
-PRE_ACTIVATIONS = ("shared", "local")
-
-
-def _note_uses(
-    model_trace: Trace, guide_trace: Trace, handler: R2G2Messenger
-) -> None:
-    """Notes what can be seen of a run after it is over."""
-    terms: Dict[Tuple[str, str], Any] = {}
-    for name, site in sample_sites(model_trace):
-        terms["model", name] = (site["value"], [site["log_prob_sum"]])
-    has_score_function = False
-    for name, site in sample_sites(guide_trace):
-        parts = site["score_parts"]
-        terms["guide", name] = (site["value"], [parts.score_function, parts.entropy_term])
-        if not is_identically_zero(parts.score_function):
-            has_score_function = True
-    handler.note_hidden_uses(terms)
-    if has_score_function:
-        handler.note_score_functions()
-
-
-def _describe(site: GaussianSite, has_analytic_kl: bool) -> SiteReport:
-    treatment = "plain"
-    if site.projected is not None:
-        treatment = " and ".join(sorted(set(site.treatments.values())))
-        if isinstance(site.projected, torch.Tensor):
-            share = site.projected.double().mean().item()
-            if share < 1.0:
-                treatment += f" ({100 * share:.0f} %)"
-    reasons = list(site.treatments) + site.reasons
-    if not reasons:
-        reasons = ["not used"]
-    if not has_analytic_kl:
-        reasons.append("log prior not analytic")
-    return SiteReport(site.name, treatment, "; ".join(reasons))
+PRE_ACTIVATIONS = ("shared", "local", "auto")
 
 
 class R2G2_ELBO(Trace_ELBO):
@@ -105,7 +66,8 @@ class R2G2_ELBO(Trace_ELBO):
     or ``torch.compile`` (by Inductor) made. A generator of the user's own, a data iterator
     or BatchNorm statistics inside of guide or model, which the second run does not rewind.
     A prior that depends, without a gradient, on an earlier part of the same *correlated*
-    guide site. ``pre_activations="local"`` on models that couple rows, see below.
+    guide site. ``pre_activations="local"`` on models that couple rows, see below; with
+    ``"auto"``, a coupling that comes with a number that changes, until the next check.
 
     **When it is worse.** A step takes longer: a solve for each layer, and one more
     evaluation of each linear function. Several particles for the same time
@@ -122,7 +84,12 @@ class R2G2_ELBO(Trace_ELBO):
         shape ``[rows, inputs]`` and a diagonal guide are drawn for each row, as in [2];
         all else as in ``"shared"``. Less variance and less time, but WRONG, silently,
         if the loss couples rows: BatchNorm, contrastive losses, positions of a sequence
-        folded into rows, ensembles of functions.
+        folded into rows, ensembles of functions. ``"auto"``: as ``"local"`` for the layers
+        of which it is proven that each term of the ELBO depends on one row only, as
+        ``"shared"`` for the others. The proof is made at the first step, again at the
+        second, fourth, eighth and so on, and whenever functions, flags (``train()``,
+        ``eval()``) or shapes change; such a step takes about three times as long, and runs
+        guide and model two more times. See :class:`~pyro_rb.infer.row_check.RowCheck`.
     :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``, which project wherever something
         can be gained; ``"auto"`` (default) chooses by size, and takes the plain gradient where
         variance times time would not fall: with less than 2 inputs for each row, in large
@@ -196,6 +163,7 @@ class R2G2_ELBO(Trace_ELBO):
         self._makes_gradients = False
         # By name and shape of a site. An entry that is out of date costs variance only.
         self._plain: Dict[Tuple, Plain] = {}
+        self._rows = RowCheck()
         self._report: Optional[Report] = None
 
     def report(self) -> Report:
@@ -245,51 +213,41 @@ class R2G2_ELBO(Trace_ELBO):
                 "outside; to compile a loss, use JitTrace_ELBO."
             )
         generators, nesting = get_generators(), self.max_plate_nesting
+        reason = self._why_plain()
+
+        def run(local: Optional[LocalDraws]) -> Optional[Run]:
+            handler = R2G2Messenger(ProjectionOptions(self.solver, local), self._plain, reason)
+            found = run_once(handler, model, guide, args, kwargs, nesting)
+            self._plain.update(handler.violated)
+            return found
+
+        def again(local: LocalDraws) -> Optional[Tuple[Trace, Trace]]:
+            set_generators(generators)
+            found = run(local)
+            return None if found is None else found.traces
+
         while True:
-            handler = self._make_handler()
-            found = None
-            try:
-                model_trace, guide_trace = get_traces(
-                    handler.model(model), handler.guide(guide), args, kwargs, nesting
-                )
-                left = compute_log_prob(model_trace, guide_trace, handler)
-                check_shapes(model_trace, guide_trace, nesting)
-                _note_uses(model_trace, guide_trace, handler)
-                found = model_trace, guide_trace
-            except Exception:
-                # A derivative of what was projected may be the cause.
-                if not handler.violated:
-                    raise
-            if found is not None and not handler.violated:
-                self._note(guide_trace, handler, left)
-                return found
+            local = None if reason else self._make_local()
+            found = run(local)
+            if found is not None and self._rows.accepts(found.traces, local, again):
+                if self._makes_gradients:
+                    self._report = found.report(local)
+                return found.traces
             # Nothing of this run is kept. The next has the same noise, so that what the
             # run depends on, its branches and the use that made it void, stays the same.
-            self._plain.update(handler.violated)
             set_generators(generators)
 
-    def _make_handler(self) -> R2G2Messenger:
-        reason = ""
+    def _why_plain(self) -> str:
         if not self._makes_gradients:
-            reason = "no gradient"
-        elif self.num_steps is not None and self._steps_done >= self.num_steps:
-            reason = f"schedule (num_steps={self.num_steps})"
-        options = ProjectionOptions(self.pre_activations, self.solver)
-        return R2G2Messenger(options, self._plain, reason)
+            return "no gradient"
+        if self.num_steps is not None and self._steps_done >= self.num_steps:
+            return f"schedule (num_steps={self.num_steps})"
+        return ""
 
-    def _note(self, guide_trace: Trace, handler: R2G2Messenger, left: Set[str]) -> None:
-        if not self._makes_gradients:
-            return
-        self._report = Report()
-        for name in guide_trace.stochastic_nodes:
-            view = handler.find(guide_trace.nodes[name]["value"])
-            if name in handler.sites:
-                row = _describe(handler.sites[name], name not in left)
-            elif view is not None:
-                row = SiteReport(name, f"as {view.site.name}", "shows its value")
-            else:
-                row = SiteReport(name, "plain", handler.reasons.get(name, ""))
-            self._report.append(row)
+    def _make_local(self) -> Optional[LocalDraws]:
+        if self.pre_activations == "shared":
+            return None
+        return LocalDraws() if self.pre_activations == "local" else self._rows.draws()
 
 
 def _check(name: str, value: Any, accepted: Tuple[str, ...]) -> None:

@@ -178,10 +178,8 @@ class R2G2Messenger(Messenger):
     def violated(self) -> Dict[Tuple, Plain]:
         """By name and shape, all elements that may not be projected after all."""
         return {
-            (name, site.draw.shape): Plain(
-                join(site.plain, site.violated), "; ".join(site.reasons)
-            )
-            for name, site in self.sites.items()
+            site.key: Plain(join(site.plain, site.violated), "; ".join(site.reasons))
+            for site in self.sites.values()
             if site.violated is not None
         }
 
