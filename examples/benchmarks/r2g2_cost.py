@@ -108,6 +108,7 @@ def model_calls(model: Any, args: Tuple[torch.Tensor, ...]) -> Dict[str, Callabl
         "shared": R2G2_ELBO(),
         "shared, always": R2G2_ELBO(solver="cg"),
         "local": R2G2_ELBO(pre_activations="local"),
+        "auto": R2G2_ELBO(pre_activations="auto"),
     }
 
     def call(elbo: Any) -> Callable[[], Any]:

@@ -18,6 +18,7 @@ from pyro_rb.infer.util import sample_sites
 from pyro_rb.ops.family import find_kl, is_exactly, strip_independent
 from pyro_rb.poutine import Projection
 from pyro_rb.poutine.gaussian_site import GaussianSite, View
+from pyro_rb.poutine.local_draws import LocalDraws
 
 
 def compute_log_prob(
@@ -162,7 +163,9 @@ def note_uses(
         projection.note_score_functions()
 
 
-def describe(site: GaussianSite, has_analytic_kl: bool) -> SiteReport:
+def describe(
+    site: GaussianSite, has_analytic_kl: bool, local: Optional[LocalDraws]
+) -> SiteReport:
     treatment = "plain"
     if site.projected is not None:
         treatment = " and ".join(sorted(set(site.treatments.values())))
@@ -173,6 +176,10 @@ def describe(site: GaussianSite, has_analytic_kl: bool) -> SiteReport:
     reasons = list(site.treatments) + site.reasons
     if not reasons:
         reasons = ["not used"]
+    if local is not None and local.record is not None and "local" in treatment:
+        reasons.append("rows are independent")
+    if local is not None and local.why_shared(site.key):
+        reasons.append(f"not local: {local.why_shared(site.key)}")
     if not has_analytic_kl:
         reasons.append("log prior not analytic")
     return SiteReport(site.name, treatment, "; ".join(reasons))

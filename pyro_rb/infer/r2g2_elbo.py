@@ -50,7 +50,8 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     or ``torch.compile`` (by Inductor) made. A generator of the user's own, a data iterator
     or BatchNorm statistics inside of guide or model, which the second run does not rewind.
     A prior that depends, without a gradient, on an earlier part of the same *correlated*
-    guide site. ``pre_activations="local"`` on models that couple rows, see below.
+    guide site. ``pre_activations="local"`` on models that couple rows, see below; with
+    ``"auto"``, a coupling that comes with a number that changes, until the next check.
 
     **When it is worse.** A step takes longer: a solve for each layer, and one more
     evaluation of each linear function. Several particles for the same time
@@ -67,7 +68,12 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
         shape ``[rows, inputs]`` and a diagonal guide are drawn for each row, as in [2];
         all else as in ``"shared"``. Less variance and less time, but WRONG, silently,
         if the loss couples rows: BatchNorm, contrastive losses, positions of a sequence
-        folded into rows, ensembles of functions.
+        folded into rows, ensembles of functions. ``"auto"``: as ``"local"`` for the layers
+        of which it is proven that each term of the ELBO depends on one row only, as
+        ``"shared"`` for the others. The proof is made at the first step, again at the
+        second, fourth, eighth and so on, and whenever functions, flags (``train()``,
+        ``eval()``) or shapes change; such a step takes about three times as long, and runs
+        guide and model two more times. See :class:`~pyro_rb.infer.row_check.RowCheck`.
     :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``, which project wherever something
         can be gained; ``"auto"`` (default) chooses by size, and takes the plain gradient where
         variance times time would not fall: with less than 2 inputs for each row, in large
@@ -113,7 +119,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     _own_option = "pre_activations"
     _strategies = ("projection",)
     otherwise = "plain"
-    _pre_activations = ("shared", "local")
+    _pre_activations = ("shared", "local", "auto")
 
     def __init__(
         self,

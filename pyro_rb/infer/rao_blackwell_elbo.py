@@ -98,7 +98,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         Defaults to ``"adaptive"``.
     :param str pre_activations: ``"shared"`` projects, ``"local"`` draws pre-activations by
         row, see :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`; None does neither. ``"auto"``,
-        the default, is ``"shared"``.
+        the default, is ``"local"`` where rows are proven to have no effect on one another,
+        and ``"shared"`` elsewhere.
     :param str solver: As in :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`. Defaults to
         ``"auto"``.
     :param int max_evaluations: the largest cartesian product of the sites that a site of

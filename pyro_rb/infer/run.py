@@ -124,7 +124,9 @@ class Run:
                     treatment = _Slots(infer.get("_topk"), infer["_enumerate_dim"])
             elif strategy is self.projection and name not in self.path_sites:
                 ours = self.projection.sites[name]
-                _, treatment, reason = describe(ours, name not in self._not_analytic)
+                _, treatment, reason = describe(
+                    ours, name not in self._not_analytic, self.projection.local
+                )
             else:
                 treatment = None  # its scale is not known yet
             if self.topk is not None and has_own_baseline(site):

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro_rb.infer.hint import hint_at_shapes
 from pyro_rb.infer.outside_plates import OutsidePlates, Terms
 from pyro_rb.infer.path_mixin import PathGradientMixin
+from pyro_rb.infer.row_check import RowCheck
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.util import (
     check_traces,
@@ -32,6 +33,7 @@ from pyro_rb.poutine import (
     TopKOptions,
 )
 from pyro_rb.poutine.gaussian_site import Plain
+from pyro_rb.poutine.local_draws import LocalDraws
 
 
 class RunMixin(PathGradientMixin):
@@ -59,6 +61,7 @@ class RunMixin(PathGradientMixin):
         # By name and shape of a site. An entry that is out of date costs variance only.
         self._plain: Dict[Tuple, Any] = {}
         self._outside = OutsidePlates()
+        self._rows = RowCheck()
 
     def _get_learned(self) -> Dict[str, Any]:
         plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
@@ -112,11 +115,10 @@ class RunMixin(PathGradientMixin):
         """
         :param starts: partial traces of the guide, of sites that are enumerated in a loop.
         """
-        saved, generators = list(starts.queue), None
-        while True:
-            run = self._make_run(path, guide)
-            if generators is None and run.projection is not None:
-                generators = get_generators()
+        saved, generators = list(starts.queue), get_generators() if self._projects(guide) else None
+
+        def make(path: PathGradient, local: Optional[LocalDraws]) -> Optional[Tuple[Trace, Trace]]:
+            run = self._make_run(path, guide, local)
             found = None
             try:
                 with hint_at_shapes(run.hint):
@@ -125,15 +127,49 @@ class RunMixin(PathGradientMixin):
                 # A derivative of what was projected may be the cause.
                 if not run.is_void:
                     raise
-            if found is not None and not run.is_void:
-                self._note(run, found[1])
+            if run.is_void:
+                assert run.projection is not None
+                self._plain.update(run.projection.violated)
+                return None
+            return found
+
+        def rewind() -> None:
+            set_generators(generators)
+            starts.queue[:] = saved
+
+        def again(local: LocalDraws) -> Optional[Tuple[Trace, Trace]]:
+            rewind()
+            return make(PathGradient(self._obstacle()), local)
+
+        while True:
+            local = self._make_local(guide)
+            found = make(path, local)
+            left = list(starts.queue)
+            if found is not None and self._rows.accepts(found, local, again):
+                starts.queue[:] = left
+                self._note(found[1].run, found[1])  # type: ignore[attr-defined]
                 return found
             # Nothing of this run is kept. The next has the same noise, so that what the
             # run depends on, its branches and the use that made it void, stays the same.
-            assert run.projection is not None
-            self._plain.update(run.projection.violated)
-            set_generators(generators)
-            starts.queue[:] = saved
+            rewind()
+
+    def _projects(self, guide: Any) -> bool:
+        """Whether linear uses of Gaussian sites are watched."""
+        has_projection = "projection" in self._strategies and self.pre_activations is not None
+        return has_projection and not is_guide_messenger(guide)
+
+    def _why_plain(self) -> str:
+        """Why nothing is to be projected; empty if it is."""
+        if not self._makes_gradients:
+            return "no gradient"
+        if self.num_steps is not None and self._steps_done >= self.num_steps:
+            return f"schedule (num_steps={self.num_steps})"
+        return ""
+
+    def _make_local(self, guide: Any) -> Optional[LocalDraws]:
+        if not self._projects(guide) or self._why_plain() or self.pre_activations == "shared":
+            return None
+        return LocalDraws() if self.pre_activations == "local" else self._rows.draws()
 
     def _run(
         self, run: Run, starts: Any, model: Any, guide: Any, args: Tuple, kwargs: Dict
@@ -169,7 +205,7 @@ class RunMixin(PathGradientMixin):
         """Whether discrete sites of the guide may have several values."""
         return "topk" in self._strategies and not is_guide_messenger(guide)
 
-    def _make_run(self, path: PathGradient, guide: Any) -> Run:
+    def _make_run(self, path: PathGradient, guide: Any, local: Optional[LocalDraws]) -> Run:
         topk = projection = None
         first_available_dim = None
         if self._enumerates(guide):
@@ -181,16 +217,10 @@ class RunMixin(PathGradientMixin):
                 self.draws,
                 self._outside.reasons,
             )
-        has_projection = "projection" in self._strategies and self.pre_activations is not None
-        if has_projection and not is_guide_messenger(guide):
-            reason = ""
-            if not self._makes_gradients:
-                reason = "no gradient"
-            elif self.num_steps is not None and self._steps_done >= self.num_steps:
-                reason = f"schedule (num_steps={self.num_steps})"
-            options = ProjectionOptions(str(self.pre_activations), self.solver)
+        if self._projects(guide):
+            options = ProjectionOptions(self.solver, local)
             own_path = path if "path" in self._strategies and not path.obstacle else None
-            projection = Projection(options, self._plain, reason, own_path)
+            projection = Projection(options, self._plain, self._why_plain(), own_path)
         return Run(
             topk, projection, path if "path" in self._strategies else None, first_available_dim
         )

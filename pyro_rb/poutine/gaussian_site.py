@@ -113,6 +113,11 @@ class GaussianSite:
         self._index: Optional[torch.Tensor] = None
 
     @property
+    def key(self) -> Tuple:
+        """By which the site is known in other runs."""
+        return self.name, self.draw.shape
+
+    @property
     def index(self) -> torch.Tensor:
         """The number of each element, in the shape of the value."""
         if self._index is None:

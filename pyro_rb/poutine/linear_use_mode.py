@@ -123,6 +123,8 @@ class LinearUseMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if _is_compiling():
             return func(*args, **kwargs)
+        if self._options.local is not None:
+            self._options.local.note_call(func, args, kwargs)
         found: List[View] = []
         self._collect(args, found)
         if kwargs:

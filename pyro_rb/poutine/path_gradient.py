@@ -77,24 +77,28 @@ class PathGradient(Strategy):
         self.values = {}
 
     def draw(self, msg: Any, handler: DrawMessenger) -> str:
-        name, fn = msg["name"], msg["fn"]
+        fn = msg["fn"]
         if self.obstacle:
             raise Declined(self.obstacle)
         if not fn.has_rsample:
             raise Declined("not reparameterised, keeps its score function")
         if msg["value"] is None:
             msg["value"] = fn(*msg["args"], **msg["kwargs"])
-        reason = self.inspect(fn, msg["value"])
-        msg["value"] = self.tap(name, msg["value"])
+        reason = self.inspect(msg)
+        msg["value"] = self.tap(msg["name"], msg["value"])
         return reason
 
-    def inspect(self, fn: Any, value: Any) -> str:
+    def inspect(self, msg: Any) -> str:
         """
         :return: what there is to say of a draw that can be tapped.
         :raises Declined: with the reason why it cannot.
         """
+        fn, value = msg["fn"], msg["value"]
         if not (isinstance(value, torch.Tensor) and value.requires_grad):
             raise Declined("depends on no parameter")
+        if getattr(msg["scale"], "requires_grad", False):
+            # The mean of its derivative, times log q, is not zero.
+            raise Declined("its scale depends on a parameter")
         # Looked at each time: parameters are frozen, modules change their mode.
         obstacle = score_obstacle(fn)
         if obstacle is not None:

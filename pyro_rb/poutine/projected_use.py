@@ -7,7 +7,9 @@ import torch
 
 from pyro_rb.ops.linear_call import LinearCall, find_rows
 from pyro_rb.ops.projection import choose_solver, pays, project_map, project_rows
-from pyro_rb.poutine.gaussian_site import Elements, GaussianSite, View, overlap
+from pyro_rb.poutine.gaussian_site import View, overlap
+from pyro_rb.poutine.local_draws import LocalDraws
+from pyro_rb.poutine.random_factor import RandomFactor
 
 ROWS = "rows >= fan-in"
 TRANSFORMED = "used inside of a function transform or checkpoint"
@@ -16,56 +18,17 @@ DOES_NOT_PAY = "would not pay (solver='auto')"
 
 class ProjectionOptions(NamedTuple):
     """
-    :param str pre_activations: ``"shared"`` or ``"local"``.
     :param str solver: one of ``pyro_rb.ops.projection.SOLVERS``.
+    :param LocalDraws local: where pre-activations may be drawn row by row; None, where
+        weights are shared by all rows.
     """
 
-    pre_activations: str = "shared"
     solver: str = "auto"
+    local: Optional[LocalDraws] = None
 
 
 class _Plain(Exception):
     """Says why a use is left as it is."""
-
-
-class _Factor(NamedTuple):
-    """A random argument of a call, with what may be projected of it."""
-
-    position: int
-    view: View
-    free: Elements
-
-    @property
-    def site(self) -> GaussianSite:
-        return self.view.site
-
-    @property
-    def noise(self) -> torch.Tensor:
-        """Of the argument; of the whole site, where elements go together."""
-        draw = self.site.draw
-        return self.view.replay(draw.noise) if draw.is_diagonal else draw.noise
-
-    @property
-    def free_scale(self) -> torch.Tensor:
-        """The scale of a diagonal one, zero where nothing is projected."""
-        scale = self.view.replay(self.site.draw.scale)
-        return scale if self.free is True else scale * torch.as_tensor(self.free)
-
-    def spread(self, noise: torch.Tensor) -> torch.Tensor:
-        """The share of the argument that free noise has."""
-        draw = self.site.draw
-        if draw.is_diagonal:
-            return self.free_scale * noise
-        return self.view.replay(draw.spread(noise))
-
-    def value(self, noise: torch.Tensor) -> torch.Tensor:
-        """The argument, with other noise where it is free."""
-        draw = self.site.draw
-        if not draw.is_diagonal:
-            return self.view.replay(draw.loc + draw.spread(noise))
-        if self.free is not True:
-            noise = torch.where(torch.as_tensor(self.free), noise, self.noise)
-        return self.view.replay(draw.loc) + self.view.replay(draw.scale) * noise
 
 
 def project_use(
@@ -83,8 +46,11 @@ def project_use(
     try:
         factor, term = _find_factors(call, views)
         _check_factors(call)
-        if options.pre_activations == "local" and _can_be_local(call, factor, term):
-            return _draw_locally(call, views, factor, term)
+        random = [factor] if term is None else [factor, term]
+        local = options.local
+        if local is not None and local.allows(call, random):
+            _note(call, views, random, "local", f"{call.func.__name__}: {len(call.args[0])} rows")
+            return local.draw(call, random)
         # With gradients: autocast keeps what it casts, and would keep it without.
         z = call({}).detach()
         _check_dtypes(call, z)
@@ -100,7 +66,7 @@ def project_use(
 
 def _find_factors(
     call: LinearCall, views: Dict[int, View]
-) -> Tuple[_Factor, Optional[_Factor]]:
+) -> Tuple[RandomFactor, Optional[RandomFactor]]:
     """The random factor, and the random term if there is one that may be projected too."""
     found = [i for i in call.factors if i in views]
     if not found:
@@ -128,7 +94,7 @@ def _find_factors(
 def _note(
     call: LinearCall,
     views: Dict[int, View],
-    random: List[_Factor],
+    random: List[RandomFactor],
     treatment: str,
     summary: str,
 ) -> None:
@@ -139,9 +105,9 @@ def _note(
         view.site.use(view.elements, _why_taken(view))
 
 
-def _factor(position: int, view: View) -> _Factor:
+def _factor(position: int, view: View) -> RandomFactor:
     is_open = not (view.has_repeats or view.is_edited)
-    return _Factor(position, view, view.free if is_open else None)
+    return RandomFactor(position, view, view.free if is_open else None)
 
 
 def _why_taken(view: View) -> str:
@@ -182,10 +148,10 @@ def _check_dtypes(call: LinearCall, z: torch.Tensor) -> None:
 def _solve(
     call: LinearCall,
     z: torch.Tensor,
-    factor: _Factor,
-    term: Optional[_Factor],
+    factor: RandomFactor,
+    term: Optional[RandomFactor],
     solver: str,
-) -> Tuple[List[Tuple[_Factor, torch.Tensor]], str]:
+) -> Tuple[List[Tuple[RandomFactor, torch.Tensor]], str]:
     """The conditional mean of the noise of each random argument, and a summary."""
     random = [factor] if term is None else [factor, term]
     is_diagonal = all(f.site.draw.is_diagonal for f in random)
@@ -216,8 +182,8 @@ def _solve(
 
 
 def _solve_map(
-    call: LinearCall, z: torch.Tensor, random: List[_Factor], solver: str, name: str
-) -> Tuple[List[Tuple[_Factor, torch.Tensor]], str]:
+    call: LinearCall, z: torch.Tensor, random: List[RandomFactor], solver: str, name: str
+) -> Tuple[List[Tuple[RandomFactor, torch.Tensor]], str]:
     """The same for any linear map: convolutions, correlated noise."""
     # Two arguments from one correlated site share its noise.
     noises = {id(f.site) if not f.site.draw.is_diagonal else id(f): f.noise for f in random}
@@ -246,29 +212,3 @@ def _solve_map(
     parts = split(found)
     summary = f"{name}: {z.numel()} rows, {sum(sizes)} elements, {solver}"
     return [(f, parts[key]) for f, key in zip(random, keys)], summary
-
-
-def _can_be_local(call: LinearCall, factor: _Factor, term: Optional[_Factor]) -> bool:
-    random = [factor] if term is None else [factor, term]
-    return (
-        call.is_layer
-        and factor.position == 1
-        and all(f.site.draw.is_diagonal and f.free is True for f in random)
-    )
-
-
-def _draw_locally(
-    call: LinearCall, views: Dict[int, View], factor: _Factor, term: Optional[_Factor]
-) -> torch.Tensor:
-    """Draws the pre-activations of each row with noise of their own."""
-    x = call.args[0]
-    random = [factor] if term is None else [factor, term]
-    mean = call({f.position: f.view.replay(f.site.draw.loc) for f in random})
-    variances = {f.position: f.view.replay(f.site.draw.variance) for f in random}
-    if call.term is not None and term is None:
-        variances[call.term] = torch.zeros_like(call.args[call.term])
-    variance = call({0: x.square(), **variances})
-    # The slope of a square root is infinite at zero, where a unit has no noise.
-    deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
-    _note(call, views, random, "local", f"{call.func.__name__}: {len(x)} rows")
-    return torch.addcmul(mean, deviation, torch.randn_like(variance))

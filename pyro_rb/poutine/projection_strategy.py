@@ -60,6 +60,7 @@ class Projection(Strategy):
     ) -> None:
         #: Watches the functions of PyTorch.
         self.mode = LinearUseMode(options, reason)
+        self.local = options.local
         self._plain = {} if plain is None else plain
         self._path = path
         self._needs_gradient = torch.is_grad_enabled()
@@ -82,7 +83,7 @@ class Projection(Strategy):
             raise Declined("depends on no parameter")
         reason = ""
         if self._path is not None:
-            reason = self._path.inspect(fn, draw.value)
+            reason = self._path.inspect(msg)
             msg["value"] = draw.value = self._path.tap(name, draw.value)
         plain = self._plain.get((name, draw.shape), Plain(None, ""))
         self.mode.add_site(GaussianSite(name, draw, plain), draw.value)
@@ -161,10 +162,8 @@ class Projection(Strategy):
     def violated(self) -> Dict[Tuple, Plain]:
         """By name and shape, all elements that may not be projected after all."""
         return {
-            (name, site.draw.shape): Plain(
-                join(site.plain, site.violated), "; ".join(site.reasons)
-            )
-            for name, site in self.sites.items()
+            site.key: Plain(join(site.plain, site.violated), "; ".join(site.reasons))
+            for site in self.sites.values()
             if site.violated is not None
         }
 

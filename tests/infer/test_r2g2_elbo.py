@@ -40,7 +40,7 @@ def double():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"pre_activations": "row"}, r"Invalid pre_activations: 'row'. Expected one of 'shared', 'local'"),
+        ({"pre_activations": "row"}, r"Invalid pre_activations: 'row'. Expected one of 'shared', 'local', 'auto'"),
         ({"pre_activations": None}, "Invalid pre_activations: None"),
         ({"solver": "lu"}, "Invalid solver: 'lu'. Expected one of 'auto', 'cholesky', 'cg', 'qr'"),
         ({"num_steps": 0}, "Invalid num_steps: 0. Expected None, or an integer that is at least 1"),
