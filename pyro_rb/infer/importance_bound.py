@@ -35,7 +35,7 @@ def _common_plates(traces: Traces) -> Set[Any]:
     """The plates of all sites, in model and guide: their items are independent."""
     stacks = [
         # The counter of a sequential plate tells its items apart.
-        {frame._replace(counter=0) for frame in site["cond_indep_stack"]}
+        {f if f.vectorized else f._replace(counter=0) for f in site["cond_indep_stack"]}
         for pair in traces
         for trace in pair
         for _, site in sample_sites(trace)

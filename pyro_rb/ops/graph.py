@@ -76,7 +76,7 @@ def leaf_nodes(
         seen.add(node)
         parents = node.next_functions
         if parents:
-            stack.extend([parent for parent, _ in parents])
+            stack += [parent for parent, _ in parents if parent not in seen]
         elif hasattr(node, "variable"):
             found[node] = node.variable
     return found

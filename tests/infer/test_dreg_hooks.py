@@ -57,9 +57,10 @@ class Vae:
             for key, p in net.named_parameters():
                 grads = self.on_leaf.setdefault(f"{name}.{key}", [])
                 p.register_hook(grads.append)
-                p.register_post_accumulate_grad_hook(
-                    lambda p, key=f"{name}.{key}": self.after.update([key])
-                )
+                if hasattr(p, "register_post_accumulate_grad_hook"):  # not before PyTorch 2.1
+                    p.register_post_accumulate_grad_hook(
+                        lambda p, key=f"{name}.{key}": self.after.update([key])
+                    )
 
     def model(self):
         pyro.module("decoder", self.nets["decoder"])
