@@ -28,7 +28,7 @@ from pyro.poutine import Trace
 from pyro_rb.infer.learned_state import LearnedStateMixin
 from pyro_rb.infer.parameters import CallParameters
 from pyro_rb.infer.report import Report, SiteReport
-from pyro_rb.infer.util import outermost
+from pyro_rb.infer.util import is_replayed, outermost
 from pyro_rb.ops.control_variate import AdaptiveScale
 from pyro_rb.ops.graph import Node, first_leaf, share_leaves
 from pyro_rb.ops.quiet_grad import quiet_grad
@@ -131,11 +131,10 @@ class TappedMixin(LearnedStateMixin):
             guide_trace.tap = tap
             return model_trace, guide_trace
         self._scales = {}
-        if self.control_variate_scale == 0.0:
+        obstacle = self._obstacle()
+        if obstacle is not None:
             model_trace, guide_trace = get_trace(model, guide, args, kwargs)
-            self._reasons = dict.fromkeys(
-                guide_trace.stochastic_nodes, "control_variate_scale is 0"
-            )
+            self._reasons = dict.fromkeys(guide_trace.stochastic_nodes, obstacle)
         elif torch.jit.is_tracing():
             # The partial derivatives of one draw would be baked in as constants.
             raise NotImplementedError(
@@ -153,6 +152,13 @@ class TappedMixin(LearnedStateMixin):
             self._reasons = tap.reasons
         guide_trace.tap = tap
         return model_trace, guide_trace
+
+    def _obstacle(self) -> Optional[str]:
+        if self.control_variate_scale == 0.0:
+            return "control_variate_scale is 0"
+        if is_replayed():
+            return "a replay around the loss may supply its value"
+        return None
 
     def _find_scales(
         self,
