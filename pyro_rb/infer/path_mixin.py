@@ -24,6 +24,7 @@ import torch
 from pyro_rb.infer.learned_state import LearnedStateMixin
 from pyro_rb.infer.parameters import CallParameters
 from pyro_rb.infer.report import Report, Summary
+from pyro_rb.infer.util import is_replayed
 from pyro_rb.ops.control_variate import AdaptiveScale
 from pyro_rb.ops.graph import Node, first_leaf, share_leaves
 from pyro_rb.ops.quiet_grad import quiet_grad
@@ -114,6 +115,8 @@ class PathGradientMixin(LearnedStateMixin):
             return "no gradient"
         if self.control_variate_scale == 0.0:
             return "control_variate_scale is 0"
+        if is_replayed():
+            return "a replay around the loss may supply its value"
         if torch.jit.is_tracing():
             # The partial derivatives of one draw would be baked in as constants.
             raise NotImplementedError(

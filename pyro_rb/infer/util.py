@@ -24,6 +24,7 @@ from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
@@ -46,6 +47,21 @@ Ordinal = FrozenSet[str]
 def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
     """Names and sites of a trace, of type sample: latent, observed and subsampling."""
     return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
+
+
+def is_replayed() -> bool:
+    """
+    Whether the code runs inside of a handler that may supply values of sample sites,
+    so that a guide's values need not be draws of its distributions.
+
+    >>> import pyro
+    >>> is_replayed()
+    False
+    >>> with pyro.poutine.replay(trace=pyro.poutine.Trace()):
+    ...     is_replayed()
+    True
+    """
+    return any(isinstance(frame, ReplayMessenger) for frame in _PYRO_STACK)
 
 
 def site_values(*traces: Trace) -> List[torch.Tensor]:

@@ -254,7 +254,7 @@ def test_gradient_at_each_step(kind):
             torch.testing.assert_close(g, g_expected, rtol=scenario.tolerance, atol=scenario.tolerance)
         scales.append(list(elbo._scales.values()))
     assert not any(map(any, scales[:3])), "starts as Trace_ELBO"
-    assert max(m.updates for m in elbo._adaptive._variates.values()) > 20, "has learned"
+    assert max(m.updates for m in elbo._adaptive._variates.values()) >= 20, "has learned"
 
 
 @pytest.mark.parametrize("vectorize", [False, True])

@@ -262,17 +262,6 @@ def test_handlers_around_the_loss(name, entrance):
     assert not am_i_wrapped()
 
 
-def test_a_replay_around_the_loss():
-    supplied = poutine.trace(guide).get_trace()
-    for nodes, tapped in ((["z1", "z2"], set()), (["z1"], SECOND)):
-        trace = supplied.copy()
-        for name in {"z1", "z2"} - set(nodes):
-            trace.remove_node(name)
-        elbo = STLTrace_ELBO(control_variate_scale=1.0, retain_graph=True)
-        gradient(elbo, lambda: poutine.replay(trace=trace))
-        assert {row.site for row in elbo.report() if "path" in row.treatment} == tapped
-
-
 def test_stack_is_left_as_it_was_after_an_error():
     def broken():
         guide()
