@@ -15,8 +15,7 @@ from pyro.poutine.runtime import get_plates
 from pyro_rb.infer.rvrs_options import check_count, check_options
 from pyro_rb.infer.rvrs_posterior import PosteriorMixin
 from pyro_rb.infer.rvrs_proposals import Proposer, strip
-from pyro_rb.infer.rvrs_sampler import Accepted
-from pyro_rb.infer.rvrs_structure import find_dim
+from pyro_rb.infer.rvrs_sampler import Accepted, redraw, take
 from pyro_rb.infer.rvrs_surrogate import compute_surrogate
 from pyro_rb.ops.rejection import log_normalizer
 from pyro_rb.poutine import FramesMessenger
@@ -140,18 +139,18 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         *,
         num_samples: int = 2,
         T: Optional[float] = None,
-        epsilon: float = 0.01,
+        epsilon: Optional[float] = None,
         Z_target: float = 0.33,
         adaptation: str = "Z_target",
         T_lr: float = 0.1,
-        max_steps: int = 10_000,
+        max_steps: int = 100_000,
         local_plate: Optional[str] = None,
         local_size: Optional[int] = None,
     ) -> None:
         super().__init__()
         check_count("num_samples", num_samples, 2)
         check_count("max_steps", max_steps, 1)
-        check_options(T, epsilon, Z_target, adaptation, T_lr, local_plate, local_size)
+        epsilon = check_options(T, epsilon, Z_target, adaptation, T_lr, local_plate, local_size)
         # The model is no submodule: its parameters are not the guide's.
         object.__setattr__(self, "model", model)
         guide = AutoDiagonalNormal(model) if guide is None else guide
@@ -168,13 +167,16 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         self.max_steps = max_steps
         self.local_plate = local_plate
         self.local_size = local_size
-        # For all items of a plate; else each call of a plate without a size finds its own.
-        self._has_one_threshold = T is not None
-        shape = () if local_size is None else (local_size,)
-        nan = torch.full(shape, math.nan)
-        self.register_buffer("T", nan.clone() if T is None else torch.full(shape, float(T)))
+        self._is_given = T is not None and adaptation == "fixed"
+        first = torch.full(() if local_size is None else (local_size,), math.nan if T is None else T)
+        self.register_buffer("T", first)
+        self.register_buffer("T_step", torch.zeros_like(first))
+        self.register_buffer("T_age", torch.zeros_like(first))
         self.register_buffer("Z", torch.tensor(math.nan))
+        self._key = None
+        self._others = {}
         self._structure = None
+        self._structures = {}
         self._num_proposed = self._num_invalid = 0
         self._has_warned = False
 
@@ -190,7 +192,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         raise AttributeError("guide")
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_structure": None}
+        return {**self.__dict__, "_structure": None, "_structures": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
         """
@@ -198,34 +200,34 @@ class RVRSGuide(PosteriorMixin, PyroModule):
 
         :return: the emitted draw of each latent site, by name.
         """
-        try:
-            return self._forward(args, kwargs)
-        except (IndexError, RuntimeError, ValueError):
-            # Are there more plates than at the first call? Nothing was emitted yet.
-            structure = self._structure
-            if structure is None or structure.has_globals:
-                raise
-            if find_dim(self.model, self.guide, args, kwargs) == structure.dim:
-                raise
-            self._structure = None
-            return self._forward(args, kwargs)
-
-    def _forward(self, args: Tuple, kwargs: Dict) -> Dict[str, torch.Tensor]:
         particles = self._find_particles()
         num_emitted = 1 if particles is None else particles.size
         num_samples = max(self.num_samples, num_emitted)
-        proposer = self._make_proposer(args, kwargs)
-        accepted = self._sample(proposer, num_samples, proposer.structure.is_small)
-        surrogate = compute_surrogate(proposer, accepted, self.epsilon, num_emitted)
-        log_z = log_normalizer(num_samples, accepted.num_proposed).to(surrogate.mean_f)
-        bound = num_emitted * (surrogate.mean_f + log_z)
-        factor = surrogate.log_p - bound
-        if surrogate.gradient is not None:
-            factor = factor - (surrogate.gradient - surrogate.gradient.detach())
+
+        def make(proposer: Proposer) -> Tuple[Proposer, Accepted, torch.Tensor]:
+            accepted = self._accept(proposer, num_samples)
+            surrogate = compute_surrogate(proposer, accepted, self.epsilon, num_emitted)
+            log_z = log_normalizer(num_samples, accepted.num_proposed).to(surrogate.mean_f)
+            bound = num_emitted * (surrogate.mean_f + log_z)
+            factor = surrogate.log_p - bound
+            if surrogate.gradient is not None:
+                factor = factor - (surrogate.gradient - surrogate.gradient.detach())
+            return proposer, accepted, factor
+
+        proposer, accepted, factor = self._attempt(make, args, kwargs)
         values = self._emit(proposer, accepted, factor, particles)
         if self.training and torch.is_grad_enabled():
             self._adapt(proposer, accepted)
         return values
+
+    def _accept(self, proposer: Proposer, num_samples: int) -> Accepted:
+        structure = proposer.structure
+        is_step = self.training and torch.is_grad_enabled()
+        if structure.is_small or not (structure.redraws and torch.is_grad_enabled()):
+            return self._sample(proposer, num_samples, structure.is_small, is_step)
+        with torch.no_grad():
+            accepted = self._sample(proposer, num_samples, False, is_step, structure.redraws)
+        return redraw(proposer, accepted)
 
     def _find_particles(self) -> Any:
         if torch.jit.is_tracing():
@@ -255,9 +257,9 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         self, proposer: Proposer, accepted: Accepted, factor: torch.Tensor, particles: Any
     ) -> Dict[str, torch.Tensor]:
         """Makes the sites that the ELBO sees: the draws, and what is left of the bound."""
-        run = accepted.rounds[0].joint.run
-        sites = {name: run.sites[name] for name in accepted.values}
-        frames = {name: site.frames for name, site in sites.items()}
+        sites = proposer.structure.sites
+        draws = take(proposer, accepted, proposer.latents)
+        frames = {name: sites[name].frames for name in draws}
         if particles is not None:
             factor = (factor / particles.size).expand(
                 (particles.size,) + (1,) * (-particles.dim - 1)
@@ -274,8 +276,8 @@ class RVRSGuide(PosteriorMixin, PyroModule):
             plate = pyro.plate(name, full_size, subsample=subsample, dim=dim)
         values = {}
         with plate, FramesMessenger(frames):
-            for name, value in accepted.values.items():
-                event_dim = sites[name].fn.event_dim
+            for name, value in draws.items():
+                event_dim = sites[name].event_dim
                 value = strip(sites[name], value.detach())
                 if particles is None:
                     value = value[0]
@@ -287,7 +289,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
                 values[name] = pyro.sample(name, fn, infer=infer)
             pyro.factor("_rvrs_factor", factor, has_rsample=True)
         for name, (value, _) in proposer.globals.items():
-            if name in run.sites:
+            if name in sites:
                 values[name] = value
         return values
 

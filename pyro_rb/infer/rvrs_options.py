@@ -3,9 +3,14 @@
 
 import math
 import numbers
+import warnings
 from typing import Any
 
 ADAPTATIONS = ("Z_target", "fixed")
+
+#: The default of epsilon, as a share of Z_target. About as large a share of the accepted
+#: draws owes itself to epsilon alone, and costs up to a few nats times that share.
+EPSILON = 1e-3
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -27,13 +32,17 @@ def check_options(
     T_lr: Any,
     local_plate: Any,
     local_size: Any,
-) -> None:
+) -> float:
     """
+    :return: epsilon, by default a thousandth of ``Z_target``.
     :raises ValueError: naming the argument of ``RVRSGuide`` that is out of range.
     """
+    if epsilon is None:
+        epsilon = EPSILON * Z_target if _is_number(Z_target) and 0 < Z_target < 1 else EPSILON
     if not (_is_number(epsilon) and 0 < epsilon < 1):
         raise ValueError(
-            f"Invalid epsilon: {epsilon!r}. Expected a float between 0 and 1, such as 0.01."
+            f"Invalid epsilon: {epsilon!r}. Expected a float between 0 and 1, such as "
+            "Z_target / 1000, the default."
         )
     if not (_is_number(Z_target) and epsilon < Z_target < 1):
         raise ValueError(
@@ -65,6 +74,24 @@ def check_options(
             "then found at each call. Expected T=None, adaptation='fixed' to use this one "
             "for all items, or local_size to adapt one for each."
         )
+
+    if T is None or adaptation != "fixed":
+        _check_ratio(epsilon, Z_target)
+    return float(epsilon)
+
+
+def _check_ratio(epsilon: float, Z_target: float) -> None:
+    share = epsilon / Z_target
+    message = (
+        f"Found Z_target={Z_target} and epsilon={epsilon}: {share:.0%} of the accepted draws "
+        "would be accepted for epsilon alone, whatever the model says of them. A smaller "
+        "Z_target would then not make the bound tighter. Expected epsilon far below Z_target, "
+        "such as Z_target / 1000, the default."
+    )
+    if share > 1 / 3:
+        raise ValueError(message)
+    if share > 0.1:
+        warnings.warn(message)
 
 
 def _is_number(x: Any) -> bool:

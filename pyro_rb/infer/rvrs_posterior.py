@@ -2,35 +2,37 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-import warnings
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from pyro_rb.infer.rvrs_call import CallMixin
 from pyro_rb.infer.rvrs_options import check_count
-from pyro_rb.infer.rvrs_proposals import Proposer, Structure, strip
+from pyro_rb.infer.rvrs_proposals import Proposer, Values, strip
 from pyro_rb.infer.rvrs_sampler import (
-    MAX_ROUND,
-    Accepted,
     RejectionSamplingError,
-    sample,
-    solve_by_pilot,
+    largest_round,
+    take,
 )
-from pyro_rb.infer.rvrs_structure import find_structure
-from pyro_rb.ops.rejection import adapt_threshold, estimate_bound
+from pyro_rb.ops.rejection import bound_of_moments, moments
 from pyro_rb.poutine import ProposalMessenger
 
-#: Draws from which medians and quantiles are taken.
+#: Draws from which medians and quantiles are taken, and how many elements of all of
+#: them are kept, and sorted, at a time.
 NUM_QUANTILE_SAMPLES = 1000
+KEPT_ELEMENTS = 2**25
+SORTED_ELEMENTS = 2**22
 
-#: Share of the latest call in the running mean of the acceptance.
-_FORGET = 0.1
+#: Proposals for each draw of global latents, from which a bound is estimated.
+NUM_PER_DRAW = 256
+
+#: Items of the local plate that are run together; None for those of the call.
+Items = Optional[torch.Tensor]
 
 
-class PosteriorMixin:
+class PosteriorMixin(CallMixin):
     """
-    The accepted draws of an :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, and their
-    threshold.
+    The accepted draws of an :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -43,38 +45,14 @@ class PosteriorMixin:
     >>> value, error = guide.elbo(500)
     """
 
-    model: Callable
-    T: torch.Tensor
-    Z: torch.Tensor
-    num_samples: int
-    epsilon: float
-    Z_target: float
-    adaptation: str
-    T_lr: float
-    max_steps: int
-    local_plate: Optional[str]
-    local_size: Optional[int]
-    _structure: Optional[Structure]
-    _num_proposed: int
-    _num_invalid: int
-    _has_warned: bool
-    _has_one_threshold: bool
-
-    @property
-    def guide(self) -> Callable:
-        """The proposal."""
-        raise NotImplementedError
-
-    # -- What users ask of the guide ------------------------------------------
-
     @torch.no_grad()
     def sample_posterior(
         self, num_samples: int, *args: Any, **kwargs: Any
     ) -> Dict[str, torch.Tensor]:
         """
         Draws of the guide: proposals that were accepted, independent of one another. With
-        a local plate, each has a draw of the global latents, and a subsample, of its own
-        if there are any.
+        a local plate that is subsampled, they are of all its items, in order, unless the
+        items of a call are chosen by its arguments. Each draw has global latents of its own.
 
         :param int num_samples: number of draws, ``>= 1``.
         :param args: arguments of the model; ``kwargs`` likewise.
@@ -83,46 +61,56 @@ class PosteriorMixin:
         :raises RejectionSamplingError: if acceptance is too low.
         """
         check_count("num_samples", num_samples, 1)
-        draws: List[Dict[str, torch.Tensor]] = []
-        with ProposalMessenger():  # nothing is seen from outside
-            while sum(len(next(iter(d.values()))) for d in draws) < num_samples:
-                proposer = self._make_proposer(args, kwargs)
-                size = 1 if self._is_mixed(proposer) else num_samples
-                accepted = self._sample(proposer, size)
-                sites = accepted.rounds[0].joint.run.sites
-                draw = {
-                    name: value.unsqueeze(0)
-                    for name, (value, _) in proposer.globals.items()
-                    if name in sites
-                }
-                for name, value in accepted.values.items():
-                    draw[name] = strip(sites[name], value)
-                draws.append(draw)
-        return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
 
-    def _is_mixed(self, proposer: Proposer) -> bool:
-        """Whether draws of one call share a global latent or a subsample."""
-        return proposer.structure.has_globals or proposer.structure.is_subsampled
+        def draw(proposer: Proposer) -> Values:
+            batches = self._find_batches(proposer)
+            draws = []
+            for one, num in self._passes(proposer, num_samples, args, kwargs):
+                parts = [_cat(self._draw(one, num, items)) for items in batches]
+                draws.append(_join(parts, batches, proposer))
+            return _cat(draws)
+
+        with ProposalMessenger():  # nothing is seen from outside
+            return self._attempt(draw, args, kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
         """
         :return: the median of each latent site, of 1,000 draws by :meth:`sample_posterior`.
+        :raises NotImplementedError: see :meth:`quantiles`.
         """
         return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
 
+    @torch.no_grad()
     def quantiles(
         self, quantiles: Union[Sequence[float], torch.Tensor], *args: Any, **kwargs: Any
     ) -> Dict[str, torch.Tensor]:
         """
         :param quantiles: between 0 and 1.
         :return: quantiles of each latent site, ``[len(quantiles), *site]``, of 1,000
-            draws by :meth:`sample_posterior`.
+            draws as by :meth:`sample_posterior`. They are not kept all at a time if they
+            are many.
+        :raises NotImplementedError: naming the plate, if it is the local one, and the
+            code itself gave it a subsample: there are no draws of its other items.
         """
-        draws = self.sample_posterior(NUM_QUANTILE_SAMPLES, *args, **kwargs)
-        return {
-            name: torch.quantile(x, torch.as_tensor(quantiles).to(x), dim=0)
-            for name, x in draws.items()
-        }
+
+        def find(proposer: Proposer) -> Values:
+            batches = self._find_batches(proposer)
+            structure = proposer.structure
+            if structure.is_chosen and structure.is_subsampled:
+                raise NotImplementedError(
+                    f"Plate '{structure.plate}' was given a subsample of {structure.num_items} "
+                    f"of its {structure.full_size} items. Expected a plate that chooses its items by "
+                    "itself, for one entry for each of them. For the items that were given, "
+                    "take quantiles of what sample_posterior() returns."
+                )
+            parts = [
+                self._find_quantiles(proposer, items, quantiles, args, kwargs)
+                for items in batches
+            ]
+            return _join(parts, batches, proposer)
+
+        with ProposalMessenger():
+            return self._attempt(find, args, kwargs)
 
     @torch.no_grad()
     def elbo(self, num_samples: int, *args: Any, **kwargs: Any) -> Tuple[float, float]:
@@ -140,140 +128,144 @@ class PosteriorMixin:
         :raises RejectionSamplingError: if no proposal has a finite log density.
         """
         check_count("num_samples", num_samples, 2)
-        with ProposalMessenger():
-            proposer = self._make_proposer(args, kwargs)
-            if not self._is_mixed(proposer):
+
+        def estimate(proposer: Proposer) -> Tuple[float, float]:
+            structure = proposer.structure
+            if not (structure.has_globals or structure.is_subsampled):
                 return self._estimate(proposer, num_samples)
             check_count("num_samples", num_samples, 8)
-            num_passes = max(4, num_samples // MAX_ROUND)
+            num_passes = max(4, num_samples // NUM_PER_DRAW)
             values = []
-            for _ in range(num_passes):
-                value, _ = self._estimate(proposer, num_samples // num_passes)
-                values.append(value)
-                proposer = self._make_proposer(args, kwargs)
-        x = torch.tensor(values, dtype=torch.float64)
-        return x.mean().item(), (x.std() / num_passes**0.5).item()
+            for i in range(num_passes):
+                one = proposer if i == 0 else self._make_proposer(args, kwargs)
+                values.append(self._estimate(one, num_samples // num_passes)[0])
+            x = torch.tensor(values, dtype=torch.float64)
+            return x.mean().item(), (x.std() / num_passes**0.5).item()
+
+        with ProposalMessenger():
+            return self._attempt(estimate, args, kwargs)
 
     def _estimate(self, proposer: Proposer, num_samples: int) -> Tuple[float, float]:
-        num_left = num_samples
-        chunks = []
-        while num_left:
-            size = min(num_left, MAX_ROUND)
-            chunks.append(proposer.propose(size, with_grad=False).log_weight.double())
-            num_left -= size
-        log_weight = torch.cat(chunks)
-        if (log_weight == -math.inf).all(0).any():
+        sums: Any = 0.0
+        T: Any = None
+        size = largest_round(proposer)
+        for first in range(0, num_samples, size):
+            proposals = proposer.propose(min(size, num_samples - first), with_grad=False)
+            T = self._find_threshold(proposer).double() if T is None else T
+            sums = sums + moments(proposals.log_weight, T, self.epsilon)
+        bound = bound_of_moments(sums, num_samples, T)
+        if (bound.acceptance == 0).any():
             raise RejectionSamplingError(
                 f"Found no finite log density among {num_samples} proposals. Expected some: "
                 "raise num_samples, or fit the guide by plain SVI first."
             )
-        T = self._find_threshold(proposer).double()
-        bound = estimate_bound(log_weight, T, self.epsilon)
         value, error = bound.value.sum(), bound.standard_error.square().sum().sqrt()
-        if proposer.plate is not None:
-            scale = (proposer.plate.full_size or proposer.plate.size) / proposer.plate.size
-            value, error = scale * value, scale * error
-            if proposer.globals:
-                value = value + proposer.log_ratio_of_globals()
+        scale = proposer.structure.full_size / proposer.structure.num_items
+        value, error = scale * value, scale * error
+        if proposer.globals:
+            value = value + proposer.log_ratio_of_globals()
         return value.item(), error.item()
 
-    # -- Shared with the loss ---------------------------------------------------
+    # -- Draws --------------------------------------------------------------------
 
-    def _make_proposer(self, args: Tuple, kwargs: Dict) -> Proposer:
-        if self._structure is None:
-            self._structure = find_structure(
-                self.model, self.guide, args, kwargs, self.local_plate
-            )
-        proposer = Proposer(self.model, self.guide, args, kwargs, self._structure)
-        if self._structure.has_globals:
-            proposer.draw_globals()
-        return proposer
+    def _passes(
+        self, proposer: Proposer, num_samples: int, args: Tuple, kwargs: Dict
+    ) -> Iterator[Tuple[Proposer, int]]:
+        """Proposers, and how many draws to take of each: one if there are globals."""
+        if not proposer.structure.has_globals:
+            yield proposer, num_samples
+            return
+        for i in range(num_samples):
+            yield proposer if i == 0 else self._make_proposer(args, kwargs), 1
 
-    def _sample(
-        self,
-        proposer: Proposer,
-        num_samples: int,
-        with_grad: bool = False,
-    ) -> Accepted:
-        guess = self.Z.item()
-        accepted = sample(
-            proposer,
-            num_samples,
-            lambda: self._find_threshold(proposer),
-            self.epsilon,
-            self.Z_target if math.isnan(guess) else guess,
-            self.max_steps * math.ceil(num_samples / self.num_samples),
-            proposer.structure.num_items,
-            with_grad,
-        )
-        self._warn_of_invalid(accepted)
-        return accepted
+    def _draw(self, proposer: Proposer, num_samples: int, items: Items) -> Iterator[Values]:
+        """A few draws at a time, ``[num, *site]``."""
+        structure = proposer.structure
+        if items is not None:
+            assert structure.plate is not None
+            proposer.subsamples[structure.plate] = items
+        size = max(1, int(2 * largest_round(proposer) * self.Z_target))
+        for first in range(0, num_samples, size):
+            accepted = self._sample(proposer, min(size, num_samples - first))
+            values = take(proposer, accepted, proposer.latents)
+            draws = {n: strip(structure.sites[n], x) for n, x in values.items()}
+            for name, (value, _) in proposer.globals.items():
+                if name in structure.sites:
+                    draws[name] = value.unsqueeze(0)
+            yield {name: draws[name] for name in structure.sites}
 
-    def _find_threshold(self, proposer: Proposer) -> torch.Tensor:
-        """``[*batch]``, for the items of this call."""
-        if self.local_plate is not None and self.local_size is None:
-            if self._has_one_threshold:
-                return self.T
-            return solve_by_pilot(proposer, self.Z_target, self.epsilon)
-        index = self._find_items(proposer)
-        T = self.T[index] if self.T.dim() else self.T
-        is_unknown = T.isnan()
-        if is_unknown.any():
-            solved = solve_by_pilot(proposer, self.Z_target, self.epsilon)
-            T = solved.to(T).where(is_unknown, T)
-            self._set_threshold(index, T)
-        return T
+    def _find_quantiles(
+        self, proposer: Proposer, items: Items, quantiles: Any, args: Tuple, kwargs: Dict
+    ) -> Values:
+        """Keeps some columns at a time, of draws of which each is a row."""
+        shapes = {name: site.shape for name, site in proposer.structure.sites.items()}
+        num_elements = NUM_QUANTILE_SAMPLES * sum(map(math.prod, shapes.values()))
+        num_parts = math.ceil(num_elements / KEPT_ELEMENTS)
+        found: Dict[str, List[torch.Tensor]] = {name: [] for name in shapes}
+        for part in range(num_parts):
+            rows: Dict[str, List[torch.Tensor]] = {name: [] for name in shapes}
+            for one, num in self._passes(proposer, NUM_QUANTILE_SAMPLES, args, kwargs):
+                for draws in self._draw(one, num, items):
+                    for name, x in draws.items():
+                        columns = x.reshape(len(x), -1).tensor_split(num_parts, 1)
+                        rows[name].append(columns[part].clone())
+            for name, xs in rows.items():
+                for i in range(0, xs[0].shape[1], SORTED_ELEMENTS // NUM_QUANTILE_SAMPLES):
+                    x = torch.cat([x[:, i : i + SORTED_ELEMENTS // NUM_QUANTILE_SAMPLES] for x in xs])
+                    q = torch.as_tensor(quantiles).to(x)
+                    found[name].append(torch.quantile(x, q, dim=0))
+        return {n: torch.cat(xs, -1).reshape(-1, *shapes[n]) for n, xs in found.items()}
 
-    def _find_items(self, proposer: Proposer) -> Any:
-        """What ``T`` is to be indexed by, unless there is one for all."""
-        if self.local_plate is None:
-            return None
-        frame = proposer.plate
-        assert frame is not None
-        size = frame.full_size or frame.size
-        if size != self.local_size:
-            raise ValueError(
-                f"Found local_size={self.local_size}, and plate '{frame.name}' of size "
-                f"{size}. Expected the same: one threshold for each item of the plate. For "
-                "items that come without their numbers, or were not trained on, leave "
-                "local_size=None; thresholds are then found at each call."
-            )
-        return proposer.subsamples[frame.name]
+    # -- The items of a plate that is subsampled ----------------------------------
 
-    def _set_threshold(self, index: Any, T: torch.Tensor) -> None:
-        # Out of place: a graph may hold the old one.
-        new = T.to(self.T.dtype)
-        if self.T.dim():
-            new = self.T.index_put((index,), new)
-        self.T = new.detach()
+    def _find_batches(self, proposer: Proposer) -> List[Items]:
+        """Subsamples that make up the whole of the local plate."""
+        structure = proposer.structure
+        if not structure.is_subsampled or structure.is_chosen:
+            return [None]
+        assert structure.plate is not None
+        values = {
+            name: site.value
+            for name, site in proposer.run_alone(proposer.guide, {}).latents.items()
+        }
+        index = proposer.subsamples[structure.plate]
+        others = (index + 1) % structure.full_size
+        known, other = (self._log_densities(proposer, i, values) for i in (index, others))
+        has_rows = any(_num_rows(x) == structure.num_items for x in structure.arguments)
+        if has_rows and self.local_size is None and all(map(torch.equal, known, other)):
+            # The items come as an argument, and those of the plate are made up.
+            proposer.subsamples[structure.plate] = index
+            return [None]
+        num = structure.num_items * math.ceil(structure.full_size / structure.num_items)
+        order = torch.arange(num, device=index.device) % structure.full_size
+        return list(order.split(structure.num_items))
 
-    def _adapt(self, proposer: Proposer, accepted: Accepted) -> None:
-        T = accepted.T
-        mean = accepted.acceptance.mean().to(self.Z)
-        self.Z = mean if self.Z.isnan() else self.Z + _FORGET * (mean - self.Z)
-        if self.local_plate is not None and self.local_size is None:
-            self.T = T.mean().to(self.T)  # for information
-        elif self.adaptation == "Z_target":
-            new = adapt_threshold(
-                accepted.all_log_weights,
-                T,
-                self.Z_target,
-                self.epsilon,
-                self.T_lr,
-                accepted.acceptance,
-            )
-            self._set_threshold(self._find_items(proposer), new)
+    def _log_densities(
+        self, proposer: Proposer, items: torch.Tensor, values: Values
+    ) -> List[torch.Tensor]:
+        assert proposer.structure.plate is not None
+        proposer.subsamples[proposer.structure.plate] = items
+        runs = [proposer.run_alone(fn, values) for fn in (self.guide, self.model)]
+        return [proposer.log_prob_sum(run) for run in runs]
 
-    def _warn_of_invalid(self, accepted: Accepted) -> None:
-        self._num_invalid += accepted.num_invalid
-        self._num_proposed += accepted.all_log_weights.numel()
-        share = self._num_invalid / self._num_proposed
-        if share > 0.01 and self._num_proposed >= 100 and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"{self._num_invalid} of {self._num_proposed} proposals had a log density "
-                "that is -inf, +inf or NaN; they were rejected. Where the density of the "
-                "model ends at a hard edge, the pathwise gradient of the guide is biased. "
-                "Expected a latent site whose distribution has the support of the "
-                "posterior, which automatic guides transform to the real line."
-            )
+
+def _num_rows(shape: Any) -> Optional[int]:
+    return (shape or (None,))[0] if isinstance(shape, tuple) else shape
+
+
+def _cat(draws: Any) -> Values:
+    draws = list(draws)
+    return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
+
+
+def _join(parts: List[Values], batches: List[Items], proposer: Proposer) -> Values:
+    """Puts the items of a plate together, of values ``[num, *site]``."""
+    structure = proposer.structure
+    if batches == [None] or structure.plate_dim is None:
+        return parts[0]
+    joined = dict(parts[0])
+    for name in proposer.latents:
+        dim = structure.plate_dim - structure.sites[name].event_dim
+        whole = torch.cat([part[name] for part in parts], dim)
+        joined[name] = whole.narrow(dim, 0, structure.full_size)
+    return joined

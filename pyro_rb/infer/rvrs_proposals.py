@@ -5,39 +5,18 @@
 Proposals of a guide, weighed by a model, many at a time.
 """
 
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import pyro
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 
+from pyro_rb.infer.rvrs_signature import Structure, StructureChanged, sign
 from pyro_rb.ops.rejection import clean_log_weights
 from pyro_rb.ops.score_identity import base_dists, flat_transforms
 from pyro_rb.poutine import ProposalMessenger, TapMessenger
-from pyro_rb.poutine.proposal_messenger import Site
 
 Values = Dict[str, torch.Tensor]
-
-
-class Structure(NamedTuple):
-    """What stays the same from call to call."""
-
-    #: Dim of the proposals, left of all plates of model and guide.
-    dim: int
-    #: Name and dim of the plate of the local latents, if any.
-    plate: Optional[str] = None
-    plate_dim: Optional[int] = None
-    #: Whether the guide samples anything outside of that plate.
-    has_globals: bool = False
-    #: Items of that plate in a call, and whether they are a subsample.
-    num_items: int = 1
-    is_subsampled: bool = False
-    #: Whether the model is to be run for one proposal at a time.
-    is_looped: bool = False
-    #: Latents of the model, of which plates and event dims are used.
-    sites: Mapping[str, Site] = {}
-    #: Whether log densities have so few elements that a gradient of all proposals is
-    #: cheaper than a second evaluation of those that were accepted.
-    is_small: bool = True
 
 
 class Rescale:
@@ -67,7 +46,6 @@ class LogJoint(NamedTuple):
     #: ``[M, *batch]``, with a graph.
     log_p: torch.Tensor
     rescale: Rescale
-    run: ProposalMessenger
 
 
 class Proposals(NamedTuple):
@@ -79,7 +57,7 @@ class Proposals(NamedTuple):
     num_invalid: int
     #: ``[M, *batch]``, with a graph if gradients are enabled.
     log_q: torch.Tensor
-    #: Of the latents of the model, each ``[M, *plates, *event]``.
+    #: Of the latents of the guide, each ``[M, *plates, *event]``.
     values: Values
     #: None if gradients are disabled.
     tap: Optional[TapMessenger]
@@ -111,8 +89,17 @@ class Proposer:
         self.subsamples: Values = {}
         #: Draws of the guide outside of the local plate, and their event dims.
         self.globals: Dict[str, Tuple[torch.Tensor, int]] = {}
-        #: The local plate, as it was in the last run.
-        self.plate: Optional[CondIndepStackFrame] = None
+
+    @property
+    def plate(self) -> Optional[CondIndepStackFrame]:
+        """The local plate, if any."""
+        return self.structure.frame
+
+    @property
+    def latents(self) -> List[str]:
+        """Names of the latents of the model that are accepted or rejected."""
+        sites, plate = self.structure.sites.items(), self.structure.plate
+        return [n for n, s in sites if plate is None or is_in(plate, s.frames)]
 
     def draw_globals(self) -> None:
         """Runs the guide, of which all but the local latents is visible from outside."""
@@ -125,19 +112,20 @@ class Proposer:
             for name, site in run.latents.items()
             if site.log_prob is None
         }
+        self._check(self.guide, run)
 
     def log_ratio_of_globals(self) -> torch.Tensor:
         """Log density of the model less that of the guide, outside of the local plate."""
         values = {name: value for name, (value, _) in self.globals.items()}
         total = torch.zeros(())
-        for fn, sign in ((self.guide, -1), (self.model, 1)):
+        for fn, factor in ((self.guide, -1), (self.model, 1)):
             with ProposalMessenger(values=values, subsamples=self.subsamples) as run:
                 fn(*self.args, **self.kwargs)
             for name, site in run.sites.items():
                 values.setdefault(name, site.value)
                 if all(frame.name != self.structure.plate for frame in site.frames):
                     assert site.log_prob is not None
-                    total = total + sign * site.log_prob.sum()
+                    total = total + factor * site.log_prob.sum()
         return total
 
     def like(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -157,25 +145,33 @@ class Proposer:
         keep = self.structure.plate_dim - self.structure.dim
         return x.sum([i for i in range(x.dim()) if i != keep])
 
-    def propose(self, size: int, with_grad: bool) -> Proposals:
+    def propose(
+        self, size: int, with_grad: bool, redraws: Optional[Values] = None
+    ) -> Proposals:
         """
         :param size: M.
         :param with_grad: whether the log joint is to have a graph. The guide has one
             if gradients are enabled.
+        :param redraws: draws of the guide that are to be made once more.
         """
-        run, tap = self.draw(size)
+        run, tap = self.draw(size, redraws)
         log_q = self.log_prob_sum(run)
-        values = {name: run.sites[name].value for name in self.latents(run)}
+        values = {n: s.value for n, s in run.latents.items() if s.log_prob is not None}
         with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
             joint = self.evaluate(size, values)
-        latents = {name: values[name] for name in self.latents(joint.run)}
-        log_weight, num_invalid = clean_log_weights((joint.log_p - log_q).detach())
-        return Proposals(log_weight, num_invalid, log_q, latents, tap, joint)
+        if torch.is_grad_enabled():
+            log_weight = (joint.log_p - log_q).detach()
+        else:
+            log_weight = joint.log_p.sub_(log_q)
+        log_weight, num_invalid = clean_log_weights(log_weight)
+        return Proposals(log_weight, num_invalid, log_q, values, tap, joint)
 
-    def draw(self, size: int) -> Tuple[ProposalMessenger, Optional[TapMessenger]]:
+    def draw(
+        self, size: int, redraws: Optional[Values] = None
+    ) -> Tuple[ProposalMessenger, Optional[TapMessenger]]:
         """Runs the guide."""
         tap = TapMessenger() if torch.is_grad_enabled() else None
-        run = self.run(self.guide, size, {}, tap)
+        run = self.run(self.guide, size, {}, tap, redraws)
         if tap is not None:
             check_reasons(tap, run)
         return run, tap
@@ -193,23 +189,22 @@ class Proposer:
                 for name, value in values.items()
             }
         if self.structure.is_looped:
-            log_p, run = self._loop(size, values)
-        else:
-            run = self.run(self.model, size, values)
-            log_p = self.log_prob_sum(run)
-        for name in run.latents:
-            if name not in values and name not in self.globals:
-                raise missing_site(name)
-        return LogJoint(log_p, rescale, run)
+            return LogJoint(self._evaluate_alone(values), rescale)
+        return LogJoint(self.log_prob_sum(self.run(self.model, size, values)), rescale)
 
-    def _loop(self, size: int, values: Values) -> Tuple[torch.Tensor, ProposalMessenger]:
+    def _evaluate_alone(self, values: Values) -> torch.Tensor:
+        """The model for one proposal at a time, in a loop or by ``torch.vmap``."""
         sites = self.structure.sites
-        rows = {n: strip(sites[n], value) for n, value in values.items() if n in sites}
-        terms = []
-        for i in range(size):
-            run = self.run_alone(self.model, {name: row[i] for name, row in rows.items()})
-            terms.append(self.log_prob_sum(run))
-        return torch.cat(terms), run
+        rows = {name: strip(sites[name], values[name]) for name in self.latents}
+
+        def log_p(row: Values) -> torch.Tensor:
+            return self.log_prob_sum(self.run_alone(self.model, row)).squeeze(0)
+
+        if self.structure.is_mapped:
+            with pyro.validation_enabled(False):  # which asks for numbers
+                return torch.vmap(log_p)(rows)
+        columns = zip(*rows.values())
+        return torch.stack([log_p(dict(zip(rows, column))) for column in columns])
 
     def run_alone(self, fn: Callable, values: Values) -> ProposalMessenger:
         """Runs the code as it is, without a dim of proposals."""
@@ -218,12 +213,8 @@ class Proposer:
             values=values, subsamples=self.subsamples, plate=self.structure.plate
         ) as run:
             fn(*self.args, **self.kwargs)
-        self._check_frames(run)
+        self._check(fn, run)
         return run
-
-    def latents(self, run: ProposalMessenger) -> List[str]:
-        """Names of the latents of the model that are accepted or rejected."""
-        return [n for n, s in run.latents.items() if s.log_prob is not None]
 
     def run(
         self,
@@ -231,13 +222,25 @@ class Proposer:
         size: int,
         values: Values,
         tap: Optional[TapMessenger] = None,
+        redraws: Optional[Values] = None,
     ) -> ProposalMessenger:
         values = {**values, **self._expanded_globals(size)}
         dim, plate = self.structure.dim, self.structure.plate
-        with ProposalMessenger(dim, size, values, self.subsamples, tap, plate) as run:
+        with ProposalMessenger(
+            dim, size, values, self.subsamples, tap, plate, redraws=redraws
+        ) as run:
             fn(*self.args, **self.kwargs)
-        self._check_frames(run)
+        self._check(fn, run)
         return run
+
+    def _check(self, fn: Callable, run: ProposalMessenger) -> None:
+        structure = self.structure
+        is_guide = fn is self.guide
+        known = structure.guide_signature if is_guide else structure.model_signature
+        found = sign(run)
+        if found != known:
+            name, *_ = next(iter({*found} ^ {*known}), ("", None))
+            raise StructureChanged(f"{'guide' if is_guide else 'model'}, at site '{name}'")
 
     def _expanded_globals(self, size: int) -> Values:
         """One draw for all proposals, in the shape that a draw for each would have."""
@@ -248,24 +251,12 @@ class Proposer:
             expanded[name] = value.expand(shape)
         return expanded
 
-    def _check_frames(self, run: ProposalMessenger) -> None:
-        for name, site in run.sites.items():
-            for frame in site.frames:
-                self._check_frame(name, frame)
-
-    def _check_frame(self, name: str, frame: CondIndepStackFrame) -> None:
-        if frame.name == self.structure.plate:
-            self.plate = frame
-        elif frame.full_size not in (None, frame.size):
-            raise NotImplementedError(
-                f"Plate '{frame.name}' at site '{name}' subsamples {frame.size} of "
-                f"{frame.full_size}. Acceptance needs the whole log density. Expected no "
-                f"subsampling; if all latents are inside of the plate, or the others "
-                f"need no rejection, set local_plate={frame.name!r}."
-            )
-
     def log_prob_sum(self, run: ProposalMessenger) -> torch.Tensor:
         return run.log_prob_sum(self.structure.plate_dim)
+
+
+def is_in(plate: str, frames: Tuple[CondIndepStackFrame, ...]) -> bool:
+    return any(frame.name == plate for frame in frames)
 
 
 def missing_site(name: str) -> ValueError:
@@ -304,13 +295,14 @@ def no_path_gradient(name: str, fn: Any, reason: str) -> NotImplementedError:
     )
 
 
-def strip(site: Site, value: torch.Tensor) -> torch.Tensor:
+def strip(site: Any, value: torch.Tensor) -> torch.Tensor:
     """
     Takes away the dims of size one that the dim of proposals asked for.
 
+    :param site: of which ``frames`` and ``event_dim`` are used.
     :param value: of draws at this site, ``[S, *ones, *plates, *event]``.
     :return: ``[S, *plates, *event]``.
     """
     dims = [-frame.dim for frame in site.frames if frame.dim is not None]
-    rank = max(dims, default=0) + site.fn.event_dim
+    rank = max(dims, default=0) + site.event_dim
     return value.reshape(value.shape[:1] + value.shape[value.dim() - rank :])

@@ -6,23 +6,20 @@ Rejection sampling of the proposals of a guide.
 """
 
 import math
-from typing import Any, Callable, List, NamedTuple
+from typing import Any, Callable, Iterable, List, NamedTuple, Sequence
 
 import torch
 
 from pyro_rb.infer.rvrs_proposals import Proposals, Proposer, Values
-from pyro_rb.ops.rejection import (
-    acceptance,
-    first_accepted,
-    solve_threshold,
-)
+from pyro_rb.infer.rvrs_signature import StructureChanged
+from pyro_rb.ops.rejection import acceptance, first_accepted
 
-#: Proposals in a round, unless more samples are wanted.
-MAX_ROUND = 256
+#: Elements of all sites in a round of proposals, beyond which there are more rounds: as
+#: many as a processor's cache holds, so that larger rounds are slower, not faster.
+ROUND_ELEMENTS = 2**22
 
-#: Proposals from which a threshold is solved: of a global guide, and of each local item.
-NUM_PILOTS = 64
-NUM_LOCAL_PILOTS = 32
+#: Items of the local plate that are looked at together: their columns fit in the cache.
+BLOCK = 2**14
 
 
 class RejectionSamplingError(RuntimeError):
@@ -38,38 +35,96 @@ class Accepted(NamedTuple):
     position: torch.Tensor
     #: Proposals up to and including the last one that was accepted, ``[*batch]``.
     num_proposed: torch.Tensor
-    #: Of the latents of the model, each ``[S, *plates, *event]``.
-    values: Values
-    #: All proposals, with their log weights and acceptance probabilities ``[M, *batch]``.
+    #: All proposals, if they have a graph.
     rounds: List[Proposals]
-    all_log_weights: torch.Tensor
-    acceptance: torch.Tensor
-    #: How many log weights were not finite.
+    #: Values of the draws at some sites, each ``[S, *plates, *event]``, if they have none.
+    values: Values
+    #: Log weights and acceptance probabilities of the first proposals, ``[M, *batch]``, of
+    #: which the number does not depend on what was accepted.
+    first_log_weight: torch.Tensor
+    first_acceptance: torch.Tensor
+    #: How many log weights were not finite, of how many.
     num_invalid: int
+    num_log_weights: int
     #: The threshold, ``[*batch]`` or a scalar.
     T: torch.Tensor
 
 
-def solve_by_pilot(
-    proposer: Proposer, target: float, epsilon: float
-) -> torch.Tensor:
+def largest_round(proposer: Proposer) -> int:
+    """Number of proposals."""
+    return max(1, ROUND_ELEMENTS // max(1, proposer.structure.num_elements))
+
+
+class _Search:
     """
-    :return: the threshold ``[*batch]`` of ``target`` acceptance among proposals that are
-        discarded, so that it does not depend on the draws that it will be used for.
-    :raises RejectionSamplingError: if no proposal has a finite log weight.
+    Looks for the first S accepted proposals of each item. What is kept of proposals is
+    that of the items which lack some.
+
+    :param T: thresholds, ``[N]``.
     """
-    is_local = proposer.structure.plate is not None
-    size = NUM_LOCAL_PILOTS if is_local else NUM_PILOTS
-    with torch.no_grad():
-        T = solve_threshold(proposer.propose(size, False).log_weight, target, epsilon)
-    if T.isnan().any():
-        raise RejectionSamplingError(
-            f"Found no finite log density among {size} proposals"
-            + (f", for {int(T.isnan().sum())} of {T.numel()} items" if is_local else "")
-            + ". Expected some, to find the threshold T. Start the guide where the "
-            "model has a density: choose its init_loc_fn, or fit it by SVI first."
-        )
-    return T
+
+    def __init__(self, num_samples: int, T: torch.Tensor, epsilon: float) -> None:
+        self.num_samples = num_samples
+        self.T = T
+        self.epsilon = epsilon
+        #: Items that lack draws, L of N; of these, which proposals were accepted, and the
+        #: columns of all proposals, each ``[M, L, *shape]``.
+        self.items: Any = None
+        self.is_accepted: Any = None
+        self.columns: List[torch.Tensor] = []
+        #: Of all items: the first S positions, ``[S, N]``, and the columns there.
+        self.position: Any = None
+        self.found: List[torch.Tensor] = []
+        #: Acceptance probabilities of the first proposals.
+        self.acceptance: Any = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.items is not None and not len(self.items)
+
+    def look_at(self, columns: List[torch.Tensor], all_finite: bool) -> None:
+        """
+        :param columns: log weights of the next proposals, and what else is to be known of
+            those that are accepted, each ``[M, N, *shape]``.
+        """
+        T = self.T
+        if self.items is not None and len(self.items) < len(T):
+            columns = [x[:, self.items] for x in columns]
+            T = T[self.items]
+        a = acceptance(columns[0], T, self.epsilon, all_finite)
+        is_accepted = torch.rand_like(a) < a
+        if self.items is not None:
+            is_accepted = torch.cat([self.is_accepted, is_accepted])
+            columns = [torch.cat(pair) for pair in zip(self.columns, columns)]
+        lacks = is_accepted.sum(0, dtype=torch.int32) < self.num_samples
+        rest = lacks.nonzero().squeeze(-1)
+        if self.items is None:
+            # What this says of items that lack some is replaced later.
+            self.acceptance = a
+            self.position, _ = first_accepted(is_accepted, self.num_samples)
+            self.position.clamp_(max=len(a) - 1)
+            self.found = [_gather(x, self.position) for x in columns]
+            self.items = rest
+        elif len(rest) < len(self.items):
+            done = (~lacks).nonzero().squeeze(-1)
+            items = self.items[done]
+            index, _ = first_accepted(is_accepted[:, done], self.num_samples)
+            self.position[:, items] = index
+            for found, x in zip(self.found, columns):
+                found[:, items] = x[index, done]
+            self.items = self.items[rest]
+        self.is_accepted = is_accepted[:, rest]
+        self.columns = [x[:, rest] for x in columns]
+
+
+def _gather(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """
+    :param x: ``[M, N, *shape]``.
+    :param position: ``[S, N]``.
+    :return: ``[S, N, *shape]``.
+    """
+    index = position.reshape(position.shape + (1,) * (x.dim() - 2))
+    return x.gather(0, index.expand(position.shape + x.shape[2:]))
 
 
 def sample(
@@ -79,8 +134,8 @@ def sample(
     epsilon: float,
     guess: float,
     max_steps: int,
-    num_items: int = 1,
     with_grad: bool = False,
+    names: Sequence[str] = (),
 ) -> Accepted:
     """
     Proposes in rounds, until enough are accepted.
@@ -90,53 +145,95 @@ def sample(
         and before they are looked at.
     :param guess: of the mean acceptance, from which the size of the rounds is chosen.
     :param max_steps: proposals at most.
-    :param num_items: of the local plate.
     :param with_grad: whether proposals are to have the graph of the log joint.
+    :param names: of the sites whose values are wanted, if gradients are disabled.
     """
-    largest = max(MAX_ROUND, num_samples)
-    # So that a second round is rarely needed; for many items, the slowest counts.
-    spare = math.sqrt(num_samples) + math.log(num_items)
-    size = math.ceil((num_samples + spare) / max(guess, epsilon))
+    guess = max(guess, epsilon)
+    num_items = proposer.structure.num_items
+    # So that more proposals are rarely needed; for many items, the slowest counts.
+    first = math.ceil((num_samples + math.sqrt(num_samples)) / guess)
+    expected = math.ceil(first + math.log(num_items) / guess)
+    largest = largest_round(proposer)
     rounds: List[Proposals] = []
-    accepted: List[torch.Tensor] = []
-    probs: List[torch.Tensor] = []
-    num_accepted: Any = 0
-    T: Any = None
-    least = num_proposed = num_invalid = 0
-    while least < num_samples:
-        size = min(size, largest, max_steps - num_proposed)
+    searches: List[_Search] = []
+    num_proposed = num_invalid = 0
+    num_lacking, size = num_items, expected
+    while num_lacking:
+        size = min(size, max(first, largest), max_steps - num_proposed)
         if size <= 0:
-            raise _exhausted(rounds, num_accepted, num_samples, T, epsilon, max_steps)
-        proposals = proposer.propose(size, with_grad)
-        log_weight = proposals.log_weight
-        if T is None:
-            T = find_T().to(log_weight)
-        a = acceptance(log_weight, T, epsilon)
-        is_accepted = torch.rand_like(a) < a
-        rounds.append(proposals)
-        probs.append(a)
-        accepted.append(is_accepted)
-        num_accepted = num_accepted + is_accepted.sum(0)
-        least = int(num_accepted.min() if num_accepted.dim() else num_accepted)
-        num_invalid += proposals.num_invalid
-        num_proposed += size
-        size = 2 * size
-    index, num_needed = first_accepted(cat(accepted), num_samples)
-    all_weights = cat([r.log_weight for r in rounds])
-    values = {
-        name: _take(cat([r.values[name] for r in rounds]), index, proposer)
-        for name in rounds[0].values
-    }
+            raise _exhausted(searches, num_proposed, max_steps)
+        columns: List[List[torch.Tensor]] = []
+        all_finite = True
+        for i in range(0, size, largest):
+            # Graphs of more would be large; those that are accepted are evaluated again.
+            has_graph = with_grad and num_proposed < largest
+            proposals = proposer.propose(min(largest, size - i), has_graph)
+            if torch.is_grad_enabled():
+                rounds.append(proposals)
+            log_weight = proposals.log_weight
+            num_proposed += len(log_weight)
+            num_invalid += proposals.num_invalid
+            all_finite &= proposals.num_invalid == 0
+            values = [_by_item(proposer, proposals.values[name]) for name in names]
+            columns.append([log_weight.reshape(len(log_weight), -1), *values])
+        if not searches:
+            T, batch = find_T().to(log_weight), log_weight.shape[1:]
+            parts = T.expand(num_items).split(BLOCK) if num_items > 1 else [T.reshape(1)]
+            searches = [_Search(num_samples, part, epsilon) for part in parts]
+            first_log_weight = cat([rows[0] for rows in columns])[:first]
+        for i, search in enumerate(searches):
+            block = slice(i * BLOCK, (i + 1) * BLOCK)
+            part = [cat([x[:, block] for x in xs]) for xs in zip(*columns)]
+            for rows in zip(*(x.split(first) for x in part)):
+                if not search.is_done:
+                    search.look_at(list(rows), all_finite)
+        num_lacking = sum(len(search.items) for search in searches)
+        size = math.ceil((1 + math.log(max(1, num_lacking))) / guess)
+        if num_proposed >= expected:
+            size = max(size, num_proposed)
+    found, *values = (torch.cat(x, 1) for x in zip(*(s.found for s in searches)))
+    position = torch.cat([s.position for s in searches], 1).reshape((num_samples,) + batch)
+    first_acceptance = torch.cat([s.acceptance for s in searches], 1)
     return Accepted(
-        all_weights.gather(0, index),
-        index,
-        num_needed,
-        values,
+        found.reshape(position.shape),
+        position,
+        position[-1] + 1,
         rounds,
-        all_weights,
-        cat(probs),
+        {n: _by_item(proposer, x, back=True) for n, x in zip(names, values)},
+        first_log_weight.reshape((-1,) + batch),
+        first_acceptance.reshape((-1,) + batch),
         num_invalid,
+        num_proposed * num_items,
         T,
+    )
+
+
+def _by_item(proposer: Proposer, value: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """
+    Moves the dim of the items of ``[M, *plates, *event]`` to the second place, where there
+    is a local plate, and otherwise inserts one; or moves it back.
+    """
+    structure = proposer.structure
+    if structure.plate_dim is None:
+        return value.squeeze(1) if back else value.unsqueeze(1)
+    dim = structure.plate_dim - structure.dim
+    return value.movedim(1, dim) if back else value.movedim(dim, 1)
+
+
+def redraw(proposer: Proposer, accepted: Accepted) -> Accepted:
+    """
+    Gives a graph to draws that were made without, so that the proposals that were not
+    accepted need none.
+    """
+    proposals = proposer.propose(len(accepted.log_weight), True, accepted.values)
+    found = proposals.log_weight
+    distance = (found[0] - accepted.log_weight[0]).abs().max()
+    if not distance <= 1e-3 * found[0].abs().max().clamp(min=1.0):
+        raise StructureChanged("log densities of two runs at the same values")
+    count = torch.arange(len(found), device=found.device)
+    count = count.reshape((-1,) + (1,) * (found.dim() - 1))
+    return accepted._replace(
+        position=count.expand_as(found), rounds=[proposals], num_invalid=0
     )
 
 
@@ -144,38 +241,38 @@ def cat(xs: List[torch.Tensor]) -> torch.Tensor:
     return xs[0] if len(xs) == 1 else torch.cat(xs)
 
 
-def _take(value: torch.Tensor, index: torch.Tensor, proposer: Proposer) -> torch.Tensor:
+def take(proposer: Proposer, accepted: Accepted, names: Iterable[str]) -> Values:
     """
-    :param value: ``[M, *plates, *event]``.
-    :param index: ``[S, *batch]``.
-    :return: ``[S, *plates, *event]``.
+    :return: values of the accepted draws at some sites, ``[S, *plates, *event]``.
     """
-    if index.dim() == 1:
-        return value[index]
-    index = proposer.like(index, value).expand(index.shape[:1] + value.shape[1:])
-    return value.gather(0, index)
+    if not accepted.rounds:
+        return {name: accepted.values[name] for name in names}
+    position = accepted.position.reshape(len(accepted.position), -1)
+    values = {}
+    for name in names:
+        x = cat([_by_item(proposer, r.values[name]) for r in accepted.rounds])
+        values[name] = _by_item(proposer, _gather(x, position), back=True)
+    return values
 
 
 def _exhausted(
-    rounds: List[Proposals],
-    num_accepted: torch.Tensor,
-    num_samples: int,
-    T: torch.Tensor,
-    epsilon: float,
-    max_steps: int,
+    searches: List[_Search], num_proposed: int, max_steps: int
 ) -> RejectionSamplingError:
-    log_weight = torch.cat([r.log_weight for r in rounds])
+    counts = [s.is_accepted.sum(0) for s in searches]
+    least = min(int(count.min()) for count in counts if len(count))
+    block = next(i for i, count in enumerate(counts) if len(count) and count.min() == least)
+    search, column = searches[block], int(counts[block].argmin())
+    item = int(search.items[column])
+    log_weight, T = search.columns[0][:, column], search.T[item]
     worst = ""
-    if log_weight.dim() > 1:
-        item = int(num_accepted.argmin())
-        worst = f" for item {item} of {num_accepted.numel()}, the worst"
-        log_weight, T = log_weight[:, item], T.expand(num_accepted.shape)[item]
-    a = acceptance(log_weight, T, epsilon)
+    if len(searches[0].T) > 1:
+        worst = f" for item {block * BLOCK + item} of {sum(len(s.T) for s in searches)}, the worst"
+    a = acceptance(log_weight, T, search.epsilon)
     finite = log_weight[log_weight.isfinite()]
     mean = finite.mean().item() if len(finite) else -math.inf
     return RejectionSamplingError(
-        f"Accepted {int(num_accepted.min())} of the {num_samples} samples wanted{worst}, "
-        f"after {len(log_weight)} proposals (max_steps={max_steps}). Mean acceptance "
+        f"Accepted {least} of the {search.num_samples} samples wanted{worst}, "
+        f"after {num_proposed} proposals (max_steps={max_steps}). Mean acceptance "
         f"{a.mean().item():.3g} at T = {T.item():.4g}; mean log weight {mean:.4g}, "
         f"{len(log_weight) - len(finite)} of them not finite. Expected T near minus the log "
         "weights. Fit the proposal by plain SVI first, leave T=None to have it found, or "

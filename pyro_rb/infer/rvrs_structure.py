@@ -7,6 +7,7 @@ would be silently wrong.
 """
 
 import warnings
+import zlib
 from contextlib import contextmanager
 from typing import (
     Any,
@@ -15,6 +16,7 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -27,14 +29,22 @@ from pyro.poutine.messenger import Messenger, unwrap
 
 from pyro_rb.infer.rvrs_proposals import (
     Proposer,
-    Structure,
     Values,
     check_reasons,
+    is_in,
     missing_site,
     no_path_gradient,
     strip,
 )
+from pyro_rb.infer.rvrs_signature import (
+    Latent,
+    Structure,
+    StructureChanged,
+    shapes,
+    sign,
+)
 from pyro_rb.ops.graph import leaves
+from pyro_rb.ops.normal import is_normal
 from pyro_rb.ops.score_identity import base_dists
 from pyro_rb.poutine import ProposalMessenger, TapMessenger
 from pyro_rb.poutine.proposal_messenger import Site
@@ -43,17 +53,46 @@ from pyro_rb.poutine.proposal_messenger import Site
 SMALL = 20_000
 
 
+class Look(NamedTuple):
+    """One run of the guide and of the model, as they are."""
+
+    guide: ProposalMessenger
+    model: ProposalMessenger
+    arguments: Tuple
+
+    @property
+    def sites(self) -> List[Site]:
+        return [*self.guide.sites.values(), *self.model.sites.values()]
+
+    @property
+    def signature(self) -> Tuple:
+        return sign(self.guide), sign(self.model), self.arguments
+
+
+def look(model: Callable, guide: Callable, args: Tuple, kwargs: Dict) -> Look:
+    """Runs guide and model once, out of sight."""
+    subsamples: Values = {}
+    with torch.no_grad():
+        with ProposalMessenger(subsamples=subsamples) as guide_run:
+            guide(*args, **kwargs)
+        values = {name: site.value for name, site in guide_run.latents.items()}
+        with ProposalMessenger(values=values, subsamples=subsamples) as model_run:
+            model(*args, **kwargs)
+    return Look(guide_run, model_run, shapes(args, kwargs))
+
+
 def find_structure(
     model: Callable,
     guide: Callable,
     args: Tuple,
     kwargs: Dict,
     local_plate: Optional[str],
+    found: Look,
 ) -> Structure:
     """
-    Runs model and guide once as they are, once for two proposals at a time, and again
-    for each of these.
+    Runs model and guide for two proposals at a time, and again for each of these.
 
+    :param found: by :func:`look`.
     :raises ValueError: if the guide lacks a latent site of the model, or there is no such
         local plate around one.
     :raises NotImplementedError: naming the site, for what cannot be done.
@@ -63,70 +102,81 @@ def find_structure(
             f"Found a GuideMessenger, {type(unwrap(guide)).__name__}. Expected a guide that "
             "runs by itself, such as AutoNormal, or a function."
         )
-    guide_run, model_run = _run_both(model, guide, args, kwargs)
+    guide_run, model_run = found.guide, found.model
     for name in model_run.latents:
         if name not in guide_run.sites:
             raise missing_site(name)
     for name, site in guide_run.latents.items():
         if not getattr(site.fn, "has_rsample", False):
             raise no_path_gradient(name, site.fn, "not reparameterised")
+        _check_plates(name, site, local_plate)
+    for name, site in model_run.sites.items():
+        _check_plates(name, site, local_plate)
     _warn_of_surplus(guide_run, model_run)
 
-    sites = [*guide_run.sites.values(), *model_run.sites.values()]
-    options: Dict[str, Any] = {}
+    structure = Structure(
+        dim=_left_of_plates(found.sites),
+        guide_signature=sign(guide_run),
+        model_signature=sign(model_run),
+        sites={
+            name: Latent(site.frames, site.event_dim, tuple(site.value.shape))
+            for name, site in model_run.latents.items()
+        },
+        num_elements=sum(_count(site) for site in found.sites),
+        arguments=found.arguments,
+    )
+    what: Any = found.signature
     if local_plate is not None:
-        frame = _find_plate(local_plate, model_run)
-        in_plate = {n: _is_in(local_plate, s) for n, s in guide_run.latents.items()}
+        # Thresholds of items do not depend on how many of them there are in a call.
+        what = sign(guide_run, local_plate), sign(model_run, local_plate)
+        in_plate = {n: is_in(local_plate, s.frames) for n, s in guide_run.latents.items()}
         for name, site in model_run.latents.items():
-            if _is_in(local_plate, site) and not in_plate[name]:
+            if is_in(local_plate, site.frames) and not in_plate[name]:
                 raise NotImplementedError(
                     f"Site '{name}' is inside of plate '{local_plate}' in the model, but not "
                     "in the guide. Expected a guide that draws it inside of the plate, such "
                     "as AutoNormal or a function."
                 )
-        options = {
-            "plate": local_plate,
-            "plate_dim": frame.dim,
-            "has_globals": not all(in_plate.values()),
-            "num_items": frame.size,
-            "is_subsampled": frame.full_size not in (None, frame.size),
-        }
-    num_elements = sum(
-        site.log_prob.numel() for site in sites if site.log_prob is not None
+        structure = structure._replace(
+            frame=_find_plate(local_plate, model_run),
+            is_chosen=local_plate in guide_run.has_chosen | model_run.has_chosen,
+            has_globals=not all(in_plate.values()),
+        )
+    structure = structure._replace(
+        is_small=structure.num_elements <= SMALL, key=zlib.crc32(repr(what).encode())
     )
-    structure = Structure(
-        dim=_left_of_plates(sites),
-        is_small=num_elements <= SMALL,
-        sites=model_run.latents,
-        **options,
+    try:
+        return _try_out(Proposer(model, guide, args, kwargs, structure))
+    except StructureChanged as e:
+        raise unstable(e) from e
+
+
+def unstable(change: StructureChanged) -> NotImplementedError:
+    return NotImplementedError(
+        f"Two runs with the same arguments differ in their sites: of the {change}. Expected "
+        "the same latents, plates and sizes in each run."
     )
-    proposer = Proposer(model, guide, args, kwargs, structure)
-    is_looped = _try_out(proposer, model_run.latents)
-    return structure._replace(is_looped=is_looped)
 
 
-def find_dim(model: Callable, guide: Callable, args: Tuple, kwargs: Dict) -> int:
-    """The dim of proposals."""
-    runs = _run_both(model, guide, args, kwargs)
-    return _left_of_plates([site for run in runs for site in run.sites.values()])
-
-
-def _run_both(
-    model: Callable, guide: Callable, args: Tuple, kwargs: Dict
-) -> Tuple[ProposalMessenger, ProposalMessenger]:
-    subsamples: Values = {}
-    with torch.no_grad():
-        with ProposalMessenger(subsamples=subsamples) as guide_run:
-            guide(*args, **kwargs)
-        values = {name: site.value for name, site in guide_run.latents.items()}
-        with ProposalMessenger(values=values, subsamples=subsamples) as model_run:
-            model(*args, **kwargs)
-    return guide_run, model_run
+def _count(site: Site) -> int:
+    sizes = [x.numel() for x in (site.value, site.log_prob) if isinstance(x, torch.Tensor)]
+    return max(sizes, default=0)
 
 
 def _left_of_plates(sites: Sequence[Site]) -> int:
     dims = [frame.dim for site in sites for frame in site.frames if frame.dim is not None]
     return min(dims, default=0) - 1
+
+
+def _check_plates(name: str, site: Site, local_plate: Optional[str]) -> None:
+    for frame in site.frames:
+        if frame.name != local_plate and frame.full_size not in (None, frame.size):
+            raise NotImplementedError(
+                f"Plate '{frame.name}' at site '{name}' subsamples {frame.size} of "
+                f"{frame.full_size}. Acceptance needs the whole log density. Expected no "
+                f"subsampling; if all latents are inside of the plate, or the others "
+                f"need no rejection, set local_plate={frame.name!r}."
+            )
 
 
 def _warn_of_surplus(
@@ -144,10 +194,6 @@ def _warn_of_surplus(
         )
 
 
-def _is_in(plate: str, site: Site) -> bool:
-    return any(frame.name == plate for frame in site.frames)
-
-
 def _find_plate(name: str, run: ProposalMessenger) -> CondIndepStackFrame:
     frames = {f.name: f for site in run.latents.values() for f in site.frames}
     if name not in frames:
@@ -163,35 +209,37 @@ def _find_plate(name: str, run: ProposalMessenger) -> CondIndepStackFrame:
     return frames[name]
 
 
-def _try_out(proposer: Proposer, model_sites: Mapping[str, Site]) -> bool:
+def _try_out(proposer: Proposer) -> Structure:
     """
     Two proposals at a time must be what each of them is by itself.
 
-    :return: whether the model can only be run for one at a time.
+    :return: the structure, with what was found out.
     """
+    structure = proposer.structure
     with torch.enable_grad():
-        if proposer.structure.has_globals:
+        if structure.has_globals:
             with ProposalMessenger():  # out of sight
                 proposer.draw_globals()
         tap = TapMessenger()
         with _hint("guide", proposer):
             guide_run = proposer.run(proposer.guide, 2, {}, tap)
     check_reasons(tap, guide_run)
-    names = proposer.latents(guide_run)
-    _check_deltas(guide_run, [n for n in names if n in model_sites], tap)
-    drawn = [
-        name
-        for name in names
-        if not isinstance(list(base_dists(guide_run.sites[name].fn))[-1], Delta)
-    ]
+    inside = {n: s for n, s in guide_run.latents.items() if s.log_prob is not None}
+    _check_deltas(guide_run, [name for name in inside if name in structure.sites], tap)
+    drawn = {
+        name: site
+        for name, site in inside.items()
+        if not isinstance(list(base_dists(site.fn))[-1], Delta)
+    }
     with torch.no_grad():
-        rows = _rows(guide_run.sites, guide_run, drawn)
+        rows = _rows(guide_run.sites, guide_run, list(drawn))
         alone = [[_run_alone(proposer, proposer.guide, row) for row in rows] for _ in "ab"]
         together = proposer.log_prob_sum(guide_run)
         # Otherwise there is dropout, of which the mask belongs to the draw.
-        if torch.equal(*map(torch.cat, alone)) and not _is_close(torch.cat(alone[0]), together):
+        is_function = torch.equal(*map(torch.cat, alone))
+        if is_function and not _is_close(torch.cat(alone[0]), together):
             raise NotImplementedError(_differs("guide", torch.cat(alone[0]), together))
-        rows = _rows(model_sites, guide_run, [n for n in names if n in model_sites])
+        rows = _rows(structure.sites, guide_run, [n for n in inside if n in structure.sites])
         alone = [[_run_alone(proposer, proposer.model, row) for row in rows] for _ in "ab"]
         first, second = map(torch.cat, alone)
         if not _is_close(first, second):
@@ -200,22 +248,56 @@ def _try_out(proposer: Proposer, model_sites: Mapping[str, Site]) -> bool:
                 f"by {(first - second).abs().max().item():.3g}. Expected a function of the "
                 "latents: switch dropout off by .eval(), and sample what is random."
             )
-        if proposer.structure.plate is not None:
+        if structure.plate is not None:
             _check_outside(proposer, rows)
-        values = {name: guide_run.sites[name].value for name in names}
+        structure = _find_a_way(proposer, {n: s.value for n, s in inside.items()}, first)
+    if is_function and all(is_normal(site.fn) for site in drawn.values()):
+        structure = structure._replace(redraws=tuple(drawn))
+    return structure
+
+
+_REFUSALS = (
+    AssertionError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    StructureChanged,
+    TypeError,
+    UserWarning,
+    ValueError,
+)
+
+
+def _find_a_way(proposer: Proposer, values: Values, alone: torch.Tensor) -> Structure:
+    """
+    How to evaluate the model for several proposals.
+
+    :param values: of two proposals.
+    :param alone: log densities of each by itself.
+    """
+    structure, reasons = proposer.structure, []
+    for is_mapped in (False, True):
+        proposer.structure = structure._replace(is_looped=is_mapped, is_mapped=is_mapped)
         try:
-            together = proposer.log_prob_sum(proposer.run(proposer.model, 2, values))
-            why = "" if _is_close(first, together) else _differs("model", first, together)
-        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
-            why = str(e) or type(e).__name__
-            why = why.split("Trace Shapes:")[0].strip()
-    if why:
+            with warnings.catch_warnings():
+                # What vmap cannot do at once is no gain.
+                warnings.filterwarnings("error", ".*performance drop", UserWarning)
+                together = proposer.evaluate(2, values).log_p
+            if _is_close(alone, together):
+                break
+            reasons.append(_differs("model", alone, together))
+        except _REFUSALS as e:
+            reasons.append((str(e) or type(e).__name__).split("Trace Shapes:")[0].strip())
+    else:
+        proposer.structure = structure._replace(is_looped=True)
+    if reasons:
+        by_vmap = " by torch.vmap" if proposer.structure.is_mapped else ", which is slow"
         warnings.warn(
-            "The model is evaluated for one proposal at a time, which is slow, as it cannot "
-            f"be for several along dim {proposer.structure.dim}: {why}\nExpected a model "
+            f"The model is evaluated for one proposal at a time{by_vmap}, as it cannot "
+            f"be for several along dim {structure.dim}: {reasons[0]}\nExpected a model "
             "that allows for batch dims on the left, as for vectorize_particles=True."
         )
-    return bool(why)
+    return proposer.structure
 
 
 @contextmanager
@@ -234,7 +316,7 @@ def _hint(what: str, proposer: Proposer) -> Iterator[None]:
 
 
 def _rows(
-    sites: Mapping[str, Site], run: ProposalMessenger, names: Sequence[str]
+    sites: Mapping[str, Any], run: ProposalMessenger, names: Sequence[str]
 ) -> List[Values]:
     """The values of each of two proposals, in the shapes of a run without proposals."""
     values = {name: strip(sites[name], run.sites[name].value.detach()) for name in names}

@@ -11,7 +11,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 
 from pyro_rb.infer.rvrs_proposals import LogJoint, Proposer
-from pyro_rb.infer.rvrs_sampler import Accepted, cat
+from pyro_rb.infer.rvrs_sampler import Accepted, cat, take
 from pyro_rb.ops.rejection import Weights, gradient_weights
 
 #: In the place of a weight of zero, through which no gradient by latents would pass.
@@ -62,10 +62,10 @@ def _log_joint(
     """The log joint of accepted draws ``[S, *batch]``, and of what size it was evaluated."""
     joints = [r.joint for r in accepted.rounds]
     # Where the density is zero its derivatives need not be finite, whatever their weight.
-    has_graph = joints[0].log_p.requires_grad and not accepted.num_invalid
-    if torch.is_grad_enabled() and not has_graph:
+    has_graph = joints and all(joint.log_p.requires_grad for joint in joints)
+    if not has_graph or accepted.num_invalid:
         size = len(accepted.log_weight)
-        joint = proposer.evaluate(size, accepted.values)
+        joint = proposer.evaluate(size, take(proposer, accepted, proposer.latents))
         return joint.log_p, [joint], [size]
     log_p = cat([joint.log_p for joint in joints]).gather(0, accepted.position)
     return log_p, joints, [len(r.log_weight) for r in accepted.rounds]

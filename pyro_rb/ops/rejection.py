@@ -18,13 +18,15 @@ import math
 from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 
-#: The threshold is solved to one part in 2**60 of the bracket.
-_BISECTIONS = 60
-#: Beyond this distance from the log weights the sigmoid is 0 or 1 in float64.
-_MARGIN = 40.0
+#: As many accepted draws are found by counting.
+_FEW = 8
 #: Below this mean slope of the acceptance, a step along it says little.
 _SATURATED = 0.002
+#: How short the last step of the threshold solver is to be, in float32 and in float64.
+#: Newton's steps are then right to more digits than that.
+_TOLERANCE = (2e-3, 1e-8)
 
 
 def clean_log_weights(log_weight: torch.Tensor) -> Tuple[torch.Tensor, int]:
@@ -44,19 +46,24 @@ def clean_log_weights(log_weight: torch.Tensor) -> Tuple[torch.Tensor, int]:
 
 
 def acceptance(
-    log_weight: torch.Tensor, T: torch.Tensor, epsilon: float
+    log_weight: torch.Tensor,
+    T: torch.Tensor,
+    epsilon: float,
+    all_finite: bool = False,
 ) -> torch.Tensor:
     """
     :param log_weight: ``[M, *batch]``.
     :param T: threshold, ``[*batch]`` or a scalar.
     :param epsilon: least acceptance of a proposal that the model allows.
+    :param all_finite: whether no log weight is known to be -inf.
     :return: the acceptance probability, ``[M, *batch]``; zero where the log weight is -inf.
 
     >>> acceptance(torch.tensor([0.0, -torch.inf]), torch.tensor(0.0), 0.5)
     tensor([0.7500, 0.0000])
     """
-    s = torch.sigmoid(log_weight + T)
-    return (s * (1 - epsilon) + epsilon).masked_fill_(log_weight == -torch.inf, 0.0)
+    s = (log_weight + T).sigmoid_()
+    a = s.lerp(s.new_ones(()), epsilon)
+    return a if all_finite else a.masked_fill_(log_weight == -torch.inf, 0.0)
 
 
 def first_accepted(
@@ -65,19 +72,29 @@ def first_accepted(
     """
     The first accepted proposals, in the order in which they were proposed.
 
-    :param is_accepted: ``[M, *batch]``, bool, with ``num_samples`` or more along dim 0.
+    :param is_accepted: ``[M]`` or ``[M, N]``, bool, with ``num_samples`` or more along
+        dim 0. For an item with fewer, what is returned means nothing.
     :param num_samples: S.
-    :return: their positions ``[S, *batch]``, and how many proposals it took up to and
-        including the last of them, ``[*batch]``.
+    :return: their positions, ``[S]`` or ``[S, N]``, and how many proposals it took up to
+        and including the last of them, 0-dim or ``[N]``.
 
     >>> first_accepted(torch.tensor([False, True, False, True, True]), 2)
     (tensor([1, 3]), tensor(4))
     """
     if is_accepted.dim() == 1:
         index = is_accepted.nonzero().squeeze(-1)[:num_samples]
+    elif num_samples <= _FEW and len(is_accepted) < 256:
+        # How many proposals have fewer acceptances up to them, in bytes for speed.
+        count = is_accepted.cumsum(0, dtype=torch.uint8)
+        fewer = [(count < i + 1).view(torch.uint8) for i in range(num_samples)]
+        index = torch.stack([x.sum(0, dtype=torch.uint8) for x in fewer]).long()
     else:
-        order = (~is_accepted).to(torch.uint8).sort(dim=0, stable=True).indices
-        index = order[:num_samples]
+        # By item, and for each item in the order of the proposals.
+        _, order = is_accepted.t().nonzero(as_tuple=True)
+        num_accepted = is_accepted.sum(0)
+        start = num_accepted.cumsum(0) - num_accepted
+        index = start + torch.arange(num_samples, device=start.device).unsqueeze(-1)
+        index = F.pad(order, (0, num_samples))[index]
     return index, index[-1] + 1
 
 
@@ -97,7 +114,7 @@ def log_normalizer(num_samples: int, num_proposed: torch.Tensor) -> torch.Tensor
         terms = range(num_samples, int(num_proposed))
         return torch.tensor(-math.fsum(1 / n for n in terms), dtype=torch.float64)
     num = num_proposed.double()
-    return torch.digamma(torch.full_like(num, num_samples)) - torch.digamma(num)
+    return torch.digamma(num.new_full((), num_samples)) - torch.digamma(num)
 
 
 class Weights(NamedTuple):
@@ -162,23 +179,58 @@ def estimate_bound(log_weight: torch.Tensor, T: torch.Tensor, epsilon: float) ->
     :return: the ELBO, the standard error by the delta method, and the mean acceptance.
 
     >>> estimate_bound(torch.zeros(4), torch.tensor(0.0), 0.5).value
-    tensor(0.)
+    tensor(0., dtype=torch.float64)
     """
-    a = acceptance(log_weight, T, epsilon)
-    mean_a = a.mean(0)
-    f = (log_weight - a.log()).masked_fill(a == 0, 0.0)
-    ratio = a / mean_a
-    mean_f = (ratio * f).mean(0)
-    influence = ratio * (f - mean_f + 1)
-    error = influence.std(0, unbiased=False) / len(a) ** 0.5
-    return Bound(mean_f + mean_a.log(), error, mean_a)
+    return bound_of_moments(moments(log_weight, T, epsilon), len(log_weight), T)
+
+
+def moments(log_weight: torch.Tensor, T: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """
+    What :func:`bound_of_moments` needs to know of proposals. Those of several batches of
+    proposals add up.
+
+    :param log_weight: of proposals, ``[M, *batch]``.
+    :param T: threshold, ``[*batch]`` or a scalar.
+    :param epsilon: least acceptance.
+    :return: sums of products of acceptance and f + T, in float64, ``[5, *batch]``.
+
+    >>> moments(torch.zeros(4), torch.tensor(0.0), 0.5)[0]
+    tensor(3., dtype=torch.float64)
+    """
+    logit = log_weight.double() + T
+    a = acceptance(logit, logit.new_zeros(()), epsilon)
+    # Log weights may be large numbers, of which squares would have no digits left.
+    af = a * (logit - a.log()).masked_fill_(a == 0, 0.0)
+    return torch.stack([x.sum(0) for x in (a, af, a * a, a * af, af * af)])
+
+
+def bound_of_moments(sums: torch.Tensor, num: int, T: torch.Tensor) -> Bound:
+    """
+    The ELBO of :func:`estimate_bound`, by what is known of all proposals.
+
+    :param sums: of :func:`moments`, ``[5, *batch]``.
+    :param num: number of proposals, M.
+    :param T: threshold, ``[*batch]`` or a scalar.
+
+    >>> T = torch.tensor(0.0)
+    >>> bound_of_moments(moments(torch.zeros(4), T, 0.5), 4, T).acceptance
+    tensor(0.7500, dtype=torch.float64)
+    """
+    a, af, aa, aaf, aff = sums / num
+    mean_f = af / a
+    # The variance of (a / mean a) (f - mean f + 1), whose mean is one.
+    shift = mean_f - 1
+    variance = (aff - 2 * shift * aaf + shift * shift * aa) / (a * a) - 1
+    error = variance.clamp(min=0.0).sqrt() / num**0.5
+    return Bound(mean_f - T + a.log(), error, a)
 
 
 def solve_threshold(
-    log_weight: torch.Tensor, target: float, epsilon: float
+    log_weight: torch.Tensor, target: float, epsilon: float, num_steps: int = 100
 ) -> torch.Tensor:
     """
-    The threshold at which the mean acceptance is ``target``, by bisection.
+    The threshold at which the mean acceptance is ``target``, by Newton's method for the
+    logit of the acceptance, which is almost linear, within a bracket.
 
     Proposals of log weight -inf are never accepted. Where there are so many of them that
     the target is out of reach, it is taken to be 9/10 of what can be reached.
@@ -186,24 +238,49 @@ def solve_threshold(
     :param log_weight: of proposals, ``[M, *batch]``.
     :param target: between ``epsilon`` and 1.
     :param epsilon: least acceptance.
-    :return: T, ``[*batch]``; NaN where no log weight is finite.
+    :param num_steps: at most. Halving any bracket takes fewer than the default.
+    :return: T, ``[*batch]``, to about four digits in float32; NaN where no log weight is
+        finite.
 
     >>> solve_threshold(torch.tensor([2.0, 2.0]), 0.5, 0.01)
     tensor(-2.0202)
     """
-    lw = log_weight.double()
-    is_finite = lw.isfinite()
-    share = is_finite.double().mean(0)
-    goal = torch.where(share > target, torch.full_like(share, target), 0.9 * share)
-    low = -lw.masked_fill(~is_finite, -torch.inf).amax(0) - _MARGIN
-    high = -lw.masked_fill(~is_finite, torch.inf).amin(0) + _MARGIN
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        is_low = acceptance(lw, middle, epsilon).mean(0) < goal
-        low, high = middle.where(is_low, low), high.where(is_low, middle)
-    solved = (low + high) / 2
-    nan = torch.full_like(solved, torch.nan)
-    return solved.where(share > 0, nan).to(log_weight.dtype)
+    lw = log_weight.reshape(len(log_weight), -1)
+    low, high = -lw.amax(0), -lw.amin(0)
+    share, finite, average = torch.ones_like(low), lw, torch.mean
+    if not high.isfinite().all():
+        is_finite = lw.isfinite()
+        share = is_finite.to(lw.dtype).mean(0)
+        high = -lw.masked_fill(~is_finite, torch.inf).amin(0)
+        finite, average = lw.masked_fill(~is_finite, torch.nan), torch.nanmean
+    goal = torch.full_like(share, target).where(share > target, 0.9 * share)
+    # What the logit of the mean sigmoid is to be, over the proposals that are finite.
+    odds = torch.logit((goal / share - epsilon) / (1 - epsilon))
+    low, high = odds + low, odds + high
+    # Nearly right for normal log weights.
+    mean = average(finite, 0)
+    spread = average((finite - mean).square_(), 0)
+    T = (odds * (1 + spread * math.pi / 8).sqrt() - mean).clamp(low, high)
+    solved = T.clone()
+    items = torch.arange(len(T), device=T.device)
+    for _ in range(num_steps):
+        s = torch.sigmoid(lw + T)
+        mean = s.mean(0) / share
+        slope = mean - s.square_().mean(0) / share
+        excess = torch.logit(mean) - odds
+        low, high = T.where(excess < 0, low), high.where(excess < 0, T)
+        new = T - excess * mean * (1 - mean) / slope
+        new = new.where((new >= low) & (new <= high), (low + high) / 2)
+        solved[items] = new
+        is_open = (new - T).abs() > _TOLERANCE[lw.dtype == torch.float64]
+        T, num_open = new, int(is_open.sum())
+        if num_open == 0:
+            break
+        if 2 * num_open < len(T):
+            rest = is_open.nonzero().squeeze(-1)
+            lw, items = lw[:, rest], items[rest]
+            share, odds, low, high, T = (x[rest] for x in (share, odds, low, high, T))
+    return solved.reshape(log_weight.shape[1:])
 
 
 def adapt_threshold(
@@ -235,7 +312,7 @@ def adapt_threshold(
     a = acceptance(log_weight, T, epsilon) if accept_probs is None else accept_probs
     mean_a = a.mean(0)
     # That of the sigmoid in terms of the acceptance: (a - epsilon) (1 - a) / (1 - epsilon).
-    slope = ((a - epsilon).clamp(min=0) * (1 - a)).mean(0) / (1 - epsilon)
+    slope = ((1 + epsilon) * mean_a - a.square().mean(0) - epsilon) / (1 - epsilon)
     if T.dim() == 0:
         mean, flat = torch.stack([mean_a, slope]).tolist()
         if flat >= _SATURATED and target / 4 <= mean <= (1 + target) / 2:
@@ -244,7 +321,9 @@ def adapt_threshold(
     step = ((target - mean_a) / slope.clamp(min=0.02)).clamp(-2, 2)
     new = T + lr * step
     is_off = (slope < _SATURATED) | (mean_a > (1 + target) / 2) | (mean_a < target / 4)
-    if is_off.any():
-        solved = solve_threshold(log_weight, target, epsilon)
-        new = torch.where(is_off, (T + solved) / 2, new)
+    off = is_off.reshape(-1).nonzero().squeeze(-1)
+    if len(off):
+        lw = log_weight.reshape(len(log_weight), -1)[:, off]
+        middle = (T.expand_as(new)[is_off] + solve_threshold(lw, target, epsilon)) / 2
+        new = new.masked_scatter(is_off, middle.to(new))
     return new.where(new.isfinite(), T)

@@ -102,7 +102,12 @@ class DrawMessenger(UnseenEnumMessenger):
             self.drawn_by[name] = strategy = next(known, None)
             self.reasons[name] = SUPPLIED if strategy is None else "reparameterised draw"
             self.enumerate(msg)
-            return
+        else:
+            self.draw(msg)
+
+    def draw(self, msg: Any) -> None:
+        """Offers a latent site to the strategies, which may have a draw of it already."""
+        name = msg["name"]
         self.drawn_by[name] = None
         reasons: List[str] = []
         strategies = self.strategies

@@ -1,15 +1,18 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import torch
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
+from pyro_rb.ops import normal
 from pyro_rb.poutine.path_gradient import TapMessenger
 
 #: Name of the dim of the proposals in ``cond_indep_stack``.
@@ -30,6 +33,10 @@ class Site(NamedTuple):
     is_observed: bool
     is_auxiliary: bool
 
+    @property
+    def event_dim(self) -> int:
+        return int(self.fn.event_dim)
+
 
 class ProposalMessenger(Messenger):
     """
@@ -47,6 +54,8 @@ class ProposalMessenger(Messenger):
     :param subsamples: indices of subsampling plates by name. Those that are missing
         are drawn, and put in.
     :param tap: applied to latent sites that are drawn.
+    :param redraws: draws of normal distributions to be made once more at the latent sites
+        of these names, with a graph, from the noise that gave them.
     :param str plate: if given, log densities are taken of the sites inside of this
         plate only, without the scale that comes from its subsampling.
     :param bool expose: Whether to let sites outside of ``plate`` pass.
@@ -74,6 +83,7 @@ class ProposalMessenger(Messenger):
         tap: Optional[TapMessenger] = None,
         plate: Optional[str] = None,
         expose: bool = False,
+        redraws: Optional[Mapping[str, torch.Tensor]] = None,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -83,7 +93,15 @@ class ProposalMessenger(Messenger):
         self.tap = tap
         self.plate = plate
         self.expose = expose
+        self.redraws = {} if redraws is None else redraws
         self.sites: Dict[str, Site] = {}
+        #: Names of the plates whose subsample the code itself chose.
+        self.has_chosen: Set[str] = set()
+        #: The distribution of the site at hand, before it was made one of all proposals.
+        self._narrow: Any = None
+        self._log_prob: Optional[torch.Tensor] = None
+        #: Log densities that are known to no one else.
+        self._fresh: List[torch.Tensor] = []
         self._stack: Tuple[CondIndepStackFrame, ...] = ()
         if dim is not None:
             self._stack = (CondIndepStackFrame(PROPOSALS, dim, size, 0),)
@@ -106,7 +124,10 @@ class ProposalMessenger(Messenger):
         if site_is_subsample(msg):
             if msg["value"] is None:
                 msg["value"] = self.subsamples.get(msg["name"])
+            else:
+                self.has_chosen.add(msg["name"])
             return
+        self._narrow, self._log_prob = msg["fn"], None
         if not msg["is_observed"] and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
         if self._stack:
@@ -118,8 +139,17 @@ class ProposalMessenger(Messenger):
                         f"along dim {self.dim}."
                     )
             BroadcastMessenger._pyro_sample(msg)
+        is_free_normal = msg["value"] is None and normal.is_normal(self._narrow)
+        if is_free_normal and msg["name"] in self.redraws:
+            msg["value"] = normal.redraw(msg["fn"], self.redraws[msg["name"]])
+            if self.tap is not None:
+                self.tap.draw(msg)
+            return
         if self.tap is not None:
             self.tap._pyro_sample(msg)
+        if msg["value"] is None and is_free_normal:
+            if self._stack and not (msg["args"] or torch.is_grad_enabled()):
+                msg["value"], self._log_prob = normal.draw(self._narrow, msg["fn"].shape())
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, infer = msg["name"], msg["infer"]
@@ -137,7 +167,7 @@ class ProposalMessenger(Messenger):
             scale = scale * local[0].size / (local[0].full_size or local[0].size)
         if local or self.plate is None:
             try:
-                log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+                log_prob = self._find_log_prob(msg)
             except ValueError as e:
                 raise ValueError(f"Error at site '{name}', of its log_prob:\n{e}") from e
             log_prob = scale_and_mask(log_prob, scale, msg["mask"])
@@ -158,12 +188,35 @@ class ProposalMessenger(Messenger):
             bool(infer.get("is_auxiliary")),
         )
 
+    def _find_log_prob(self, msg: Any) -> torch.Tensor:
+        fn, value, narrow = msg["fn"], msg["value"], self._narrow
+        if self._log_prob is not None:
+            self._fresh.append(self._log_prob)
+            return self._log_prob
+        if self._stack and isinstance(fn, TorchDistributionMixin) and not msg["args"]:
+            if type(fn) is Delta and not (msg["is_observed"] or msg["name"] in self.values):
+                return fn.log_density  # of its own value
+            # What depends on parameters alone is computed once for all proposals.
+            is_normal = normal.is_normal(narrow)
+            log_prob = normal.log_prob(narrow, value) if is_normal else narrow.log_prob(value)
+            shapes = narrow.batch_shape, value.shape[: value.dim() - len(fn.event_shape)]
+            if log_prob.shape == torch.broadcast_shapes(*shapes):
+                shape = torch.broadcast_shapes(log_prob.shape, fn.batch_shape)
+                if log_prob.shape != shape:
+                    return log_prob.expand(shape)
+                if is_normal:
+                    self._fresh.append(log_prob)
+                return log_prob
+        return fn.log_prob(value, *msg["args"], **msg["kwargs"])
+
     @property
     def latents(self) -> Dict[str, Site]:
         return {name: site for name, site in self.sites.items() if not site.is_observed}
 
     def log_prob_sum(self, keep_dim: Optional[int] = None) -> torch.Tensor:
         """
+        Without gradients, the sum may be in the memory of one of its terms.
+
         :param keep_dim: dim of the local plate, a negative int.
         :return: log densities ``[M]``, or ``[M, N]`` with those of the items of the local
             plate along the second dim.
@@ -178,4 +231,13 @@ class ProposalMessenger(Messenger):
             else:
                 others = [i for i in range(1, x.dim()) if i != x.dim() + keep_dim]
                 terms.append(x.sum(others) if others else x)
-        return sum(terms[1:], terms[0]) if terms else torch.zeros(self.size)
+        if not terms:
+            return torch.zeros(self.size)
+        if torch.is_grad_enabled():
+            return sum(terms[1:], terms[0])
+        # New memory takes more time than sums do.
+        fresh = [i for i, x in enumerate(terms) if any(x is y for y in self._fresh)]
+        total = terms.pop(fresh[0]) if fresh else terms.pop().clone()
+        for x in terms:
+            total += x
+        return total
