@@ -5,7 +5,7 @@
 One run of guide and model: which strategies draw the sites, and the traces that come out.
 """
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 from pyro.poutine import Trace
 
