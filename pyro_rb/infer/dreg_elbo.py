@@ -79,7 +79,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
     reparameterized must not depend on a parameter, else ``NotImplementedError``. So is a
     draw of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, whose density is not known. Sites
     to which the method does not apply (see ``STLTrace_ELBO``) are treated as ``RenyiELBO``
-    treats them; :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells which. Vectorized
+    treats them; :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells which. Vectorized
     particles need static structure. Checkpoints in the model must not be reentrant.
 
     **When it is worse.** A guide much narrower than the posterior has far MORE variance

@@ -30,7 +30,7 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     that is drawn from its own distribution, has ``rsample``, and a score whose mean is
     known to be zero. Known are the distributions and transforms of PyTorch and Pyro
     whose support does not move with a parameter. All other sites are treated as
-    ``Trace_ELBO`` treats them; :meth:`~pyro_rb.infer.tapped.TappedMixin.report` tells
+    ``Trace_ELBO`` treats them; :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells
     which, and why.
 
     **When it is worse.** Where :math:`c = 0` or 1 is best, the default pays for having to
