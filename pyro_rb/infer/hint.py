@@ -9,6 +9,9 @@ _SHAPES = re.compile(
     "shape|size|dim|broadcast|ind(ex|ices)|scalar|ambiguous|unpack|length|alloc", re.I
 )
 
+#: A value that a table does not have. Another shape would not help.
+_VALUES = re.compile("out of bounds|out of range in self")
+
 
 @contextmanager
 def hint_at_shapes(find_hint: Callable[[], str]) -> Iterator[None]:
@@ -29,7 +32,8 @@ def hint_at_shapes(find_hint: Callable[[], str]) -> Iterator[None]:
     except (IndexError, RuntimeError, TypeError, ValueError) as e:
         is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
         text = str(e).split("Trace Shapes:")[0]
-        hint = find_hint() if is_known and _SHAPES.search(text) else ""
+        is_by_shape = _SHAPES.search(text) and not _VALUES.search(text)
+        hint = find_hint() if is_known and is_by_shape else ""
         if not hint:
             raise
         raise type(e)(f"{e}\n{hint}") from e

@@ -39,7 +39,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     a checkpoint or a function that ``torch.compile`` made, its gradient is the plain one;
     and so it is where there are as many rows as inputs, as nothing can be gained there. A
     value that was drawn under ``no_grad`` has no gradient, as in ``Trace_ELBO``.
-    :meth:`report` tells for each site.
+    :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells for each site.
 
     If such a use is found after the projection, guide and model are run once
     more, with the same random numbers. It happens in the first steps, and is remembered

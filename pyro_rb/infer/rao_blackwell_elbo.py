@@ -77,7 +77,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     draw by itself, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
     or a dict of ``k``, ``num_samples``, ``budget``; ``infer={"draws": n}``;
     ``infer={"rao_blackwell": False}`` leaves it to Pyro; ``infer={"enumerate": ...}`` and
-    ``infer={"baseline": ...}`` as in Pyro. :meth:`report` tells what was done, and why.
+    ``infer={"baseline": ...}`` as in Pyro. :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells what was done, and why.
 
     **When it is worse.** With few values and a cheap model nothing beats
     :class:`~pyro.infer.TraceEnum_ELBO`. Sites that depend on one another are a cartesian
@@ -263,8 +263,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
                 loss, surrogate, draws = self._weighted_particle(terms)
                 yield loss, surrogate, terms, [(particle, draw) for draw in draws]
             else:
-                loss = -torch_item(compute_elbo(terms))
-                yield loss, loss, terms, []
+                loss = -compute_elbo(terms)
+                yield torch_item(loss), loss, terms, []
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """:return: an estimate of the loss, minus the ELBO."""

@@ -74,7 +74,8 @@ class Run:
 
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
-        fn = under(self.handler, fn)
+        # Slots must be in place before partial traces are, for sites that are enumerated in a loop.
+        fn = self.handler(fn) if self.topk is not None else under(self.handler, fn)
         return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
 
     def model(self, fn: Callable) -> Callable:

@@ -30,19 +30,11 @@ class Strategy:
         """
         raise NotImplementedError
 
-    def recall(self, name: str, value: Any) -> bool:
+    def settle(self, site: Any) -> bool:
         """
-        Is asked about a value that was supplied.
+        Is told a site that it drew, as it is in the trace of the guide.
 
-        :return: whether it was drawn here, before the guide started from a partial trace.
-        """
-        return False
-
-    def settle(self, name: str, value: Any) -> bool:
-        """
-        Is told the value of a site in the trace of the guide.
-
-        :return: whether it is the one that was drawn here.
+        :return: whether the value is one that was drawn here.
         """
         return True
 
@@ -85,6 +77,7 @@ class DrawMessenger(UnseenEnumMessenger):
         self.drawn_by: Dict[str, Optional[Strategy]] = {}
         #: What there is to say of each.
         self.reasons: Dict[str, str] = {}
+        self._fns: Dict[str, Any] = {}  # the distributions of those that were drawn
 
     def __enter__(self) -> Any:
         self.drawn_by, self.reasons = {}, {}
@@ -98,9 +91,8 @@ class DrawMessenger(UnseenEnumMessenger):
             return
         name = msg["name"]
         if msg["done"] or msg["value"] is not None:
-            known = (s for s in self.strategies if s.recall(name, msg["value"]))
-            self.drawn_by[name] = strategy = next(known, None)
-            self.reasons[name] = SUPPLIED if strategy is None else "reparameterised draw"
+            self.drawn_by[name] = None
+            self.reasons[name] = SUPPLIED
             self.enumerate(msg)
         else:
             self.draw(msg)
@@ -117,6 +109,7 @@ class DrawMessenger(UnseenEnumMessenger):
             try:
                 self.reasons[name] = strategy.draw(msg, self)
                 self.drawn_by[name] = strategy
+                self._fns[name] = msg["fn"]
                 return
             except Declined as e:
                 reasons.append(str(e))
@@ -129,14 +122,25 @@ class DrawMessenger(UnseenEnumMessenger):
         Lets go of sites whose value in the trace of the guide is not the one that was drawn.
 
         :param Trace trace: of the guide, made under this messenger.
+        :raises NotImplementedError: if a site has another distribution there.
         """
         for name in trace.stochastic_nodes:
             self.reasons.setdefault(name, "a handler around the loss hides it")
         for name, strategy in self.drawn_by.items():
-            value = trace.nodes[name]["value"] if name in trace else None
-            if strategy is not None and not strategy.settle(name, value):
+            if strategy is None:
+                continue
+            site = trace.nodes.get(name)
+            if site is None or not strategy.settle(site):
                 self.drawn_by[name] = None
-                self.reasons[name] = "a handler has replaced its value"
+                is_inner = self.first_available_dim is not None
+                self.reasons[name] = SUPPLIED if is_inner else "a handler has replaced its value"
+            elif site["fn"] is not self._fns[name] and not site["infer"].get("_enum_total"):
+                fn = type(self._fns[name]).__name__
+                raise NotImplementedError(
+                    f"A handler around the loss replaced the distribution of guide site '{name}', "
+                    f"of type {fn}, after its value was drawn. Expected a handler around the "
+                    "guide: SVI(model, handler(guide), ...)."
+                )
 
     def enumerate(self, msg: Any) -> None:
         """What :class:`~pyro.poutine.enum_messenger.EnumMessenger` does at a site."""

@@ -114,19 +114,18 @@ class PathGradient(Strategy):
         self._taps[id(value)] = value, gate
         return value
 
-    def settle(self, name: str, value: Any) -> bool:
-        mine = self.values.get(name)
-        if mine is None or value is mine:
-            return mine is not None
+    def settle(self, site: Any) -> bool:
+        name, value = site["name"], site["value"]
+        mine = self.values[name]
+        if value is mine:
+            return True
         # Its gate stays open, as what replaced the value may be made of it.
         del self.values[name], self._taps[id(mine)]
-        return False
-
-    def recall(self, name: str, value: Any) -> bool:
-        is_known = id(value) in self._taps
-        if is_known:
-            self.values[name] = value
-        return is_known
+        if id(value) not in self._taps:
+            return False
+        # The guide started from a partial trace, for a value of a site enumerated in a loop.
+        self.values[name] = value
+        return True
 
     @property
     def nodes(self) -> Set[Any]:

@@ -89,13 +89,13 @@ class Projection(Strategy):
         self.mode.add_site(GaussianSite(name, draw, plain), draw.value)
         return reason
 
-    def settle(self, name: str, value: Any) -> bool:
-        if value is self.sites[name].draw.value:
+    def settle(self, site: Any) -> bool:
+        name = site["name"]
+        is_tapped = self._path is not None and self._path.settle(site)
+        if site["value"] is self.sites[name].draw.value:
             return True
         del self.sites[name]
-        if self._path is not None:
-            self._path.settle(name, value)
-        return False
+        return is_tapped
 
     @property
     def has_path(self) -> bool:

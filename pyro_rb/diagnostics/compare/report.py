@@ -163,7 +163,7 @@ class Comparison:
     'Trace_ELBO'
     """
 
-    #: What prints and draws it. The floor above sets it, see :mod:`pyro_rb.diagnostics.show`.
+    #: What prints and draws it. The floor above sets it, see ``pyro_rb.diagnostics.show``.
     view: ClassVar[Any] = None
 
     title: str
