@@ -79,7 +79,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(pyro|torch|numpy|matplotlib)\..*"),
     (r"py:.*", r"(collections|contextlib|functools|json|math|pathlib|random|typing)(\..*)?"),
     # Python has no class of that name: it is anything that can be called.
-    (r"py:class", r"(callable|Trace|Cost|TopK|queue\.LifoQueue)"),
+    (r"py:class", r"(callable|Trace|Cost|TopK|queue\.LifoQueue|tqdm\..*)"),
     # Type variables.
     (r"py:class", r"pyro_rb\..*\.(Key|T)"),
 ]

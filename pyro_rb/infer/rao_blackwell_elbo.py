@@ -77,7 +77,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     draw by itself, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
     or a dict of ``k``, ``num_samples``, ``budget``; ``infer={"draws": n}``;
     ``infer={"rao_blackwell": False}`` leaves it to Pyro; ``infer={"enumerate": ...}`` and
-    ``infer={"baseline": ...}`` as in Pyro. :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells what was done, and why.
+    ``infer={"baseline": ...}`` as in Pyro.
+    :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells what was done, and why.
 
     **When it is worse.** With few values and a cheap model nothing beats
     :class:`~pyro.infer.TraceEnum_ELBO`. Sites that depend on one another are a cartesian

@@ -48,7 +48,8 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     One that is frozen, that some steps do not use, or that is new leaves the others as they
     are. Tensors among the arguments of the step are no parameters, unless they are a
     :class:`torch.nn.Parameter` or in the param store. What was learned is part of a pickle
-    and of :meth:`~pyro_rb.infer.learned_state.LearnedStateMixin.state_dict`, where parameters have the name that the param store gives them,
+    and of :meth:`~pyro_rb.infer.learned_state.LearnedStateMixin.state_dict`, where parameters
+    have the name that the param store gives them,
     or else the guide or model as a module. Others are told apart by their order.
     Hooks of parameters, and of the values of sites, fire once a step; those of modules and
     of other results fire for what is learned as well. Where a second backward pass is not

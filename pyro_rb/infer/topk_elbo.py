@@ -46,7 +46,8 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     at the first step, when the structure changes, and now and then. Such a site then has
     the full cost, as in ``Trace_ELBO``. With ``num_particles > 1`` the baseline of single
     draws is the mean cost of the other particles, for each element of a plate. All
-    sites that are reparameterised are treated as by ``TraceEnum_ELBO``; :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report`
+    sites that are reparameterised are treated as by ``TraceEnum_ELBO``;
+    :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report`
     tells what was done at each site, and why.
 
     **When it is worse.** With few values or a cheap model, enumerate. Where all values are
