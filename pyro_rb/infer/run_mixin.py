@@ -221,9 +221,12 @@ class RunMixin(PathGradientMixin):
             options = ProjectionOptions(self.solver, local)
             own_path = path if "path" in self._strategies and not path.obstacle else None
             projection = Projection(options, self._plain, self._why_plain(), own_path)
-        return Run(
-            topk, projection, path if "path" in self._strategies else None, first_available_dim
-        )
+        own: Optional[PathGradient] = path
+        if "path" not in self._strategies:
+            own = None
+            if is_guide_messenger(guide):
+                own = PathGradient("its guide runs the model inside of itself")
+        return Run(topk, projection, own, first_available_dim)
 
     @contextmanager
     def _step(self) -> Iterator[None]:

@@ -38,6 +38,9 @@ class Moments:
 
     :param shape: of the parameter.
     :param str name: of the parameter, if it has one.
+
+    >>> Moments(shape=[3]).scale
+    0.0
     """
 
     def __init__(self, shape: Sequence[int], name: Optional[str] = None) -> None:

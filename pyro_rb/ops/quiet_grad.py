@@ -51,6 +51,10 @@ def quiet_grad(
 
     :param between: further tensors whose hooks are not to fire.
     :return: a derivative for each input, None where there is none.
+
+    >>> x = torch.ones((), requires_grad=True)
+    >>> quiet_grad([2 * x], [x])
+    (tensor(2.),)
     """
     with without_hooks([*inputs, *between]):
         return torch.autograd.grad(

@@ -103,7 +103,13 @@ class DrawMessenger(UnseenEnumMessenger):
         self.drawn_by[name] = None
         reasons: List[str] = []
         strategies = self.strategies
-        if msg["infer"].get("rao_blackwell") is False:
+        is_wanted = msg["infer"].get("rao_blackwell", True)
+        if not isinstance(is_wanted, bool):
+            raise ValueError(
+                f"Invalid infer={{'rao_blackwell': {is_wanted!r}}} at guide site '{name}'. "
+                "Expected True or False."
+            )
+        if not is_wanted:
             strategies, reasons = [], ["infer={'rao_blackwell': False}"]
         for strategy in strategies:
             try:

@@ -103,7 +103,7 @@ class LinearUseMode(TorchFunctionMode):
         self._add(View(site, value))
 
     def _add(self, view: View) -> None:
-        memory = _address(view.tensor)  # zero if it is empty
+        memory = _address(view.tensor)
         if memory:
             self._by_memory.setdefault(memory, view)
         self._views[id(view.tensor)] = view
@@ -169,11 +169,11 @@ class LinearUseMode(TorchFunctionMode):
 
     def _find_memory(self, x: torch.Tensor) -> Optional[View]:
         """What is known of a tensor that was made of a known one by means not seen."""
-        try:
-            return self._by_memory.get(_address(x))
-        except RuntimeError:  # a function transform has wrapped it
-            inner = _unwrap(x)
-            return None if inner is x else self.find(inner) or self._find_memory(inner)
+        memory = _address(x)
+        if memory:
+            return self._by_memory.get(memory)
+        inner = _unwrap(x)  # a function transform has wrapped it
+        return None if inner is x else self.find(inner) or self._find_memory(inner)
 
     def _project(
         self, func: Callable, args: Tuple, kwargs: Any, found: List[View]
@@ -211,8 +211,12 @@ class LinearUseMode(TorchFunctionMode):
 
 
 def _address(x: torch.Tensor) -> int:
+    """Zero if it is empty, or has no memory of its own."""
     with torch._C.DisableTorchFunction():  # modes around this one see no use of it
-        return x.data_ptr()
+        try:
+            return x.data_ptr()
+        except RuntimeError:
+            return 0
 
 
 def _name(func: Callable) -> str:

@@ -104,11 +104,11 @@ class TopK(Strategy):
     def draw(self, msg: Any, handler: DrawMessenger) -> str:
         assert handler.first_available_dim is not None
         self.first_available_dim = handler.first_available_dim
-        options = self._find_options(msg)
+        options, num_draws = self._find_options(msg), self._find_num_draws(msg)
         try:
             table = self._find_table(msg)
         except Declined as e:
-            return self._draw_several(msg, handler, str(e))
+            return self._draw_several(msg, handler, num_draws, str(e))
         num_slots = options.num_slots + self.probe
         if options.num_slots >= table.num_categories:
             num_slots = table.num_categories
@@ -133,10 +133,11 @@ class TopK(Strategy):
         self._enumerate(msg, handler, values, slots, num_slots, True)
         return reason
 
-    def _draw_several(self, msg: Any, handler: DrawMessenger, reason: str) -> str:
+    def _draw_several(
+        self, msg: Any, handler: DrawMessenger, num_draws: int, reason: str
+    ) -> str:
         """Independent draws along an enumeration dim, where there is no table."""
         fn = msg["fn"]
-        num_draws = self._find_num_draws(msg)
         if num_draws < 2 or fn.has_rsample:
             raise Declined(reason)
         self._check(msg, num_draws)

@@ -75,7 +75,7 @@ def test_report():
     assert treatments(elbo)["l0.weight"] == "as l0.weight_unconstrained"
     before = elbo.report()
     elbo.loss(*((case.model, case.guide) + case.args))
-    assert elbo.report() is before
+    assert elbo.report() == before
 
 
 def test_report_of_parts():

@@ -79,7 +79,7 @@ def test_path_of_log_q(name):
     )
     expected = [torch.zeros_like(p) for p in parameters]
     (proposals,) = accepted.rounds  # one round at this seed
-    drawn = proposals.tap.values
+    drawn = proposals.tap.path.values
     run = proposer.run(proposer.guide, len(proposals.log_weight), {k: v.detach() for k, v in drawn.items()})
     score = (weight * proposer.log_prob_sum(run)[accepted.position]).sum()
     total = (weight * proposals.log_q[accepted.position]).sum()

@@ -79,7 +79,7 @@ def candidates() -> List[Candidate]:
         Candidate(FIXED, Chooser.no_path_gradient),
         Candidate(R2G2, Chooser.sums_in_model, Chooser.nothing_projected),
         Candidate(LOCAL, Chooser.nothing_local),
-        Candidate(TOP_K, Chooser.no_discrete, _untreated("top-k", "there are too few values: all are summed")),
+        Candidate(TOP_K, Chooser.no_discrete, Chooser.nothing_sampled),
         Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
         Candidate("JitTrace_ELBO:ignore_jit_warnings=True", Chooser.sums_in_model),
         Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.sums_in_model, hint=one_by_one),
@@ -247,6 +247,15 @@ class Chooser:
             return None
         reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
         return f"it projects no site; {_shortened(list(reasons))}"
+
+    def nothing_sampled(self, loss: Any) -> Optional[str]:
+        if is_treated(loss, "top-k"):
+            return None
+        rows = [row for row in loss.report() if row.site in self.sites.discrete]
+        reasons = [f"'{row.site}': {row.reason}" for row in rows if row.treatment != "exact"]
+        if reasons:
+            return f"it treats no site; {_shortened(reasons)}"
+        return "there are too few values: all are summed"
 
     def nothing_local(self) -> Optional[str]:
         """Biased if rows are coupled, which no trace shows; so it is never taken unasked."""
