@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 
-from pyro_rb.ops.topk import Slots, select_slots
+from pyro_rb.ops.topk import PROBE, Slots, select_slots
 from pyro_rb.poutine.draw_messenger import (
     Declined,
     DrawMessenger,
@@ -138,18 +138,19 @@ class TopK(Strategy):
     ) -> str:
         """Independent draws along an enumeration dim, where there is no table."""
         fn = msg["fn"]
-        if num_draws < 2 or fn.has_rsample:
+        num_slots = num_draws + self.probe
+        if num_slots < 2 or fn.has_rsample:
             raise Declined(reason)
-        self._check(msg, num_draws)
+        self._check(msg, num_slots)
         with torch.no_grad():
-            values = fn.sample((num_draws,))
+            values = fn.sample((num_slots,))
         # Laid out by element of the batch, so that each has a baseline of its own.
-        shape = fn.batch_shape + (num_draws,)
-        like = {"device": values.device}
-        log_weight = torch.full(shape, -math.log(num_draws), **like)
-        is_sampled = torch.ones(shape, dtype=torch.bool, **like)
-        slots = Slots(is_sampled, log_weight, ~is_sampled, is_sampled)
-        self._enumerate(msg, handler, values, slots, num_draws, False)
+        shape = fn.batch_shape + (num_slots,)
+        is_sampled = torch.arange(num_slots, device=values.device).expand(shape) < num_draws
+        log_weight = torch.full(shape, -math.log(num_draws), device=values.device)
+        log_weight = log_weight.masked_fill(~is_sampled, PROBE)
+        slots = Slots(is_sampled, log_weight, torch.zeros_like(is_sampled), is_sampled)
+        self._enumerate(msg, handler, values, slots, num_slots, False)
         return f"{num_draws} draws: {reason}"
 
     def _find_num_draws(self, msg: Any) -> int:

@@ -21,7 +21,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO
-from pyro_rb.diagnostics.bias import BiasError
+from pyro_rb.diagnostics.stats.bias import BiasError
 from tests.cases import Case
 from tests.common import assert_unbiased
 from tests.infer.rao_blackwell.models import Problem, fixed, parameter, positive
