@@ -125,7 +125,9 @@ def test_embedded_models(capsys):
 
 def test_user_model_in_a_process():
     done = command(*mine(), "--train-steps", "2", "--json", "out.json")
-    assert done.returncode == 0 and done.stderr == ""
+    # Pyro tells what it has guessed.
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+    assert done.returncode == 0 and errors == []
     assert done.stdout.startswith("Model mine:model, guide mine:guide\n1 parameter values")
     assert "After 1 training steps" in done.stdout
     (comparison,) = json.loads(Path("out.json").read_text())["comparisons"]

@@ -68,11 +68,14 @@ class LocalDraws:
         return is_layer and all(map(self._allows, random))
 
     def _allows(self, factor: RandomFactor) -> bool:
-        shared = self.shared.get(factor.site.key)
-        is_diagonal = factor.site.draw.is_diagonal and factor.free is True
-        return is_diagonal and (
-            shared is None or overlap(factor.view.elements, shared.elements) is None
-        )
+        if not (factor.site.draw.is_diagonal and factor.free is True):
+            return False
+        if factor.site.key not in self.shared:
+            return True
+        shared = self.shared[factor.site.key].elements
+        if isinstance(shared, torch.Tensor):
+            shared = shared.to(factor.site.draw.noise.device)
+        return overlap(factor.view.elements, shared) is None
 
     def why_shared(self, key: Tuple) -> str:
         """Why elements of a site are not drawn so; empty if nothing speaks against it."""
