@@ -61,11 +61,10 @@ class Problem:
         return {name: make for name, make in {**usual, **self.losses}.items() if name not in self.without}
 
     def ours(self) -> Dict[str, Callable[[], Any]]:
-        options = {"max_plate_nesting": self.nesting, "strict_enumeration_warning": False}
-        found = {"RaoBlackwell_ELBO": (default := partial(RaoBlackwell_ELBO, **options))}
+        default = partial(RaoBlackwell_ELBO, max_plate_nesting=self.nesting)
+        found = {"RaoBlackwell_ELBO": default}
         if "TraceEnum_ELBO" not in self.without:
-            # No site has as many.
-            found["RaoBlackwell_ELBO, all values"] = partial(default, k=1000)
+            found["RaoBlackwell_ELBO, all values"] = partial(default, k=1000)  # no site has as many
         if "4 particles" in self.losses:
             particles = {"num_particles": 4, "vectorize_particles": True}
             found["RaoBlackwell_ELBO, 4 draws"] = partial(default, draws=4)

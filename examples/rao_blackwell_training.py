@@ -29,14 +29,14 @@ FACTORS = (1 / 3, 1.0, 3.0)  # of the model's learning rate
 OURS = "RaoBlackwell_ELBO"
 #: CPU seconds of a training run.
 SECONDS = {
-    "semi-supervised": 8.0,
+    "semi-supervised": 6.0,
     "mixture": 3.0,
     "regression": 3.0,
-    "binary": 4.0,
+    "binary": 3.0,
     "network": 3.0,
     "network with BatchNorm": 3.0,
     "schools": 2.0,
-    "hidden Markov": 4.0,
+    "hidden Markov": 3.0,
 }
 
 
@@ -47,7 +47,7 @@ class Training(Run):
     :param float seconds: for which it trains.
     """
 
-    num_notes, num_last, num_draws = 12, 3, 5
+    num_notes, num_last, num_draws = 10, 3, 5
 
     def __init__(self, problem, name, factor, seed, seconds):
         def make():
@@ -141,7 +141,7 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
     parser.add_argument("--models", nargs="+", choices=list(PROBLEMS), help="default: all")
-    parser.add_argument("--seconds", type=float, help="of a training run; default: 2 to 8, by model")
+    parser.add_argument("--seconds", type=float, help="of a training run; default: 2 to 6, by model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training runs")
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the model's learning rate")
     run(main, parser)

@@ -129,10 +129,8 @@ def test_invalid_options_of_a_site(infer, message):
     def guide():
         pyro.sample("b", dist.Bernoulli(logits=real("on", 0.2)), infer=infer)
 
-    before = dict(pyro.get_param_store())
     with pytest.raises(ValueError, match=message):
         RaoBlackwell_ELBO().loss_and_grads(lambda: pyro.sample("b", dist.Bernoulli(0.5)), guide)
-    assert all(p.grad is None for p in before.values())
 
 
 # -- torch.func ------------------------------------------------------------------------------
