@@ -232,7 +232,8 @@ def loss_name(loss: Any) -> str:
                 value -= 1  # to which Pyro has added the particles
             is_plain = isinstance(value, (bool, int, float, str, type(None)))
             if name not in seen and default is not parameter.empty and is_plain and value != default:
-                given.append(str(value) if name == own and not given else f"{name}={value}")
+                is_short = name == own and not given and not isinstance(value, int)
+                given.append(str(value) if is_short else f"{name}={value}")
             seen.add(name)
     return type(loss).__name__ + (":" if given else "") + ",".join(given)
 

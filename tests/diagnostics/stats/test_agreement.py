@@ -161,7 +161,7 @@ def test_reference_that_disagrees_with_enumeration():
             model, guide, ["Trace_ELBO"], reference="WrongTrace_ELBO", num_samples=60, num_burn_in=0, progress=False
         )
     assert result.notes[0].startswith("WrongTrace_ELBO disagrees with enumeration at step 0")
-    assert result.settings["reference_gradient"] == "WrongTrace_ELBO, draw by draw"
+    assert result.settings["reference_gradient"] == "WrongTrace_ELBO, with the same random numbers"
     assert result.states[0].losses[1].biased  # what is right differs from it
 
 
@@ -177,4 +177,4 @@ def test_no_exact_gradient_with_subsampling():
             pyro.sample("z", dist.Categorical(logits=logits[i]))
 
     result = compare(model, guide, [], num_samples=20, num_burn_in=0, progress=False)
-    assert result.settings["reference_gradient"] == "Trace_ELBO, draw by draw"
+    assert result.settings["reference_gradient"] == "Trace_ELBO, with the same random numbers"
