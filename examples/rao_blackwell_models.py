@@ -18,7 +18,7 @@ from ss_vae import SemiSupervisedVae
 from torch import nn
 
 from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
-from pyro_rb.diagnostics.models import EXAMPLES
+from pyro_rb.diagnostics.cli.examples import EXAMPLES
 from utils.data import load_mnist
 
 F = nn.functional

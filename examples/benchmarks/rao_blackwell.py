@@ -24,9 +24,9 @@ from pyro.infer import SVI
 from rao_blackwell_models import PROBLEMS, mark
 from tqdm import tqdm
 
-from pyro_rb.diagnostics.gradients import GradientSampler, draw_seeds
-from pyro_rb.diagnostics.moments import RunningMoments
-from pyro_rb.diagnostics.parameters import find_parameters
+from pyro_rb.diagnostics.run.parameters import find_parameters
+from pyro_rb.diagnostics.run.sampler import GradientSampler, draw_seeds
+from pyro_rb.diagnostics.stats.moments import RunningMoments
 from utils.command_line import restart, run, set_up
 from utils.training import set_fast_floats
 

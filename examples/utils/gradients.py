@@ -5,7 +5,8 @@
 
 import torch
 
-from pyro_rb.diagnostics import sample_gradients, stats
+from pyro_rb.diagnostics import sample_gradients
+from pyro_rb.diagnostics.stats import summary as stats
 
 
 def draw_gradients(loss, model, guide, args, num_samples, parts=("loc", "scale"), named=None):

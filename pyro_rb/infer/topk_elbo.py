@@ -99,6 +99,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
         ...     with pyro.plate("data", len(data)):
         ...         logits = pyro.param("logits", torch.zeros(len(data), 50))
         ...         pyro.sample("z", dist.Categorical(logits=logits))
+        >>> pyro.clear_param_store()
         >>> elbo = RaoBlackwellTopK_ELBO(k=3)
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
         >>> loss = svi.step(torch.tensor([7.3, 41.8]))

@@ -81,7 +81,6 @@ def candidates() -> List[Candidate]:
         Candidate(LOCAL, Chooser.nothing_local),
         Candidate(TOP_K, Chooser.no_discrete, Chooser.nothing_sampled),
         Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
-        Candidate("JitTrace_ELBO:ignore_jit_warnings=True", Chooser.sums_in_model),
         Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.sums_in_model, hint=one_by_one),
         Candidate(f"{STL}:{PARTICLES}", Chooser.no_path_gradient, hint=one_by_one),
     ]
@@ -132,7 +131,7 @@ def choose_losses(
     >>> choice = choose_losses(model, guide)
     >>> choice.losses
     ['TraceMeanField_ELBO', 'STLTrace_ELBO', 'STLTrace_ELBO:1.0', 'RaoBlackwell_ELBO',
-     'JitTrace_ELBO:ignore_jit_warnings=True', 'Trace_ELBO:num_particles=10,vectorize_particles=True',
+     'Trace_ELBO:num_particles=10,vectorize_particles=True',
      'STLTrace_ELBO:num_particles=10,vectorize_particles=True']
     >>> choice.left_out["RaoBlackwellTopK_ELBO:budget=4"]
     'the guide has no discrete site'

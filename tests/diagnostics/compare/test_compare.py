@@ -58,7 +58,6 @@ def test_default_losses():
         "STLTrace_ELBO",
         "STLTrace_ELBO:1.0",
         "RaoBlackwell_ELBO",
-        "JitTrace_ELBO:ignore_jit_warnings=True",
         "Trace_ELBO:num_particles=10,vectorize_particles=True",
         "STLTrace_ELBO:num_particles=10,vectorize_particles=True",
     ]
