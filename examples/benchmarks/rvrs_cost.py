@@ -116,7 +116,7 @@ def proposed(guide, svi, num_steps):
         nonlocal needed, made
         accepted = sample(self, *args)
         needed += int(accepted.num_proposed)
-        made += len(accepted.all_log_weights)
+        made += accepted.num_log_weights
         return accepted
 
     with mock.patch.object(type(guide), "_sample", counted):

@@ -69,7 +69,7 @@ def gradients(guide, num_draws):
         f = lw - acceptance(lw, T, guide.epsilon).log()
         rho = (odds + s * s) / (odds + s)
         weight = 2 * (f - f.mean()) * rho
-        values = {n: v.detach() for n, v in accepted.rounds[0].tap.values.items()}
+        values = {n: v.detach() for n, v in accepted.rounds[0].tap.path.values.items()}
         size = len(accepted.rounds[0].log_weight)
         if len(accepted.rounds) > 1:
             path.pop()  # keep to calls of one round, in both
