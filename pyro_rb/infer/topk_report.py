@@ -52,11 +52,13 @@ def hint(handler: TopKMessenger) -> Iterator[None]:
         is_by_shape = _SHAPES.search(text) and not _VALUES.search(text)
         if not (is_known and names and is_by_shape) or "{'topk'" in text:
             raise
+        plates = sorted({plate for site in handler.enumerated for plate in site.plates})
         raise type(e)(
             f"{e}\nThe values of the guide sites {names} have one more dim on the left, "
             "for the values that are looked at. If the model or guide cannot do with "
-            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
-            "infer={'topk': 0} at the site, which then has a single draw."
+            f"it, as where a site inside of plates {plates} is used outside, set "
+            "infer={'topk': 0} at the site, which then has a single draw and the full cost. "
+            "Else index by pyro.ops.indexing.Vindex, and avoid .item() and if."
         ) from e
 
 

@@ -48,6 +48,7 @@ class _Enumerated(NamedTuple):
     dim: int
     num_slots: int
     counters: Dict[str, int]  # of the sequential plates around it
+    plates: List[str]  # the others around it
 
 
 class _Plain(Exception):
@@ -150,7 +151,8 @@ class TopKMessenger(EnumMessenger):
         if slots is not None:
             msg["fn"] = GatherCategorical.of(fn)
             msg["infer"]["_topk"] = Slots(*(_move_slots(x, dim) for x in slots))
-        self.enumerated.append(_Enumerated(name, dim, num_slots, counters))
+        plates = [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized]
+        self.enumerated.append(_Enumerated(name, dim, num_slots, counters, plates))
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"
