@@ -12,7 +12,6 @@ So values are followed from where they are drawn to the costs.
 
 import math
 from contextlib import nullcontext
-from functools import lru_cache
 from queue import LifoQueue
 from typing import (
     Any,
@@ -36,7 +35,9 @@ from pyro_rb.infer.util import (
     Cost,
     Ordinal,
     compute_costs,
+    get_torch_generators,
     sample_sites,
+    set_torch_generators,
 )
 from pyro_rb.ops.provenance import Provenance
 from pyro_rb.poutine import ProvenanceMessenger
@@ -78,19 +79,19 @@ def find_dependents(terms: Terms, provenance: Provenance) -> Dependents:
         for other in provenance.names(by_site[name]):
             upstream[name] |= upstream.get(other, 0)
 
-    @lru_cache(None)
-    def outside_of(ordinal: Ordinal) -> int:
-        return sum(bit for name, bit in own.items() if not terms.ordering[name] <= ordinal)
-
+    outside_of = {
+        ordinal: sum(bit for name, bit in own.items() if not terms.ordering[name] <= ordinal)
+        for ordinal in {cost.ordinal for cost in terms.costs}
+    }
     found: Dependents = {}
     for cost in terms.costs:
         sources = provenance.sources(cost.value)
         has_dim = sum(by_symbol.get(symbol, 0) for symbol in cost.value._pyro_dims)
         summed = sources & slots & (provenance.reduced(sources) | ~has_dim)
         outside = 0
-        if outside_of(cost.ordinal):
+        if outside_of[cost.ordinal]:
             for name in provenance.names(sources):
-                outside |= upstream.get(name, 0) & outside_of(cost.ordinal)
+                outside |= upstream.get(name, 0) & outside_of[cost.ordinal]
         for name in provenance.names(summed | outside):
             found.setdefault(name, set()).add(cost.site)
     return found
@@ -222,11 +223,14 @@ class OutsidePlates:
         """
         is_watched, is_begun = self._is_due, False
         kept: List[Terms] = []
+        generators = get_torch_generators()
         traces.put(Trace())
         while not traces.empty():
             terms = self._get_terms(get_traces, is_watched, is_begun)
             if terms is None:
-                # Sites will have other values, so that the particle begins anew.
+                # The particle begins anew, and with the same random numbers: a rare
+                # structure would be rarer, were it not used when it is first seen.
+                set_torch_generators(generators)
                 traces.queue.clear()
                 traces.put(Trace())
                 is_watched, kept = self._is_due, []

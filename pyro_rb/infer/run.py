@@ -64,13 +64,17 @@ class Run:
 
     def hint(self) -> str:
         """What to say of an error that the slots of sites may have caused."""
-        names = [] if self.topk is None else [site.name for site in self.topk.enumerated]
-        return names and (
+        if self.topk is None or not self.topk.enumerated:
+            return ""
+        names = [site.name for site in self.topk.enumerated]
+        plates = sorted({plate for site in self.topk.enumerated for plate in site.plates})
+        return (
             f"The values of the guide sites {names} have one more dim on the left, "
             "for the values that are looked at. If the model or guide cannot do with "
-            "it, index by pyro.ops.indexing.Vindex, avoid .item() and if, or set "
-            "infer={'topk': 0} at the site."
-        ) or ""
+            f"it, as where a site inside of plates {plates} is used outside, set "
+            "infer={'topk': 0} at the site, which then has a single draw and the full cost. "
+            "Else index by pyro.ops.indexing.Vindex, and avoid .item() and if."
+        )
 
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""

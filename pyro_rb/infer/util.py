@@ -301,3 +301,25 @@ def set_generators(states: Any) -> None:
     set_rng_state(state)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def get_torch_generators() -> Any:
+    """The states of PyTorch's generators only, which takes a few microseconds."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda
+
+
+def set_torch_generators(states: Any) -> None:
+    """
+    Sets what :func:`get_torch_generators` returned.
+
+    >>> states = get_torch_generators()
+    >>> x = torch.rand(3)
+    >>> set_torch_generators(states)
+    >>> torch.equal(torch.rand(3), x)
+    True
+    """
+    state, cuda = states
+    torch.set_rng_state(state)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)

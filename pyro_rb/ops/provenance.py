@@ -27,15 +27,15 @@ _REDUCTIONS = frozenset(
     "sum nansum mean nanmean prod max min amax amin median std var norm any all argmax "
     "argmin count_nonzero".split()
 )
-#: Code that checks what it reads, and does nothing else with it.
+#: Code that checks what it reads or makes room for it, and does nothing else with it.
 _CHECKS = (
     "torch.distributions.",
     "pyro.distributions.",
     "pyro.infer.",
     "pyro.poutine.",
     "pyro.util",
+    "pyro_rb.poutine.topk_",
 )
-
 
 #: Results of functions that tell about shape and type.
 _NO_NUMBERS = (bool, int, torch.Size, torch.dtype, torch.device)
@@ -86,7 +86,12 @@ class Provenance:
 
     def names(self, sources: int) -> List[str]:
         """:return: the names in a set, whether reduced or not."""
-        return [name for name, i in self._names.items() if sources >> 2 * i & 3]
+        found, names = [], list(self._names) if sources else []
+        while sources:
+            i = ((sources & -sources).bit_length() - 1) // 2  # of the lowest bit
+            found.append(names[i])
+            sources &= ~(3 << 2 * i)
+        return found
 
     def reduced(self, sources: int) -> int:
         """:return: those sources of a set that have been reduced, each by its first bit."""

@@ -49,6 +49,7 @@ class _Enumerated(NamedTuple):
     num_slots: int
     counters: Dict[str, int]  # of the sequential plates around it
     has_table: bool  # whether its values can be listed
+    plates: List[str]  # the others around it
 
 
 class TopK(Strategy):
@@ -139,7 +140,7 @@ class TopK(Strategy):
         """Independent draws along an enumeration dim, where there is no table."""
         fn = msg["fn"]
         num_slots = num_draws + self.probe
-        if num_slots < 2 or fn.has_rsample:
+        if num_draws < 2 or fn.has_rsample:
             raise Declined(reason)
         self._check(msg, num_slots)
         with torch.no_grad():
@@ -194,7 +195,10 @@ class TopK(Strategy):
             msg["fn"] = GatherCategorical.of(fn)
             msg["infer"]["_topk"] = Slots(*(_move_slots(x, dim) for x in slots))
         name, counters = msg["name"], _sequential_counters(msg)
-        self.enumerated.append(_Enumerated(name, dim, num_slots, counters, has_table))
+        plates = [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized]
+        self.enumerated.append(
+            _Enumerated(name, dim, num_slots, counters, has_table, plates)
+        )
 
     def _find_options(self, msg: Any) -> TopKOptions:
         infer, where = msg["infer"], f" at guide site '{msg['name']}'"

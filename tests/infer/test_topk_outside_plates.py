@@ -259,7 +259,8 @@ def test_a_single_draw_has_the_full_cost(name, k):
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_hint_of_a_shape_error_is_right(name):
     case = CASES[name]()
-    with pytest.raises((IndexError, RuntimeError, ValueError), match=r"guide sites \['b'\].*infer=\{'topk': 0\}"):
+    message = r"(?s)guide sites \['b'\].*inside of plates \['plate'\] is used outside, set infer=\{'topk': 0\}"
+    with pytest.raises((IndexError, RuntimeError, ValueError), match=message):
         topk().loss(case.model, case.guide)
     case = in_a_plate(USES[name], infer={"topk": 0})
     topk().loss(case.model, case.guide)
@@ -575,6 +576,23 @@ def in_one_plate(num):
     return Case(model, guide)
 
 
+def test_a_structure_is_used_when_it_is_first_seen():
+    """Else draws that lead to a rare one would be rarer in the gradient."""
+
+    def program():
+        for i in range(20):
+            b = pyro.sample(f"b_{i}", dist.Bernoulli(0.6), infer={"topk": 0})
+            if b == 0:
+                break
+
+    elbo = topk()
+    for seed in range(30):
+        pyro.set_rng_seed(seed)
+        (pair,) = elbo._get_traces(program, program, (), {})
+        pyro.set_rng_seed(seed)
+        assert list(pair[1].nodes) == list(poutine.trace(program).get_trace().nodes)
+
+
 @pytest.mark.parametrize("use", ["zeros_like", "checked", "type", "one_hot", "asserted"])
 def test_what_is_no_dependence(use):
     uses = {
@@ -600,6 +618,22 @@ def test_what_is_no_dependence(use):
     elbo = topk()
     elbo.loss(model, guide)
     assert treatments(elbo)["d"].startswith("top-k")
+
+
+def test_the_size_of_a_table_is_no_use():
+    """It is read from the rates, which depend on a site before."""
+
+    def guide():
+        a = pyro.sample("a", dist.Categorical(logits=table("q", 3)))
+        pyro.sample("b", dist.Poisson(1.0 + a))
+        pyro.sample("c", dist.Binomial(torch.tensor(9.0), (1.0 + a) / 4.0))
+        pyro.sample("d", dist.Categorical(torch.ones(5)))
+
+    elbo = topk(k=2)
+    elbo.loss(guide, guide)
+    assert {site: treatment.split(",")[0] for site, treatment in treatments(elbo).items()} == {
+        "a": "exact", "b": "top-k", "c": "top-k", "d": "top-k"
+    }
 
 
 def _asserted(d):
