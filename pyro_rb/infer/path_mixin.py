@@ -97,10 +97,10 @@ class PathGradientMixin(LearnedStateMixin):
 
     def report(self) -> Report:
         """
-        :return: a row for each latent site of the guide, from the last particle that
-            was run with gradients enabled: its name, the treatment, and the reason for
-            it. Prints as a table.
-        :raises RuntimeError: before the first such particle was run.
+        :return: a row for each latent site of the guide, from the last particle of the
+            last step, or of a loss before the first step: its name, the treatment, and
+            the reason for it. Prints as a table.
+        :raises RuntimeError: before the first particle was run.
         """
         if self._latest is None:
             raise RuntimeError(

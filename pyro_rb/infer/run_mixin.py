@@ -193,8 +193,8 @@ class RunMixin(PathGradientMixin):
         return model_trace, guide_trace
 
     def _note(self, run: Run, guide_trace: Trace) -> None:
-        """For the report."""
-        if self._makes_gradients or run.topk is not None:
+        """For the report: of the last step, or of a loss before it, where nothing is projected."""
+        if self._makes_gradients or (self._steps_done == 0 and run.projection is None):
             self._latest = run.summarize(guide_trace, self.otherwise, self._baselines)
 
     @property

@@ -268,9 +268,9 @@ def test_second_use_behind_a_branch():
     case = weights(use, (1, 6), rows=3)
 
     class Forgets(R2G2_ELBO):
-        def _get_trace(self, *args):
+        def _get_terms(self, *args):
             self._plain = {}
-            return super()._get_trace(*args)
+            return super()._get_terms(*args)
 
     check_paired(case, 400, elbo=Forgets(), detect=0.15)
 

@@ -150,14 +150,15 @@ def test_graph_is_not_kept():
     case = conj()
     elbo = STLTrace_ELBO()
     draws = []
-    get_trace = elbo._get_trace
+    get_terms = elbo._get_terms
 
     def watch(*args):
-        model_trace, guide_trace = get_trace(*args)
-        draws.append(weakref.ref(guide_trace.nodes["z"]["value"]))
-        return model_trace, guide_trace
+        for particle, terms in get_terms(*args):
+            draws.append(weakref.ref(terms.guide_trace.nodes["z"]["value"]))
+            yield particle, terms
+            del terms
 
-    elbo._get_trace = watch
+    elbo._get_terms = watch
     gc.disable()
     try:
         for _ in range(3):

@@ -96,7 +96,7 @@ def test_replayed_values_are_no_draws(where):
         check_equal_to_trace_elbo(case)
         elbo = STLTrace_ELBO(control_variate_scale=1.0)
         elbo.loss(model, draw)
-    assert elbo.report()[0].reason == "a replay around the loss may supply its value"
+    assert elbo.report()[0].reason == "its value was supplied, not drawn"
 
 
 MOVING_SUPPORTS = {

@@ -3,6 +3,7 @@
 
 """The commands, and what becomes of their errors: :func:`main`."""
 
+import logging
 import os
 import sys
 import traceback
@@ -32,7 +33,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if hasattr(stream, "reconfigure"):  # names of any alphabet, in any terminal
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _current_directory_first(), _device(options.device), _short_warnings():
+        with _current_directory_first(), _device(options.device), _short_messages():
             status = run_command(options)
         return _fail("interrupted", status) if status == 130 else status
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
@@ -75,9 +76,13 @@ def _current_directory_first() -> Iterator[None]:
 
 
 @contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Warnings of our own are for the user: without a line of our code."""
-    usual = warnings.showwarning
+def _short_messages() -> Iterator[None]:
+    """
+    Warnings of our own are for the user: without a line of our code. That Pyro guesses
+    ``max_plate_nesting``, once for each loss, is not.
+    """
+    usual, guesses = warnings.showwarning, logging.getLogger("pyro.infer.elbo")
+    level = guesses.level
 
     def show(message: Any, category: Any, filename: str, *rest: Any, **kwargs: Any) -> None:
         if filename.startswith(_PACKAGE):
@@ -86,10 +91,12 @@ def _short_warnings() -> Iterator[None]:
             usual(message, category, filename, *rest, **kwargs)
 
     warnings.showwarning = show
+    guesses.setLevel(logging.WARNING)
     try:
         yield
     finally:
         warnings.showwarning = usual
+        guesses.setLevel(level)
 
 
 _PACKAGE = os.path.dirname(os.path.abspath(pyro_rb.__file__))
