@@ -6,15 +6,15 @@ Time of a step with RVRSGuide, as a multiple of one with the guide that it is ma
 
 Both are steps of SVI with ``Trace_ELBO`` and Adam, on the same model, taken in turn. The
 proposal was fitted before. Given are the median over blocks of the ratio, and the
-quartiles; the proposals for an accepted draw; and where the time goes. On a CPU the time
-is that of one thread of the processor, which other programs do not stretch::
+quartiles; the proposals for an accepted draw; and where the time goes. For latents in a
+local plate the ratio is given with and without ``local_size``. On a CPU the time is that of
+one thread of the processor, which other programs do not stretch::
 
     python examples/benchmarks/rvrs_cost.py --json cost.json
 """
 
 import contextlib
 import json
-import warnings
 from unittest import mock
 
 import numpy as np
@@ -23,7 +23,7 @@ import pyro.distributions as dist
 import torch
 from common import make_parser, quartiles, schools, seconds, take_turns, write
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from tqdm import tqdm
 
 from pyro_rb import RVRSGuide
@@ -70,7 +70,7 @@ class Logistic:
 def cases():
     yield "one latent", one
     yield "logistic regression, 17 features", Logistic()
-    yield "the same, one proposal at a time", Logistic(is_vectorised=False)
+    yield "the same, by torch.vmap", Logistic(is_vectorised=False)
     yield "eight schools", schools()
 
 
@@ -88,10 +88,7 @@ def measure(model, args, fit_steps):
     pairs = {}
     for num_samples in args.num_samples:
         pairs[num_samples] = make(model, proposal, num_samples=num_samples)
-        # RVRSGuide warns of the model that cannot be vectorised.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            seconds(pairs[num_samples][1].step, 20 if not args.smoke_test else 2)
+        seconds(pairs[num_samples][1].step, 20 if not args.smoke_test else 2)
     svis = {"base": base, **{num_samples: svi for num_samples, (_, svi) in pairs.items()}}
     times = take_turns({name: lambda svi=svi: svi.step for name, svi in svis.items()}, args.num_blocks, BLOCK)
     base_times = np.array(times["base"])
@@ -105,6 +102,32 @@ def measure(model, args, fit_steps):
     guide, svi = pairs[args.num_samples[0]]
     result["share of the step"] = shares(svi, 3 if args.smoke_test else 100)
     return result
+
+
+class Items:
+    """A latent and an observation for each of many items."""
+
+    def __init__(self, num_items):
+        self.x = 1.0 + torch.randn(num_items)
+
+    def __call__(self):
+        with pyro.plate("items", len(self.x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=self.x)
+
+
+def measure_local(num_items, args):
+    model = Items(num_items)
+    proposal = AutoNormal(model, init_scale=0.3)
+    base = SVI(model, proposal, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    svis = {"base": base}
+    for name, options in {"local_size": {"local_size": num_items}, "none": {}}.items():
+        _, svis[name] = make(model, proposal, local_plate="items", **options)
+    for svi in svis.values():
+        seconds(svi.step, 2 if args.smoke_test else 20)
+    times = take_turns({name: lambda svi=svi: svi.step for name, svi in svis.items()}, args.num_blocks // 4 or 1, 2)
+    base_times = np.array(times.pop("base"))
+    return {name: quartiles(np.array(x) / base_times) for name, x in times.items()}
 
 
 def proposed(guide, svi, num_steps):
@@ -146,11 +169,16 @@ def shares(svi, num_steps):
 def main(args):
     set_up(args)
     if args.smoke_test:
-        args.num_blocks, args.num_samples = 1, [2]
+        args.num_blocks, args.num_samples, args.num_items = 1, [2], [100]
     results = {"torch": torch.__version__, "pyro": pyro.__version__, "device": args.device}
     for name, model in tqdm(list(cases()), disable=args.smoke_test):
         restart(args.seed)
         results[name] = measure(model, args, 10 if args.smoke_test else 1000)
+        print(name, json.dumps(results[name]))
+    for num_items in args.num_items:
+        restart(args.seed)
+        name = f"local plate, {num_items} items"
+        results[name] = measure_local(num_items, args)
         print(name, json.dumps(results[name]))
     write(args, results)
 
@@ -159,4 +187,5 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, csv=False)
     parser.add_argument("--num-blocks", type=int, default=40, help="of 10 steps of each")
     parser.add_argument("--num-samples", type=int, nargs="+", default=[2, 8, 32, 128], help="accepted draws of a step")
+    parser.add_argument("--num-items", type=int, nargs="+", default=[100, 10000, 100000], help="of a local plate")
     run(main, parser)

@@ -119,6 +119,7 @@ class CallMixin(ThresholdMixin):
             self.max_steps * math.ceil(num_samples / self.num_samples),
             with_grad,
             () if torch.is_grad_enabled() else names or proposer.latents,
+            is_checked=not names,  # draws of these are evaluated again
         )
         self._warn_of_invalid(accepted)
         return accepted

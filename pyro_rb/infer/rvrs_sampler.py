@@ -136,6 +136,7 @@ def sample(
     max_steps: int,
     with_grad: bool = False,
     names: Sequence[str] = (),
+    is_checked: bool = True,
 ) -> Accepted:
     """
     Proposes in rounds, until enough are accepted.
@@ -147,6 +148,7 @@ def sample(
     :param max_steps: proposals at most.
     :param with_grad: whether proposals are to have the graph of the log joint.
     :param names: of the sites whose values are wanted, if gradients are disabled.
+    :param is_checked: whether distributions are to validate, if that is on.
     """
     guess = max(guess, epsilon)
     num_items = proposer.structure.num_items
@@ -167,7 +169,7 @@ def sample(
         for i in range(0, size, largest):
             # Graphs of more would be large; those that are accepted are evaluated again.
             has_graph = with_grad and num_proposed < largest
-            proposals = proposer.propose(min(largest, size - i), has_graph)
+            proposals = proposer.propose(min(largest, size - i), has_graph, is_checked=is_checked)
             if torch.is_grad_enabled():
                 rounds.append(proposals)
             log_weight = proposals.log_weight

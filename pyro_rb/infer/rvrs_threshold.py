@@ -39,7 +39,7 @@ def solve_by_pilot(
     is_local = proposer.structure.plate is not None
     least, most = NUM_LOCAL_PILOTS if is_local else NUM_PILOTS
     with torch.no_grad():
-        log_weight = proposer.propose(least, False).log_weight
+        log_weight = proposer.propose(least, False, is_checked=False).log_weight
         wanted = largest_round(proposer)
         if is_local:
             variance = log_weight.var(0).mean().item()
@@ -47,7 +47,9 @@ def solve_by_pilot(
         elif not log_weight.isfinite().any():
             wanted = least
         if wanted > least:
-            more = proposer.propose(min(wanted, most) - least, False).log_weight
+            more = proposer.propose(
+                min(wanted, most) - least, False, is_checked=False
+            ).log_weight
             log_weight = torch.cat([log_weight, more])
         blocks = log_weight.reshape(len(log_weight), -1).split(BLOCK, 1)
         # For local items, more steps would be for less than the noise.
