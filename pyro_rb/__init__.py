@@ -10,6 +10,7 @@ from pyro_rb.diagnostics import (
     StopRule,
     check_unbiased,
     compare,
+    compare_guides,
     measure_noise,
 )
 from pyro_rb.infer import (
@@ -38,5 +39,6 @@ __all__ = [
     "StopRule",
     "check_unbiased",
     "compare",
+    "compare_guides",
     "measure_noise",
 ]

@@ -6,6 +6,7 @@ from pyro_rb.diagnostics.check.bias_check import BiasCheck
 from pyro_rb.diagnostics.check.unbiased import check_unbiased
 from pyro_rb.diagnostics.compare.candidates import choose_losses
 from pyro_rb.diagnostics.compare.compare import ComparisonInterrupted, compare
+from pyro_rb.diagnostics.compare.guides import compare_guides
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
 from pyro_rb.diagnostics.guard.bad_number import BadNumber
 from pyro_rb.diagnostics.guard.guard import BadStep, GradientGuard, NonFiniteError
@@ -33,6 +34,7 @@ __all__ = [
     "check_unbiased",
     "choose_losses",
     "compare",
+    "compare_guides",
     "find_parameters",
     "gradient_moments",
     "measure_noise",

@@ -17,6 +17,11 @@ from pyro.optim import PyroOptim
 import pyro_rb
 from pyro_rb.diagnostics.compare.along_training import MOST_STEPS, Study
 from pyro_rb.diagnostics.compare.candidates import Choice, Chooser, has_elbo
+from pyro_rb.diagnostics.compare.guides import (
+    GuideComparison,
+    compare_guides,
+    import_khat,
+)
 from pyro_rb.diagnostics.compare.measure import Plan
 from pyro_rb.diagnostics.compare.race import (
     LEARNING_RATES,
@@ -58,6 +63,7 @@ def compare(
     rel_error: Optional[float] = None,
     max_seconds: Optional[float] = None,
     train: Union[bool, float] = False,
+    guides: Optional[Mapping[str, Callable]] = None,
 ) -> Comparison:
     """
     Compares losses on a model and guide: is the gradient unbiased, how large is its
@@ -121,6 +127,9 @@ def compare(
         same start, and to see which ends lowest; a number is the time in seconds for each loss and
         seed (True: 5). It takes about 20 times that. ``result.race`` has the curves, see
         :func:`~pyro_rb.diagnostics.compare.race.race`.
+    :param dict guides: Other guides by name, to be trained beside this one for equal time (that of
+        ``train``, or 5 seconds), which answers whether the guide is good enough. ``result.guides`` has
+        their ELBO and k-hat, see :func:`~pyro_rb.diagnostics.compare.guides.compare_guides`.
     :returns: A :class:`~pyro_rb.diagnostics.compare.report.Comparison`: prints as a table, shows as
         one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
     :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
@@ -161,6 +170,8 @@ def compare(
     seconds = 5.0 if train is True else float(train)
     if seconds < 0:
         raise ValueError(f"train: expected True, False or a number of seconds > 0, got {train!r}")
+    if guides is not None:
+        import_khat()  # fails early
     if losses is not None:
         make_losses(losses)
     if reference is not None:
@@ -216,6 +227,12 @@ def compare(
 
     if not study.states:
         raise ComparisonInterrupted(None)
+    found_guides: Optional[GuideComparison] = None
+    if guides and not study.interrupted:
+        loss = choice.reference if has_elbo(choice.reference) else "Trace_ELBO"
+        name = _describe(guide)
+        everyone = {"guide" if name in guides else name: guide, **guides}
+        found_guides = compare_guides(model, everyone, args, kwargs, loss, seconds or 5.0, optim, seed, progress)
     compared = study.states[0].losses[0].bias_z is not None
     result = Comparison(
         title=title or f"{_describe(model)} with guide {_describe(guide)}",
@@ -250,6 +267,7 @@ def compare(
         interrupted=study.interrupted,
         error=study.error,
         race=found_race,
+        guides=found_guides,
     )
     if study.interrupted:
         raise ComparisonInterrupted(result)

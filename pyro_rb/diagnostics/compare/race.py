@@ -81,7 +81,7 @@ class Race:
         )
 
 
-class _Run:
+class Training:
     """One training: its parameters, optimizer, loss and random numbers, to be taken up again."""
 
     def __init__(self, problem: Problem, loss: Any, optim: Any, learning_rate: float, seed: int) -> None:
@@ -116,15 +116,20 @@ class _Run:
 
     def evaluate(self, judge: Any, num_evaluations: int) -> float:
         """The mean loss by the reference, with the same random numbers for all; right after training."""
+        values = self.draw(judge, num_evaluations)
+        return sum(values) / len(values)
+
+    def draw(self, judge: Any, num_draws: int) -> List[float]:
+        """Values of a loss, with the same random numbers for all; right after training."""
         if self.error is not None:
-            return math.nan
+            return [math.nan] * num_draws
         values = []
-        for number in range(num_evaluations):
+        for number in range(num_draws):
             set_rng_seed(number)
             with torch.no_grad():
                 value = judge.loss.loss(*judge.call, **judge.kwargs)
             values.append(float(value))
-        return sum(values) / len(values)
+        return values
 
 
 def race(
@@ -147,13 +152,13 @@ def race(
     """
     judge = problem.sampler(make_loss(reference))
     names = [reference, *(name for name in losses if name != reference)]
-    begin = _Run(problem, make_loss(reference), optim, 1.0, 0)
+    begin = Training(problem, make_loss(reference), optim, 1.0, 0)
     curves = []
     for name in names:
         best, rate, error = math.inf, learning_rates[0], None
         for learning_rate in learning_rates:
             begin.train(0.0)  # back to the start
-            run = _Run(problem, made[name], optim, learning_rate, 0)
+            run = Training(problem, made[name], optim, learning_rate, 0)
             run.train(seconds / 4)
             value, error = run.evaluate(judge, NUM_EVALUATIONS), run.error or error
             if value < best:
@@ -162,7 +167,9 @@ def race(
         curves.append(Curve(name, rate, error=None if best < math.inf else error))
     begin.train(0.0)
     runs = {
-        curve.name: [_Run(problem, made[curve.name], optim, curve.learning_rate, seed + 1) for seed in range(num_seeds)]
+        curve.name: [
+            Training(problem, made[curve.name], optim, curve.learning_rate, seed + 1) for seed in range(num_seeds)
+        ]
         for curve in curves
         if curve.error is None
     }

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Dict, List, Optional
 
+from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import Recommendation, recommend
 
@@ -144,6 +145,7 @@ class Comparison:
     :param bool interrupted: Whether the user has ended it early.
     :param str error: What has ended it early, if something has failed.
     :param Race race: Training with the best losses, if it was asked for.
+    :param GuideComparison guides: Training of other guides, if it was asked for.
 
     **Example**
 
@@ -176,6 +178,7 @@ class Comparison:
     interrupted: bool = False
     error: Optional[str] = None
     race: Optional[Race] = None
+    guides: Optional[GuideComparison] = None
 
     @property
     def recommendation(self) -> Recommendation:

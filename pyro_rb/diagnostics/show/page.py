@@ -14,11 +14,11 @@ from pyro_rb.diagnostics.show.table import (
     heading,
     left_out,
     outline,
-    race_rows,
     ranking,
     remarks,
     row_cells,
     summary,
+    trained,
 )
 
 # Colours are those of the surrounding page; what is marked keeps its contrast on both. Notebooks and
@@ -119,9 +119,8 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     headers, ranked = ranking(comparison)
     if len(ranked) > 1:
         parts.append(_table(headers, ranked, ["best" if row[0] == advice.loss else "" for row in ranked]))
-    if comparison.race is not None:
-        headers, raced = race_rows(comparison.race)
-        parts += [f"<p>{escape(str(comparison.race))}</p>", _table(headers, raced, [""] * len(raced))]
+    for sentence, headers, rows in trained(comparison):
+        parts += [f"<p>{escape(sentence)}</p>", _table(headers, rows, [""] * len(rows))]
     if advice.usage:
         parts.append(f"<pre>{escape(advice.usage)}</pre>")
     for state in comparison.states:

@@ -7,10 +7,11 @@ import math
 import os
 import shutil
 import textwrap
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
+from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
@@ -33,9 +34,8 @@ def table(comparison: Comparison) -> str:
         lines.append(f"  {comparison.recommendation.usage}")
     for text in comparison.recommendation.caveats:
         lines += _wrapped(text)
-    if comparison.race is not None:
-        headers, rows = race_rows(comparison.race)
-        lines += ["", *_wrapped(str(comparison.race)), "", _fitted(rows, headers, _left_then_right(headers))]
+    for sentence, headers, rows in trained(comparison):
+        lines += ["", *_wrapped(sentence), "", _fitted(rows, headers, _left_then_right(headers))]
     if comparison.left_out or comparison.notes:
         lines.append("")
     lines += _wrapped(left_out(comparison))
@@ -49,7 +49,24 @@ def text(comparison: Comparison) -> str:
     return f"{table(comparison)}\n\n{LEGEND}"
 
 
-def race_rows(race: Race) -> Tuple[List[str], List[List[str]]]:
+def trained(comparison: Comparison) -> Iterator[Tuple[str, List[str], List[List[str]]]]:
+    """What training has shown, of losses and of guides: a sentence, headers and rows."""
+    if comparison.race is not None:
+        yield str(comparison.race), *_race_rows(comparison.race)
+    if comparison.guides is not None:
+        yield str(comparison.guides), *_guide_rows(comparison.guides)
+
+
+def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:
+    rows = []
+    for guide in found.guides:
+        elbo = "-" if guide.error else _with_error(guide.elbo, guide.elbo_error)
+        khat = "-" if guide.khat is None else f"{guide.khat:.2f}"
+        rows.append([guide.name, elbo, khat, str(guide.num_values), f"{guide.learning_rate:g}", str(guide.steps)])
+    return ["guide", "ELBO, nats", "k-hat", "parameter values", "learning rate", "steps"], rows
+
+
+def _race_rows(race: Race) -> Tuple[List[str], List[List[str]]]:
     """Headers and rows: the loss along training, the mean over seeds."""
     points = sorted({0, len(race.curves[0].seconds) // 2, len(race.curves[0].seconds) - 1} - {-1})
     headers = ["loss", "learning rate", "steps"]

@@ -1,0 +1,203 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which guide is good enough? :func:`compare_guides` trains each for equal time."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, Optional
+
+import numpy as np
+import torch
+from pyro.distributions import Delta
+from pyro.optim import PyroOptim
+from pyro.poutine.util import site_is_subsample
+from pyro.util import set_rng_seed
+
+from pyro_rb.diagnostics.compare.race import LEARNING_RATES, Training, trained_tensors
+from pyro_rb.diagnostics.run.bar import TimedBar
+from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.run.messages import one_line
+from pyro_rb.diagnostics.run.parameters import Arguments
+from pyro_rb.diagnostics.run.problem import Problem, prepared
+from pyro_rb.infer.rvrs_guide import RVRSGuide
+from pyro_rb.ops.family import strip_independent
+
+#: Above, the guide is too far from the posterior for its draws to be weighted.
+LARGE_KHAT = 0.7
+#: Draws from which a learning rate is chosen, and the guide is judged.
+NUM_TRIAL, NUM_DRAWS = 100, 1000
+
+
+@dataclass
+class GuideResult:
+    """
+    One guide after training.
+
+    :param str name: The guide.
+    :param int num_values: Of its parameters and the model's.
+    :param float learning_rate: The best of those that were tried, with which it was trained.
+    :param int steps: Of training.
+    :param float elbo: In nats.
+    :param float elbo_error: Its standard error, of the draws of the guide.
+    :param float khat: Shape of the tail of the importance weights, see [1]. None if the draws have no
+        weights: those of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, or of minibatches.
+    :param str error: Why there are no numbers.
+
+    [1] `Yes, but did it work? Evaluating variational inference <https://arxiv.org/abs/1802.02538>`_,
+    Y. Yao, A. Vehtari, D. Simpson, A. Gelman, 2018.
+    """
+
+    name: str
+    num_values: int = 0
+    learning_rate: float = math.nan
+    steps: int = 0
+    elbo: float = math.nan
+    elbo_error: float = math.nan
+    khat: Optional[float] = None
+    error: Optional[str] = None
+
+
+@dataclass
+class GuideComparison:
+    """
+    What :func:`compare_guides` has found. Prints as a sentence.
+
+    :param float seconds: Training time of each.
+    :param list guides: A :class:`GuideResult` for each.
+    """
+
+    seconds: float
+    guides: List[GuideResult] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        begin = f"Trained each guide for {self.seconds:.3g} s: "
+        sound = sorted((g for g in self.guides if math.isfinite(g.elbo)), key=lambda g: -g.elbo)
+        failed = "".join(f" {guide.name} failed: {guide.error}." for guide in self.guides if guide.error)
+        if not sound:
+            return begin + "none has a finite ELBO." + failed
+        best = sound[0]
+        text = f"{best.name} has the highest ELBO"
+        if len(sound) > 1:
+            error = math.hypot(best.elbo_error, sound[1].elbo_error)
+            text += f", by {best.elbo - sound[1].elbo:.3g} +/- {error:.2g} nats"
+        good = [guide.name for guide in sound if guide.khat is not None and guide.khat <= LARGE_KHAT]
+        text += f". Close to the posterior (k-hat of {LARGE_KHAT} or less): {', '.join(good) or 'none'}."
+        return begin + text + failed
+
+
+def compare_guides(
+    model: Callable,
+    guides: Mapping[str, Callable],
+    args: Arguments = (),
+    kwargs: Optional[Mapping[str, Any]] = None,
+    loss: str = "Trace_ELBO",
+    seconds: float = 5.0,
+    optim: Optional[PyroOptim] = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> GuideComparison:
+    """
+    Trains each guide from where it is, for equal time, and gives its ELBO and how far it is from the
+    posterior. A quarter of the time goes to each of four learning rates first, of which the best is taken.
+    All is left as it was found.
+
+    :param dict guides: Guides by name. They may be :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`.
+    :param args: As in :func:`~pyro_rb.diagnostics.compare.compare.compare`, and so are ``kwargs``,
+        ``optim``, ``seed`` and ``progress``.
+    :param str loss: Name of the loss to train with, with the ELBO as its objective.
+    :param float seconds: Of training for each guide: CPU time if torch has one thread.
+    :raises ImportError: If arviz is missing: ``pip install "pyro_rb[arviz]"``.
+    :raises ValueError: If ``guides`` is empty or ``seconds`` is not positive.
+
+    A guide that cannot be trained gets a row that says why. The ELBO is that of the last step, and not
+    what the guide may reach: ``seconds`` should be long enough that more changes nothing.
+
+    **Example**
+
+    >>> import torch, pyro
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoDelta, AutoNormal
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> guides = {"wide": AutoNormal(model), "narrow": AutoNormal(model, init_scale=0.01)}
+    >>> result = compare_guides(model, guides, seconds=0.05, progress=False)  # doctest: +SKIP
+    >>> print(result)  # doctest: +SKIP
+    Trained each guide for 0.05 s: wide has the highest ELBO, by ...
+    """
+    smoothed_khat = import_khat()
+    if not isinstance(guides, Mapping) or not guides:
+        raise ValueError(f"guides: expected a dict of guides by name, got {guides!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected a number > 0, got {seconds!r}")
+    optim = PyroOptim(torch.optim.Adam, {"lr": 0.01}) if optim is None else optim
+    result = GuideComparison(float(seconds))
+    counts = {"training": len(guides) * (len(LEARNING_RATES) + 1)}
+    with TimedBar(progress, "guides", counts, {}) as bar:
+        for name, guide in guides.items():
+            row = GuideResult(name)
+            result.guides.append(row)
+            try:
+                with prepared(model, guide, args, kwargs, seed) as problem:
+                    _check_density(problem)
+                    log_weights = _train(problem, row, loss, optim, seconds, bar)
+            except Exception as error:
+                row.error = one_line(error)
+                continue
+            row.elbo = log_weights.mean().item()
+            row.elbo_error = (log_weights.std() / len(log_weights) ** 0.5).item()
+            if not isinstance(guide, RVRSGuide) and not callable(args) and log_weights.isfinite().all():
+                row.khat = smoothed_khat(log_weights.numpy())
+    return result
+
+
+def _check_density(problem: Problem) -> None:
+    sites = [problem.traces[0].nodes[name] for name in problem.traces[0].stochastic_nodes]
+    fns = [strip_independent(site["fn"]) for site in sites if not site_is_subsample(site)]
+    if not isinstance(problem.guide, RVRSGuide) and all(isinstance(fn, Delta) for fn in fns):
+        raise ValueError("a point estimate has no ELBO that could be compared")
+
+
+def _train(
+    problem: Problem, row: GuideResult, loss: str, optim: PyroOptim, seconds: float, bar: TimedBar
+) -> torch.Tensor:
+    """Fills the row. Returns log weights of the guide's draws."""
+    judge_loss: Any = make_loss(loss)
+    judge_loss.num_particles = 1
+    judge = problem.sampler(judge_loss)
+    row.num_values = sum(tensor.numel() for tensor in problem.parameters.values())
+    start = [tensor.detach().clone() for tensor in trained_tensors(problem)]
+
+    def train(learning_rate: float, time: float, num_draws: int) -> torch.Tensor:
+        with torch.no_grad():
+            for tensor, value in zip(trained_tensors(problem), start):
+                tensor.copy_(value)
+        training = Training(problem, make_loss(loss), optim, learning_rate, 0)
+        training.train(time)
+        row.learning_rate, row.steps, row.error = learning_rate, training.num_steps, training.error
+        bar.update("training")
+        return torch.tensor(training.draw(judge, num_draws), dtype=torch.double, device="cpu").neg()
+
+    tried: Dict[float, float] = {}
+    for learning_rate in LEARNING_RATES:
+        value = train(learning_rate, seconds / len(LEARNING_RATES), NUM_TRIAL).mean().item()
+        tried[learning_rate] = value if math.isfinite(value) else -math.inf
+    set_rng_seed(problem.seed)
+    return train(max(tried, key=lambda rate: tried[rate]), seconds, NUM_DRAWS)
+
+
+def import_khat() -> Callable[[np.ndarray], float]:
+    """
+    :returns: What computes the shape of the tail from log weights.
+    :raises ImportError: If arviz is missing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # arviz announces its next version
+            import arviz
+    except ImportError as error:
+        raise ImportError(
+            'To compare guides, arviz is needed for k-hat: pip install "pyro_rb[arviz]"'
+        ) from error
+    return lambda log_weights: float(arviz.psislw(log_weights)[1])
