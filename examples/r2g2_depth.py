@@ -28,7 +28,7 @@ from utils.gradients import draw_gradients, variance_ratio
 from utils.networks import BayesianMLP, MeanField, make_guide
 from utils.results import make_panels, write_results
 
-LOSSES = {"shared": R2G2_ELBO, "local": partial(R2G2_ELBO, "local")}
+LOSSES = {"shared": R2G2_ELBO, "local": partial(R2G2_ELBO, pre_activations="local")}
 
 
 def init_as_he(site):
