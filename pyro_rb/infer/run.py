@@ -157,7 +157,7 @@ class _Slots(NamedTuple):
     def __str__(self) -> str:
         if self.slots is None:
             return "exact"
-        top, sampled = (x.sum(self.dim).double() for x in self.slots[2:])
+        top, sampled = (x.sum(self.dim).double() for x in self.slots[2:4])
         mass = (self.slots.log_weight.exp() * self.slots.is_sampled).sum(self.dim)
         return (
             f"top-k, k = {top.mean().item():.3g}, n = {sampled.mean().item():.3g}, "

@@ -216,6 +216,7 @@ class RunMixin(PathGradientMixin):
                 self.max_evaluations,
                 self.draws,
                 self._outside.reasons,
+                self.baseline == "loo",
             )
         if self._projects(guide):
             options = ProjectionOptions(self.solver, local)

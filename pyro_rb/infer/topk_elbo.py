@@ -71,8 +71,9 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     :param int k: values to sum, ``>= 0``. Defaults to 1.
     :param int num_samples: draws among the others, ``>= 1``. Defaults to 1.
     :param int budget: evaluations, ``>= 1``, in the place of ``k`` and ``num_samples``:
-        each element of a plate then has the ``k`` of Proposition 2, for which the
-        variance is at most that of the mean of ``budget`` draws. Defaults to None.
+        each element of a plate then has a ``k`` of its own, by Proposition 2 if ``baseline``
+        is not ``"loo"``, for which the variance is at most that of the mean of ``budget``
+        draws; see :func:`~pyro_rb.ops.topk.optimal_k`. Defaults to None.
     :param str baseline: what is subtracted from the cost at a draw: ``"loo"`` (the
         default), the mean over the other draws and the values that are summed;
         ``"reinforce+"``, the cost at one more draw, which takes one more evaluation;

@@ -188,7 +188,7 @@ def _coefficients(
     dim = site["infer"]["_enumerate_dim"]
     weight = slots.log_weight.exp()
     if own is None and baseline == "loo":
-        own = leave_one_out_baseline(grad, weight, slots.is_top, slots.is_sampled, dim)
+        own = leave_one_out_baseline(grad, weight, slots.is_top, slots.is_sampled, dim, slots.share)
     elif own is None and baseline == "reinforce+":
         own = probe_baseline(grad, weight, slots.is_sampled, dim)
     return score_coefficients(grad, weight, slots.is_top, slots.is_sampled, dim, own)

@@ -70,6 +70,7 @@ class TopK(Strategy):
         ``infer={"draws": ...}``. Defaults to 1, which leaves them as they are.
     :param dict plain: names of sites that are to have a single draw whatever they say
         themselves, with the reasons.
+    :param bool has_loo: whether costs have a leave-one-out baseline, which ``budget`` counts on.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
         followed; if the product of slots is too large.
 
@@ -86,8 +87,10 @@ class TopK(Strategy):
         max_evaluations: int = 2**16,
         num_draws: int = 1,
         plain: Optional[Mapping[str, str]] = None,
+        has_loo: bool = False,
     ) -> None:
         self.options = options
+        self.has_loo = has_loo
         self.num_draws = num_draws
         self.plain = {} if plain is None else plain
         self.probe = probe
@@ -122,7 +125,14 @@ class TopK(Strategy):
             is_adaptive = options.budget is not None
             k = options.num_slots - 1 if is_adaptive else options.k
             slots = select_slots(
-                table.log_q, k, options.num_slots - k, is_adaptive, self.probe, fn.batch_shape
+                table.log_q,
+                k,
+                options.num_slots - k,
+                is_adaptive,
+                self.probe,
+                fn.batch_shape,
+                distinct=True,
+                has_loo=self.has_loo,
             )
             values = table.values(slots.category)
             if self.probe:
@@ -193,7 +203,8 @@ class TopK(Strategy):
         dim = msg["infer"]["_enumerate_dim"]
         if slots is not None:
             msg["fn"] = GatherCategorical.of(fn)
-            msg["infer"]["_topk"] = Slots(*(_move_slots(x, dim) for x in slots))
+            moved = [_move_slots(x, dim) for x in slots if x is not None]
+            msg["infer"]["_topk"] = Slots(*moved)
         name, counters = msg["name"], _sequential_counters(msg)
         plates = [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized]
         self.enumerated.append(

@@ -203,7 +203,7 @@ def slot_gradient(slots, log_q, logits, cost, baseline):
     grad = weight * cost[slots.category]
     own = None
     if baseline == "loo":
-        own = leave_one_out_baseline(grad, weight, slots.is_top, slots.is_sampled, -1)
+        own = leave_one_out_baseline(grad, weight, slots.is_top, slots.is_sampled, -1, slots.share)
     elif baseline == "reinforce+":
         own = probe_baseline(grad, weight, slots.is_sampled, -1)
     coefficient = score_coefficients(grad, weight, slots.is_top, slots.is_sampled, -1, own)
@@ -224,8 +224,81 @@ def test_mean_over_all_draws_is_the_exact_gradient(k, n, baseline):
     torch.testing.assert_close(mean, exact, atol=1e-12, rtol=0)
 
 
-def variance(log_q, logits, cost, k, n, baseline):
-    draws = list(all_draws(log_q, k, n, probe=baseline == "reinforce+"))
+def all_pairs(log_q, k):
+    """As :func:`all_draws`, of two draws without replacement."""
+    probs = log_q.exp().detach()
+    order = probs.argsort(descending=True)
+    top, others = order[:k], order[k:].tolist()
+    complement = probs[others].sum()
+    is_top = torch.arange(k + 2) < k
+    for a, b in itertools.permutations(others, 2):
+        first, second = (probs[[a, b]] / complement).tolist()
+        weights = complement * torch.tensor([1 - second, 1 - first]) / (2 - first - second)
+        log_weight = torch.cat([probs[top], weights]).log()
+        share = torch.tensor([0.0] * k + [first, second])
+        index = torch.cat([top, torch.tensor([a, b])])
+        yield torch.tensor(first * second / (1 - first)), Slots(index, log_weight, is_top, ~is_top, share)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+@pytest.mark.parametrize("baseline", [None, "loo"])
+def test_mean_over_all_pairs_is_the_exact_gradient(k, baseline):
+    logits = torch.randn(5, requires_grad=True)
+    log_q, cost = logits.log_softmax(-1), 3.0 + torch.randn(5)
+    exact = torch.autograd.grad((log_q.exp() * cost).sum(), logits, retain_graph=True)[0]
+    pairs = list(all_pairs(log_q, k))
+    assert sum(p for p, _ in pairs).item() == pytest.approx(1.0, abs=1e-12)
+    gradients = [slot_gradient(slots, log_q, logits, cost, baseline) for _, slots in pairs]
+    torch.testing.assert_close(sum(p * g for (p, _), g in zip(pairs, gradients)), exact, atol=1e-12, rtol=0)
+    if k == 3:  # all values are looked at
+        assert all(torch.allclose(g, exact, atol=1e-12) for g in gradients)
+
+
+def test_pairs_without_replacement_have_less_variance():
+    logits = torch.tensor([2.0, 1.0, 0.0, -0.5, -1.0], requires_grad=True)
+    log_q, cost = logits.log_softmax(-1), torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
+    for k in (0, 1, 2):
+        pairs = variance(log_q, logits, cost, k, 2, "loo", list(all_pairs(log_q, k)))
+        assert pairs < 0.9 * variance(log_q, logits, cost, k, 2, "loo")
+
+
+def test_pairs_are_drawn_in_proportion():
+    q = torch.tensor([0.05, 0.5, 0.0, 0.2, 0.15, 0.1])
+    slots = select_slots(q.log(), 1, 2, batch_shape=(50_000,), distinct=True)
+    torch.testing.assert_close(slots.log_weight.exp().sum(-1), torch.ones(50_000))
+    share = q / 0.5
+    drawn = slots.category[:, 1:]
+    torch.testing.assert_close(slots.share[:, 1:], share[drawn])
+    others = 1 - share[drawn]
+    torch.testing.assert_close(slots.log_weight[:, 1:].exp(), 0.5 * others.flip(-1) / others.sum(-1, keepdim=True))
+    for a, b in itertools.permutations([0, 3, 4, 5], 2):
+        expected = share[a] * share[b] / (1 - share[a])
+        found = (drawn == torch.tensor([a, b])).all(-1).double().mean()
+        assert abs(found - expected) < 4.5 * (expected / 50_000) ** 0.5
+
+
+def test_pairs_where_there_are_no_two():
+    """A complement of one value, of none, and next to none of the second."""
+    logits = torch.tensor([[0.0, -1.0, -math.inf, -math.inf], [0.0] + 3 * [-math.inf], [0.0, -1.0, -60.0, -90.0]])
+    slots = select_slots(logits, 1, 2, distinct=True)
+    assert slots.log_weight.isfinite().all() and slots.share.isfinite().all()
+    torch.testing.assert_close(slots.log_weight.exp().sum(-1), torch.ones(3))
+    assert (slots.category[0] <= 1).all() and (slots.category[1] == 0).all() and slots.category[2, 1] == 1
+
+
+def test_only_elements_with_two_draws_have_pairs():
+    # All three are drawn; two are; one is.
+    logits = torch.tensor([[0.0] * 6, [1.5, 0, 0, 0, 0, 0], [3.0, 2.5, 0, 0, 0, 0]])
+    slots = select_slots(logits, 2, 1, adaptive=True, batch_shape=(2000, 3), distinct=True)
+    assert slots.is_sampled.sum(-1)[0].tolist() == [3, 2, 1]
+    assert ((slots.share > 0).sum(-1) == torch.tensor([0, 2, 0])).all()
+    assert (slots.category[:, 1, 1] != slots.category[:, 1, 2]).all()
+    equal = (slots.category[:, 0, 1] == slots.category[:, 0, 2]).double().mean()
+    assert abs(equal - 1 / 6) < 0.04
+
+
+def variance(log_q, logits, cost, k, n, baseline, draws=None):
+    draws = draws or list(all_draws(log_q, k, n, probe=baseline == "reinforce+"))
     chances = torch.stack([p for p, _ in draws])
     grads = torch.stack([slot_gradient(s, log_q, logits, cost, baseline) for _, s in draws])
     return (chances @ grads.square() - (chances @ grads).square()).sum()
@@ -249,6 +322,16 @@ def test_proposition_2(scale):
     k = int(optimal_k(ordered[: budget - 1], ordered[budget - 1 :].sum(-1, keepdim=True)))
     mean_of_draws = variance(log_q, logits, cost, 0, 1, None) / budget
     assert variance(log_q, logits, cost, k, budget - k, None) <= mean_of_draws + 1e-12
+
+
+def test_a_baseline_lets_the_budget_sum_more():
+    """By the square of the mass outside, of four evaluations more are sums."""
+    top, rest = torch.tensor([[0.5, 0.2, 0.12], [0.1, 0.1, 0.1]]), torch.tensor([[0.18], [0.7]])
+    assert optimal_k(top, rest).tolist() == [[2], [0]]
+    assert optimal_k(top, rest, has_loo=True).tolist() == [[3], [0]]
+    tails = torch.tensor([1.0, 0.5, 0.3, 0.18])
+    values = [t**2 * (1 + 1 / b) / n for t, n, b in zip(tails, (4, 3, 2, 1), (3, 3, 2, 1))]
+    assert int(torch.stack(values).argmin()) == 3
 
 
 # -- Baselines --------------------------------------------------------------------
