@@ -13,6 +13,7 @@ from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
+from pyro_rb.ops.family import find_family
 from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import (
     DrawMessenger,
@@ -32,6 +33,9 @@ class Run:
     :param projection: for Gaussian sites; None leaves them to the next.
     :param path: for reparameterised sites; None leaves them to Pyro.
     :param int first_available_dim: for enumeration; None if nothing is enumerated.
+    :param bool is_inner: whether values are drawn before handlers around the loss, as where
+        sites are enumerated.
+    :param bool is_paused: whether the projection is left out since it had no use lately.
     """
 
     def __init__(
@@ -40,10 +44,14 @@ class Run:
         projection: Optional[Projection] = None,
         path: Optional[PathGradient] = None,
         first_available_dim: Optional[int] = None,
+        is_inner: bool = False,
+        is_paused: bool = False,
     ) -> None:
         self.topk, self.projection, self.path = topk, projection, path
         strategies: List[Any] = [s for s in (topk, projection, path) if s is not None]
         self.handler = DrawMessenger(strategies, first_available_dim)
+        self.is_inner = is_inner
+        self._is_paused = is_paused
         #: The scale of the score that is left out, for each site with a path gradient.
         self.scales: Dict[str, float] = {}
         self.may_learn = True
@@ -79,7 +87,7 @@ class Run:
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
         # Slots must be in place before partial traces are, for sites that are enumerated in a loop.
-        fn = self.handler(fn) if self.topk is not None else under(self.handler, fn)
+        fn = self.handler(fn) if self.is_inner else under(self.handler, fn)
         return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
 
     def model(self, fn: Callable) -> Callable:
@@ -134,6 +142,8 @@ class Run:
                 )
             else:
                 treatment = None  # its scale is not known yet
+                if self._is_paused and find_family(site["fn"]) is not None:
+                    reason += "; uses are not watched, as nothing was projected lately"
             if self.topk is not None and has_own_baseline(site):
                 reason += ", infer={'baseline': ...}"
             rows.append(Row(name, treatment, reason))
