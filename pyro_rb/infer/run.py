@@ -119,6 +119,7 @@ class Run:
         :param otherwise: what is said of sites that are left to Pyro.
         """
         rows: List[Row] = []
+        path_sites = set(self.path_sites)
         for name in guide_trace.stochastic_nodes:
             site: Any = guide_trace.nodes[name]
             strategy = self.handler.drawn_by.get(name)
@@ -135,7 +136,7 @@ class Run:
                 if any(name == e.name and e.has_table for e in self.topk.enumerated):
                     infer = site["infer"]
                     treatment = _Slots(infer.get("_topk"), infer["_enumerate_dim"])
-            elif strategy is self.projection and name not in self.path_sites:
+            elif strategy is self.projection and name not in path_sites:
                 ours = self.projection.sites[name]
                 _, treatment, reason = describe(
                     ours, name not in self._not_analytic, self.projection.local
