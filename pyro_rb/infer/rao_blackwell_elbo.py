@@ -197,20 +197,23 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         self, model_trace: Trace, guide_trace: Any
     ) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
-        path, names = run.path, run.path_sites
-        if path is None or not names:
+        path = run.path
+        if path is None or not (run.path_sites or run.joint):
             return super()._differentiable_loss_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
-        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in names}
+        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in run.path_sites}
+        log_q.update((n, sum(x.sum() for _, x in terms)) for n, terms in run.joint.items())
         groups = self._choose_scales(log_q, run)
         terms = path_terms(log_q, path, self._scales)
         for name, z in path.values.items():
             site = guide_trace.nodes[name]
             entropy_term = terms.get(name, z.new_zeros(()))
-            if name not in log_q:  # analytic
+            rest = 1.0 - self._scales.get(name, 1.0)
+            if name not in run.path_sites:  # analytic
                 entropy_term = entropy_term + site["score_parts"].entropy_term.sum()
-            elif self._scales[name] != 1.0:
-                entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
+                rest -= 1.0
+            if name in log_q and rest:
+                entropy_term = torch.add(entropy_term, log_q[name], alpha=rest)
             site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
@@ -241,13 +244,15 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         weighted = weigh(terms, self._baselines, self._outside.dependents)
         surrogate = weighted.surrogate
         if run.path is not None and run.path.values:
-            log_q = {n: weighted.log_q[n] for n in run.path_sites if n in weighted.log_q}
+            names = [*run.path_sites, *run.joint]
+            log_q = {n: weighted.log_q[n] for n in names if n in weighted.log_q}
             groups = self._choose_scales(log_q, run)
             # The scores of all others are left out, as their mean is zero.
             scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
             for name, term in log_q.items():
-                if scales[name] != 1.0:
-                    surrogate = surrogate - without_value((1.0 - scales[name]) * term)
+                rest = (0.0 if name in run.joint else 1.0) - scales[name]
+                if rest:
+                    surrogate = surrogate - without_value(rest * term)
             for term in path_terms(weighted.log_q, run.path, scales).values():
                 surrogate = surrogate - without_value(term)
             self._learn_scales(groups, log_q, -surrogate, terms[:2])

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 from pyro.poutine import Trace
 
-from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
+from pyro_rb.infer.gaussian_kl import JointTerms, compute_log_prob, describe, note_uses
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
@@ -56,6 +56,8 @@ class Run:
         self.scales: Dict[str, float] = {}
         self.may_learn = True
         self._not_analytic: Set[str] = set()
+        #: Of projected sites with a path gradient.
+        self.joint: JointTerms = {}
 
     @property
     def is_void(self) -> bool:
@@ -103,7 +105,7 @@ class Run:
             model_trace.compute_log_prob()
             guide_trace.compute_score_parts()
             return
-        self._not_analytic = compute_log_prob(
+        self._not_analytic, self.joint = compute_log_prob(
             model_trace, guide_trace, self.projection, list(self.handler.drawn_by)
         )
         note_uses(model_trace, guide_trace, self.projection)

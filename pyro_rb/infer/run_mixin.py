@@ -219,7 +219,7 @@ class RunMixin(PathGradientMixin):
         if enumerates:
             guide_trace.pack_tensors()
             model_trace.pack_tensors(guide_trace.plate_to_symbol)
-            set_apart(guide_trace, self._baselines, run.path_sites)
+            set_apart(guide_trace, self._baselines, run.path_sites, run.joint)
         return model_trace, guide_trace
 
     def _note(self, model: Any, guide: Any, model_trace: Trace, guide_trace: Any) -> None:
@@ -259,8 +259,8 @@ class RunMixin(PathGradientMixin):
                 self._outside.reasons,
             )
         if self._projects(guide):
-            options = ProjectionOptions(self.solver, local)
             own_path = path if "path" in self._strategies and not path.obstacle else None
+            options = ProjectionOptions(self.solver, local, own_path is not None)
             projection = Projection(options, self._plain, self._why_plain(), own_path)
         own: Optional[PathGradient] = path
         if "path" not in self._strategies:

@@ -98,7 +98,7 @@ def test_jitter_costs_what_the_comment_says(monkeypatch):
     rows = torch.eye(3, 6, dtype=torch.float64) * torch.tensor([1.0, 0.5, 0.1])[:, None]
     eps = torch.ones(1, 6, dtype=torch.float64)
     solve = projection._solve_cholesky
-    found = solve(rows, torch.ones_like(eps), eps)[0, :3]
+    found = solve(rows, torch.ones_like(eps), eps, False)[0][0, :3]
     square = rows.diagonal() ** 2
     mean = square.mean() * j
     torch.testing.assert_close(1 - found, (mean / (square + mean)) ** 2)
