@@ -21,7 +21,6 @@ from pyro_rb.poutine import Projection
 from pyro_rb.poutine.gaussian_site import GaussianSite, View
 from pyro_rb.poutine.local_draws import LocalDraws
 
-
 #: By guide site: sites of model and guide with what the path gradient has beyond the analytic
 #: terms, given the results of projected uses. Its gradient has mean zero.
 JointTerms = Dict[str, List[Tuple[Any, torch.Tensor]]]
@@ -81,8 +80,9 @@ def compute_log_prob(
                 prior = strip_independent(site["fn"])
                 if view.site.name in moments and is_exactly(prior, Normal):
                     draw = view.site.draw
-                    parts = map(view.replay, (draw.loc, draw.scale, *moments[view.site.name]))
-                    path = _sum_event(prior_path(*parts, prior), site["fn"])
+                    parts = (draw.loc, draw.scale, *moments[view.site.name])
+                    path = prior_path([view.replay(x) for x in parts], prior.loc, prior.scale)
+                    path = _sum_event(path, site["fn"])
                     path = scale_and_mask(path, site["scale"], site["mask"])
                     joint[view.site.name].append((site, path))
         if place is not None:

@@ -143,6 +143,9 @@ class Run:
                 _, treatment, reason = describe(
                     ours, name not in self._not_analytic, self.projection.local
                 )
+                if self.projection.has_path and name not in self.joint:
+                    of = "drawn row by row" if ours.draw.is_diagonal else "correlated noise"
+                    reason += f"; no path gradient: {of}"
             else:
                 treatment = None  # its scale is not known yet
                 if self._is_paused and find_family(site["fn"]) is not None:

@@ -50,8 +50,12 @@ def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
 
 
 def shapes(*traces: Trace) -> Tuple:
-    """Of the log densities, with the names of the sites."""
-    return tuple((n, site["log_prob"].shape) for trace in traces for n, site in sample_sites(trace))
+    """Of log densities and values, with the names of the sites."""
+    return tuple(
+        (name, site["log_prob"].shape, getattr(site["value"], "shape", None))
+        for trace in traces
+        for name, site in sample_sites(trace)
+    )
 
 
 def is_replayed() -> bool:

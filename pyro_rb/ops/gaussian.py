@@ -4,7 +4,7 @@
 """Gaussian draws that keep their noise."""
 
 import math
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 from torch.distributions import MultivariateNormal, Normal
@@ -115,22 +115,17 @@ def entropy_path(
 
 
 def prior_path(
-    loc: torch.Tensor,
-    scale: torch.Tensor,
-    mean: torch.Tensor,
-    excess: torch.Tensor,
-    prior: Any,
+    parts: Sequence[torch.Tensor], prior_loc: torch.Tensor, prior_scale: torch.Tensor
 ) -> torch.Tensor:
     """
-    The same for the log density of a draw under a Normal ``prior``: less its mean.
+    The same for the log density of a draw under a Normal prior: less its mean.
 
-    :param loc: of the draw, in the shape of the prior.
-    :param scale: likewise.
-    :param mean: as in :func:`entropy_path`.
-    :param excess: likewise.
+    :param parts: location and scale of the draw, ``mean`` and ``excess`` as in
+        :func:`entropy_path`, in the shape of the prior.
     """
+    loc, scale, mean, excess = parts
     with torch.no_grad():
-        precision = prior.scale.square().reciprocal()
+        precision = prior_scale.square().reciprocal()
         by_loc = -precision * scale * mean
-        by_scale = -precision * ((loc - prior.loc) * mean + scale * excess)
+        by_scale = -precision * ((loc - prior_loc) * mean + scale * excess)
     return by_loc * loc + by_scale * scale
