@@ -55,7 +55,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
          - ``draws`` independent draws, with a leave-one-out baseline
          -
        * - Gaussian, and the model uses it by linear functions
-         - its noise is projected [2]; analytic divergence
+         - its noise is projected [2]; analytic divergence; and path gradient
          - :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`
        * - other reparameterised draws
          - path gradient, with a learned scale [3]
@@ -71,6 +71,18 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     or with the learned scale after its start, and nothing projected. Where nothing is
     discrete there are no weights, and a step costs what that of ``STLTrace_ELBO`` costs.
 
+    At a projected site the path gradient is that of the conditional mean: with
+    :math:`\epsilon^*` as in ``R2G2_ELBO`` and the projection :math:`P`, in the terms for which the
+    divergence is analytic :math:`\epsilon` is replaced by :math:`\epsilon^*`, and :math:`\epsilon^2` by
+    :math:`\epsilon^{*2} + 1 - \operatorname{diag}(P P^\top)`. The gradient is that of ``R2G2_ELBO``
+    with scale 0, and the mean of that of ``STLTrace_ELBO`` given the pre-activations with scale 1
+    (given upstream draws, and where priors have no parameters); the learned scale is better
+    than both. Conjugate gradients, which large layers need, do not give the diagonal: there only
+    :math:`\epsilon` is replaced, and the squares are left out. Correlated sites are projected only.
+
+    Linear uses are watched for during the first 8 steps. If nothing could be projected, they are
+    watched again after 16, 32, 64 and so on, and when shapes, sites or the modes of modules change.
+
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, if discrete sites may
     have one more dim on the left, as under parallel enumeration; ``infer={"topk": 0}`` asks
     for a plain draw. A site that something outside of its plates depends on gets a single
@@ -82,8 +94,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
 
     **When it is worse.** With few values and a cheap model nothing beats
     :class:`~pyro.infer.TraceEnum_ELBO`. Sites that depend on one another are a cartesian
-    product, and a global site with several draws evaluates the whole model for each. Where
-    Gaussian sites are used linearly, watching these uses takes time. Gradients are first
+    product, and a global site with several draws evaluates the whole model for each. Watching
+    for linear uses takes time where there are some. Gradients are first
     order only.
 
     :param args: The positional arguments of :class:`~pyro.infer.Trace_ELBO`, in its order.

@@ -72,7 +72,8 @@ def project_use(
         # With gradients: autocast keeps what it casts, and would keep it without.
         z = call({}).detach()
         _check_dtypes(call, z)
-        with torch.no_grad():
+        # No mode around this one takes what a solver looks at for a use.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             means, summary = _solve(call, z, factor, term, options)
     except _Plain as e:
         return str(e)

@@ -220,6 +220,26 @@ def switches(num):
     return case(model, guide, num)
 
 
+def switched_weights(num):
+    """The prior of the weights, and their guide, depend on a discrete site."""
+
+    def model(num):
+        with replicates(num, -1):
+            k = pyro.sample("k", dist.Bernoulli(0.4)).unsqueeze(-1)
+            w = pyro.sample("w", dist.Normal(k, 1.0 + k).expand(k.shape[:-1] + (8,)).to_event(1))
+            pyro.sample("y", dist.Normal(w @ fixed(3, 8).mT, 0.5).to_event(1), obs=fixed(3, seed=2))
+
+    def guide(num):
+        logits = parameter(num, "logits", torch.tensor(0.3))
+        loc, scale = parameter(num, "loc", fixed(8, seed=3)), positive(num, "scale", 0.5 + fixed(8, seed=4).abs())
+        slope = parameter(num, "slope", fixed(8, seed=5))
+        with replicates(num, -1):
+            k = pyro.sample("k", dist.Bernoulli(logits=logits)).unsqueeze(-1)
+            pyro.sample("w", dist.Normal(loc + slope * k, scale * (1.0 + 0.5 * k)).to_event(1))
+
+    return case(model, guide, num)
+
+
 CASES = [
     layer_and_bias,
     network,
@@ -273,13 +293,20 @@ def test_added_term_of_convolutions_has_mean_zero(solver):
 
 @pytest.mark.parametrize("options", [{"k": 3}, {"budget": 2}, {"baseline": None, "budget": 2}], ids=str)
 @pytest.mark.parametrize("scale", [1.0, "adaptive"])
-def test_with_discrete_sites(options, scale):
-    problem = Problem(switches, rules={"w": 0})
+@pytest.mark.parametrize("make", [switches, switched_weights])
+def test_with_discrete_sites(make, scale, options):
     elbo = RaoBlackwell_ELBO(control_variate_scale=scale, **options, **OPTIONS)
-    ours = problem.draw(elbo, 5)
-    theirs = Problem(switches).draw(Trace_ELBO(max_plate_nesting=2))
-    assert "projected and path gradient" in elbo.report()[0].treatment
-    assert_unbiased(ours, independent=theirs, projections=20, detect=4.0)
+    ours = replace(Problem(make), num=3000).draw(elbo, 5)
+    theirs = replace(Problem(make), num=8000).draw(Trace_ELBO(max_plate_nesting=2))
+    treatments = {row.site: row.treatment for row in elbo.report()}
+    assert "projected and path gradient" in treatments["w"]
+    assert "single draw" not in treatments["s" if make is switches else "k"]
+    assert_unbiased(ours, independent=theirs, projections=20, detect=1.5)
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"budget": 2}], ids=str)
+def test_added_term_has_mean_zero_with_slots(options):
+    check_mean_is_zero(draw_pair(switched_weights, **options))
 
 
 def test_scale_zero_is_projection_alone():
