@@ -16,23 +16,31 @@ from torch.distributions import Independent, Normal
 from pyro_rb.infer.report import SiteReport
 from pyro_rb.infer.util import sample_sites
 from pyro_rb.ops.family import find_kl, is_exactly, strip_independent
+from pyro_rb.ops.gaussian import entropy_path, prior_path
 from pyro_rb.poutine import Projection
 from pyro_rb.poutine.gaussian_site import GaussianSite, View
 from pyro_rb.poutine.local_draws import LocalDraws
 
+#: By guide site: sites of model and guide with what the path gradient has beyond the analytic
+#: terms, given the results of projected uses. Its gradient has mean zero.
+JointTerms = Dict[str, List[Tuple[Any, torch.Tensor]]]
+
 
 def compute_log_prob(
     model_trace: Trace, guide_trace: Trace, projection: Projection, order: Sequence[str]
-) -> Set[str]:
+) -> Tuple[Set[str], JointTerms]:
     """
     Computes the log densities and score parts of traces that have none so far. Of the
     guide sites that a projection drew, and of the model's sites whose prior allows it, means
     take the place of values in the terms that are differentiated. ``log_prob`` has the
     values where score functions are multiplied with it.
 
-    :return: names of the guide sites of which a log prior has no formula.
+    :return: names of the guide sites of which a log prior has no formula; and what may be added
+        to the gradient.
     """
     drawn: List[Any] = []
+    joint: JointTerms = {}
+    moments = {}
     for name, ours in projection.sites.items():
         if projection.leaves_to_path(ours):
             continue
@@ -42,6 +50,10 @@ def compute_log_prob(
         _put(site, -entropy)
         term = site["log_prob"]
         site["score_parts"] = ScoreParts(term, 0, term)  # type: ignore[arg-type]
+        if projection.has_path and ours.has_moments:
+            moments[name] = ours.moments()
+            path = _sum_event(entropy_path(ours.draw, *moments[name]), site["fn"])
+            joint[name] = [(site, scale_and_mask(path, site["scale"], site["mask"]))]
     guide_trace.compute_score_parts()
     has_score_function = any(
         not is_identically_zero(site["score_parts"].score_function)
@@ -65,6 +77,14 @@ def compute_log_prob(
             else:
                 _put(site, expected)
                 drawn.append(site)
+                prior = strip_independent(site["fn"])
+                if view.site.name in moments and is_exactly(prior, Normal):
+                    draw = view.site.draw
+                    parts = (draw.loc, draw.scale, *moments[view.site.name])
+                    path = prior_path([view.replay(x) for x in parts], prior.loc, prior.scale)
+                    path = _sum_event(path, site["fn"])
+                    path = scale_and_mask(path, site["scale"], site["mask"])
+                    joint[view.site.name].append((site, path))
         if place is not None:
             latest = max(latest, place)
     model_trace.compute_log_prob()
@@ -73,7 +93,7 @@ def compute_log_prob(
             for site in drawn:
                 value = site["fn"].log_prob(site["value"])
                 site["log_prob"] = scale_and_mask(value, site["scale"], site["mask"])
-    return left
+    return left, joint
 
 
 def _put(site: Any, term: torch.Tensor) -> None:

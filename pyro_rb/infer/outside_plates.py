@@ -207,6 +207,8 @@ class OutsidePlates:
         self.dependents: Dependents = {}
         #: The same in words, by guide site.
         self.reasons: Dict[str, str] = {}
+        #: Whether there were runs, and none had weights.
+        self.is_idle = False
         self._is_due = True  # the next run is to be watched
         self._periods: Dict[int, float] = {}  # by structure
         self._num_unwatched = 0
@@ -251,7 +253,9 @@ class OutsidePlates:
         provenance = Provenance() if is_watched else None
         with provenance or nullcontext():
             pair = _watch(get_traces, provenance) if provenance else get_traces()
-            if not needs_weights(*pair):
+            has_weights = needs_weights(*pair)
+            self.is_idle = not (has_weights or self._periods)
+            if not has_weights:
                 return Terms(*pair)
             if self._remember(find_below_model_enumeration(*pair)) and not must:
                 return None

@@ -55,7 +55,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
          - ``draws`` independent draws, with a leave-one-out baseline
          -
        * - Gaussian, and the model uses it by linear functions
-         - its noise is projected [2]; analytic divergence
+         - its noise is projected [2]; analytic divergence; and path gradient
          - :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`
        * - other reparameterised draws
          - path gradient, with a learned scale [3]
@@ -71,6 +71,18 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     or with the learned scale after its start, and nothing projected. Where nothing is
     discrete there are no weights, and a step costs what that of ``STLTrace_ELBO`` costs.
 
+    At a projected site the path gradient is that of the conditional mean: with
+    :math:`\epsilon^*` as in ``R2G2_ELBO`` and the projection :math:`P`, in the terms for which the
+    divergence is analytic :math:`\epsilon` is replaced by :math:`\epsilon^*`, and :math:`\epsilon^2` by
+    :math:`\epsilon^{*2} + 1 - \operatorname{diag}(P P^\top)`. The gradient is that of ``R2G2_ELBO``
+    with scale 0, and the mean of that of ``STLTrace_ELBO`` given the pre-activations with scale 1
+    (given upstream draws, and where priors have no parameters); the learned scale is better
+    than both. Conjugate gradients, which large layers need, do not give the diagonal: there only
+    :math:`\epsilon` is replaced, and the squares are left out. Correlated sites are projected only.
+
+    Linear uses are watched for during the first 8 steps. If nothing could be projected, they are
+    watched again after 16, 32, 64 and so on, and when shapes, sites or the modes of modules change.
+
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, if discrete sites may
     have one more dim on the left, as under parallel enumeration; ``infer={"topk": 0}`` asks
     for a plain draw. A site that something outside of its plates depends on gets a single
@@ -82,8 +94,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
 
     **When it is worse.** With few values and a cheap model nothing beats
     :class:`~pyro.infer.TraceEnum_ELBO`. Sites that depend on one another are a cartesian
-    product, and a global site with several draws evaluates the whole model for each. Where
-    Gaussian sites are used linearly, watching these uses takes time. Gradients are first
+    product, and a global site with several draws evaluates the whole model for each. Watching
+    for linear uses takes time where there are some. Gradients are first
     order only.
 
     :param args: The positional arguments of :class:`~pyro.infer.Trace_ELBO`, in its order.
@@ -197,20 +209,23 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         self, model_trace: Trace, guide_trace: Any
     ) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
-        path, names = run.path, run.path_sites
-        if path is None or not names:
+        path = run.path
+        if path is None or not (run.path_sites or run.joint):
             return super()._differentiable_loss_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
-        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in names}
+        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in run.path_sites}
+        log_q.update((n, sum(x.sum() for _, x in terms)) for n, terms in run.joint.items())
         groups = self._choose_scales(log_q, run)
         terms = path_terms(log_q, path, self._scales)
         for name, z in path.values.items():
             site = guide_trace.nodes[name]
             entropy_term = terms.get(name, z.new_zeros(()))
-            if name not in log_q:  # analytic
+            rest = 1.0 - self._scales.get(name, 1.0)
+            if name not in run.path_sites:  # analytic
                 entropy_term = entropy_term + site["score_parts"].entropy_term.sum()
-            elif self._scales[name] != 1.0:
-                entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
+                rest -= 1.0
+            if name in log_q and rest:
+                entropy_term = torch.add(entropy_term, log_q[name], alpha=rest)
             site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
@@ -241,13 +256,15 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         weighted = weigh(terms, self._baselines, self._outside.dependents)
         surrogate = weighted.surrogate
         if run.path is not None and run.path.values:
-            log_q = {n: weighted.log_q[n] for n in run.path_sites if n in weighted.log_q}
+            names = [*run.path_sites, *run.joint]
+            log_q = {n: weighted.log_q[n] for n in names if n in weighted.log_q}
             groups = self._choose_scales(log_q, run)
             # The scores of all others are left out, as their mean is zero.
             scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
             for name, term in log_q.items():
-                if scales[name] != 1.0:
-                    surrogate = surrogate - without_value((1.0 - scales[name]) * term)
+                rest = (0.0 if name in run.joint else 1.0) - scales[name]
+                if rest:
+                    surrogate = surrogate - without_value(rest * term)
             for term in path_terms(weighted.log_q, run.path, scales).values():
                 surrogate = surrogate - without_value(term)
             self._learn_scales(groups, log_q, -surrogate, terms[:2])

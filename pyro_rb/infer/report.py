@@ -34,7 +34,7 @@ class Report(List[SiteReport]):
 
 class Row(NamedTuple):
     site: str
-    #: None for a path gradient; else anything that prints as the treatment.
+    #: None for a path gradient only; else anything that prints as the treatment.
     treatment: Any
     reason: str
 
@@ -52,8 +52,9 @@ class Summary(NamedTuple):
         """
         found = Report()
         for name, treatment, reason in self.rows:
-            if treatment is None:
-                treatment = f"path gradient, c = {self.scales[name]:.3g}"
+            if name in self.scales:
+                also = "" if treatment is None else f"{treatment} and "
+                treatment = f"{also}path gradient, c = {self.scales[name]:.3g}"
                 reason += note
             found.append(SiteReport(name, str(treatment), reason))
         return found

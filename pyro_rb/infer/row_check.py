@@ -8,7 +8,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from pyro.poutine import Trace
 
-from pyro_rb.infer.util import sample_sites
+from pyro_rb.infer.util import sample_sites, shapes
 from pyro_rb.ops.row_separation import find_dims, find_separable, keeps_rows
 from pyro_rb.poutine.gaussian_site import Plain, join
 from pyro_rb.poutine.local_draws import LocalDraws, LocalUse
@@ -98,7 +98,7 @@ class RowCheck:
         if local is None or local.record is None:
             self._runs_of_step = 0
             return True
-        record = hash((local.record, _shapes(traces)))
+        record = hash((local.record, shapes(*traces)))
         is_trial, self._case = self._case is None, self._cases.get(record)
         if self._case is None:
             if not is_trial:
@@ -155,9 +155,3 @@ def _why_coupled(terms: Sequence[torch.Tensor], noise: torch.Tensor) -> str:
 
 def _terms(traces: Traces) -> List[torch.Tensor]:
     return [site["log_prob"] for trace in traces for _, site in sample_sites(trace)]
-
-
-def _shapes(traces: Traces) -> Tuple:
-    return tuple(
-        (name, site["log_prob"].shape) for trace in traces for name, site in sample_sites(trace)
-    )

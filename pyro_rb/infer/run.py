@@ -9,10 +9,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 from pyro.poutine import Trace
 
-from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
+from pyro_rb.infer.gaussian_kl import JointTerms, compute_log_prob, describe, note_uses
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
+from pyro_rb.ops.family import find_family
 from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import (
     DrawMessenger,
@@ -32,6 +33,9 @@ class Run:
     :param projection: for Gaussian sites; None leaves them to the next.
     :param path: for reparameterised sites; None leaves them to Pyro.
     :param int first_available_dim: for enumeration; None if nothing is enumerated.
+    :param bool is_inner: whether values are drawn before handlers around the loss, as where
+        sites are enumerated.
+    :param bool is_paused: whether the projection is left out since it had no use lately.
     """
 
     def __init__(
@@ -40,14 +44,20 @@ class Run:
         projection: Optional[Projection] = None,
         path: Optional[PathGradient] = None,
         first_available_dim: Optional[int] = None,
+        is_inner: bool = False,
+        is_paused: bool = False,
     ) -> None:
         self.topk, self.projection, self.path = topk, projection, path
         strategies: List[Any] = [s for s in (topk, projection, path) if s is not None]
         self.handler = DrawMessenger(strategies, first_available_dim)
+        self.is_inner = is_inner
+        self._is_paused = is_paused
         #: The scale of the score that is left out, for each site with a path gradient.
         self.scales: Dict[str, float] = {}
         self.may_learn = True
         self._not_analytic: Set[str] = set()
+        #: Of projected sites with a path gradient.
+        self.joint: JointTerms = {}
 
     @property
     def is_void(self) -> bool:
@@ -79,7 +89,7 @@ class Run:
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
         # Slots must be in place before partial traces are, for sites that are enumerated in a loop.
-        fn = self.handler(fn) if self.topk is not None else under(self.handler, fn)
+        fn = self.handler(fn) if self.is_inner else under(self.handler, fn)
         return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
 
     def model(self, fn: Callable) -> Callable:
@@ -95,7 +105,7 @@ class Run:
             model_trace.compute_log_prob()
             guide_trace.compute_score_parts()
             return
-        self._not_analytic = compute_log_prob(
+        self._not_analytic, self.joint = compute_log_prob(
             model_trace, guide_trace, self.projection, list(self.handler.drawn_by)
         )
         note_uses(model_trace, guide_trace, self.projection)
@@ -111,6 +121,7 @@ class Run:
         :param otherwise: what is said of sites that are left to Pyro.
         """
         rows: List[Row] = []
+        path_sites = set(self.path_sites)
         for name in guide_trace.stochastic_nodes:
             site: Any = guide_trace.nodes[name]
             strategy = self.handler.drawn_by.get(name)
@@ -127,13 +138,18 @@ class Run:
                 if any(name == e.name and e.has_table for e in self.topk.enumerated):
                     infer = site["infer"]
                     treatment = _Slots(infer.get("_topk"), infer["_enumerate_dim"])
-            elif strategy is self.projection and name not in self.path_sites:
+            elif strategy is self.projection and name not in path_sites:
                 ours = self.projection.sites[name]
                 _, treatment, reason = describe(
                     ours, name not in self._not_analytic, self.projection.local
                 )
+                if self.projection.has_path and name not in self.joint:
+                    of = "drawn row by row" if ours.draw.is_diagonal else "correlated noise"
+                    reason += f"; no path gradient: {of}"
             else:
                 treatment = None  # its scale is not known yet
+                if self._is_paused and find_family(site["fn"]) is not None:
+                    reason += "; uses are not watched, as nothing was projected lately"
             if self.topk is not None and has_own_baseline(site):
                 reason += ", infer={'baseline': ...}"
             rows.append(Row(name, treatment, reason))

@@ -4,6 +4,7 @@
 import math
 import queue
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
@@ -13,16 +14,22 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
 from pyro_rb.infer.hint import hint_at_shapes
-from pyro_rb.infer.outside_plates import OutsidePlates, Terms
+from pyro_rb.infer.outside_plates import OutsidePlates, Terms, needs_weights
 from pyro_rb.infer.path_mixin import PathGradientMixin
+from pyro_rb.infer.pause import Pause
 from pyro_rb.infer.row_check import RowCheck
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.util import (
     check_traces,
     get_generators,
+    get_torch_generators,
     get_traces,
     is_guide_messenger,
+    prune,
+    sample_sites,
     set_generators,
+    set_torch_generators,
+    shapes,
 )
 from pyro_rb.infer.weights import Baselines, set_apart
 from pyro_rb.poutine import (
@@ -34,6 +41,10 @@ from pyro_rb.poutine import (
 )
 from pyro_rb.poutine.gaussian_site import Plain
 from pyro_rb.poutine.local_draws import LocalDraws
+
+
+class _NeedsWeights(Exception):
+    """Says that a run was not made ready for sites with several values or scores."""
 
 
 class RunMixin(PathGradientMixin):
@@ -62,6 +73,7 @@ class RunMixin(PathGradientMixin):
         self._plain: Dict[Tuple, Any] = {}
         self._outside = OutsidePlates()
         self._rows = RowCheck()
+        self._pause = Pause()
 
     def _get_learned(self) -> Dict[str, Any]:
         plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
@@ -93,32 +105,38 @@ class RunMixin(PathGradientMixin):
         num_runs = 1 if self.vectorize_particles else self.num_particles
         for particle in range(num_runs):
             path = PathGradient(self._obstacle())
-            starts: Any = queue.LifoQueue()
-            # All particles of a step use what was learned before the step.
             is_last = particle == num_runs - 1
 
-            def make(*watches: Messenger) -> Tuple[Trace, Trace]:
+            def make(starts: Optional[Any], *watches: Messenger) -> Tuple[Trace, Trace]:
                 watched = [w(fn) for w, fn in zip(watches, (model, guide))] or [model, guide]
                 pair = self._get_trace_from(starts, path, watched[0], watched[1], args, kwargs)
-                pair[1].run.may_learn = is_last and starts.empty()  # type: ignore[attr-defined]
+                is_end = is_last and (starts is None or starts.empty())
+                pair[1].run.may_learn = is_end  # type: ignore[attr-defined]
                 return pair
 
-            if enumerates:
-                for terms in self._outside.get_terms(make, starts):
-                    yield particle, terms
-            else:
-                yield particle, Terms(*make())
+            if not enumerates or self._outside.is_idle:
+                generators = get_torch_generators()
+                try:
+                    yield particle, Terms(*make(None))
+                    continue
+                except _NeedsWeights:
+                    set_torch_generators(generators)
+            starts: Any = queue.LifoQueue()
+            for terms in self._outside.get_terms(partial(make, starts), starts):
+                yield particle, terms
 
     def _get_trace_from(
         self, starts: Any, path: PathGradient, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[Trace, Trace]:
         """
-        :param starts: partial traces of the guide, of sites that are enumerated in a loop.
+        :param starts: partial traces of the guide, of sites that are enumerated in a loop. None
+            if no site has several values.
         """
-        saved, generators = list(starts.queue), get_generators() if self._projects(guide) else None
+        saved = [] if starts is None else list(starts.queue)
+        generators = get_generators() if self._projects(guide) else None
 
         def make(path: PathGradient, local: Optional[LocalDraws]) -> Optional[Tuple[Trace, Trace]]:
-            run = self._make_run(path, guide, local)
+            run = self._make_run(path, guide, local, starts is not None)
             found = None
             try:
                 with hint_at_shapes(run.hint):
@@ -135,7 +153,8 @@ class RunMixin(PathGradientMixin):
 
         def rewind() -> None:
             set_generators(generators)
-            starts.queue[:] = saved
+            if starts is not None:
+                starts.queue[:] = saved
 
         def again(local: LocalDraws) -> Optional[Tuple[Trace, Trace]]:
             rewind()
@@ -144,10 +163,11 @@ class RunMixin(PathGradientMixin):
         while True:
             local = self._make_local(guide)
             found = make(path, local)
-            left = list(starts.queue)
+            left = [] if starts is None else list(starts.queue)
             if found is not None and self._rows.accepts(found, local, again):
-                starts.queue[:] = left
-                self._note(found[1].run, found[1])  # type: ignore[attr-defined]
+                if starts is not None:
+                    starts.queue[:] = left
+                self._note(model, guide, *found)
                 return found
             # Nothing of this run is kept. The next has the same noise, so that what the
             # run depends on, its branches and the use that made it void, stays the same.
@@ -155,8 +175,12 @@ class RunMixin(PathGradientMixin):
 
     def _projects(self, guide: Any) -> bool:
         """Whether linear uses of Gaussian sites are watched."""
-        has_projection = "projection" in self._strategies and self.pre_activations is not None
-        return has_projection and not is_guide_messenger(guide)
+        is_on = "projection" in self._strategies and self.pre_activations is not None
+        return is_on and not (self._is_paused or is_guide_messenger(guide))
+
+    @property
+    def _is_paused(self) -> bool:
+        return self._makes_gradients and self._pause.is_on
 
     def _why_plain(self) -> str:
         """Why nothing is to be projected; empty if it is."""
@@ -180,8 +204,14 @@ class RunMixin(PathGradientMixin):
             guide = poutine.queue(
                 guide, starts, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
             )
-        model_trace, guide_trace = get_traces(run.model(model), guide, args, kwargs, nesting)
+        pair = get_traces(run.model(model), guide, args, kwargs)
+        is_light = run.is_inner and not enumerates
+        if is_light and any(site["infer"].get("enumerate") for _, site in sample_sites(pair[0])):
+            raise _NeedsWeights
+        model_trace, guide_trace = prune(*pair, nesting)
         run.compute_densities(model_trace, guide_trace)
+        if is_light and needs_weights(model_trace, guide_trace):
+            raise _NeedsWeights
         check_traces(model_trace, guide_trace, nesting, enumerates)
         if run.path is not None:
             run.path.raise_if_edited()
@@ -189,13 +219,25 @@ class RunMixin(PathGradientMixin):
         if enumerates:
             guide_trace.pack_tensors()
             model_trace.pack_tensors(guide_trace.plate_to_symbol)
-            set_apart(guide_trace, self._baselines, run.path_sites)
+            set_apart(guide_trace, self._baselines, run.path_sites, run.joint)
         return model_trace, guide_trace
 
-    def _note(self, run: Run, guide_trace: Trace) -> None:
-        """For the report: of the last step, or of a loss before it, where nothing is projected."""
+    def _note(self, model: Any, guide: Any, model_trace: Trace, guide_trace: Any) -> None:
+        """
+        For the next run, and for the report: of the last step, or of a loss before it, where
+        nothing is projected.
+        """
+        run: Run = guide_trace.run
         if self._makes_gradients or (self._steps_done == 0 and run.projection is None):
             self._latest = run.summarize(guide_trace, self.otherwise, self._baselines)
+        projection = run.projection
+        if self._makes_gradients and (self._is_paused or (projection and projection.has_path)):
+            modes = (getattr(fn, "training", None) for fn in (model, guide))
+            structure = hash((*modes, *shapes(model_trace, guide_trace)))
+            is_used = projection is not None and not all(
+                map(projection.leaves_to_path, projection.sites.values())
+            )
+            self._pause.note(structure, projection is not None, is_used)
 
     @property
     def _baselines(self) -> Baselines:
@@ -205,10 +247,12 @@ class RunMixin(PathGradientMixin):
         """Whether discrete sites of the guide may have several values."""
         return "topk" in self._strategies and not is_guide_messenger(guide)
 
-    def _make_run(self, path: PathGradient, guide: Any, local: Optional[LocalDraws]) -> Run:
+    def _make_run(
+        self, path: PathGradient, guide: Any, local: Optional[LocalDraws], enumerates: bool
+    ) -> Run:
         topk = projection = None
         first_available_dim = None
-        if self._enumerates(guide):
+        if enumerates:
             first_available_dim = -1 - self.max_plate_nesting
             topk = TopK(
                 self.options,
@@ -219,15 +263,16 @@ class RunMixin(PathGradientMixin):
                 self.baseline == "loo",
             )
         if self._projects(guide):
-            options = ProjectionOptions(self.solver, local)
             own_path = path if "path" in self._strategies and not path.obstacle else None
+            options = ProjectionOptions(self.solver, local, own_path is not None)
             projection = Projection(options, self._plain, self._why_plain(), own_path)
         own: Optional[PathGradient] = path
         if "path" not in self._strategies:
             own = None
             if is_guide_messenger(guide):
                 own = PathGradient("its guide runs the model inside of itself")
-        return Run(topk, projection, own, first_available_dim)
+        is_inner = self._enumerates(guide)
+        return Run(topk, projection, own, first_available_dim, is_inner, self._is_paused)
 
     @contextmanager
     def _step(self) -> Iterator[None]:

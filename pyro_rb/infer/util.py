@@ -49,6 +49,15 @@ def sample_sites(trace: Trace) -> Iterator[Tuple[str, Any]]:
     return ((n, site) for n, site in trace.nodes.items() if site["type"] == "sample")
 
 
+def shapes(*traces: Trace) -> Tuple:
+    """Of log densities and values, with the names of the sites."""
+    return tuple(
+        (name, site["log_prob"].shape, getattr(site["value"], "shape", None))
+        for trace in traces
+        for name, site in sample_sites(trace)
+    )
+
+
 def is_replayed() -> bool:
     """
     Whether the code runs inside of a handler that may supply values of sample sites,
@@ -243,12 +252,9 @@ def is_guide_messenger(guide: Any) -> bool:
 
 
 def get_traces(
-    model: Any, guide: Any, args: Tuple, kwargs: Dict[str, Any], max_plate_nesting: Any
+    model: Any, guide: Any, args: Tuple, kwargs: Dict[str, Any]
 ) -> Tuple[Trace, Trace]:
-    """
-    Runs a guide, and a model against it: ``pyro.infer.enum.get_importance_trace`` up to
-    where it computes log densities.
-    """
+    """Runs a guide, and a model against it, as ``pyro.infer.enum.get_importance_trace`` does."""
     if is_guide_messenger(guide):
         guide(*args, **kwargs)
         messenger: Any = poutine.unwrap(guide)
@@ -257,6 +263,14 @@ def get_traces(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    return model_trace, guide_trace
+
+
+def prune(model_trace: Trace, guide_trace: Trace, max_plate_nesting: Any) -> Tuple[Trace, Trace]:
+    """
+    What ``pyro.infer.enum.get_importance_trace`` does before it computes log densities: compares
+    the traces, if validation is on, and leaves out subsampling.
+    """
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)

@@ -18,6 +18,7 @@ from pyro.infer.util import Dice
 from pyro.ops import packed
 from pyro.poutine import Trace
 
+from pyro_rb.infer.gaussian_kl import JointTerms
 from pyro_rb.infer.outside_plates import Dependents, Terms
 from pyro_rb.infer.particle_baseline import Draw
 from pyro_rb.infer.util import PARTICLES, Ordinal, compute_baseline, sample_sites
@@ -66,15 +67,22 @@ def has_own_baseline(site: Any) -> bool:
     return is_drawn and bool(site["infer"].get("baseline"))
 
 
-def set_apart(guide_trace: Any, baselines: Baselines, tapped: Collection[str]) -> None:
+def set_apart(
+    guide_trace: Any, baselines: Baselines, tapped: Collection[str], joint: JointTerms
+) -> None:
     """
     Detaches ``log q`` in the cost of each site that has a path gradient or a baseline. Its
     own gradient has mean zero, and would be the only noise left where the guide is the
     posterior. What was there, packed, is in ``guide_trace.apart``.
 
     :param tapped: names of the sites with a path gradient.
+    :param joint: further terms, which are no cost.
     """
     guide_trace.apart = {}
+    guide_trace.joint = {
+        name: [(s["name"], packed.pack(x, s["infer"]["_dim_to_symbol"])) for s, x in terms]
+        for name, terms in joint.items()
+    }
     for name, site in sample_sites(guide_trace):
         if name in tapped or baselines.any(site):
             guide_trace.apart[name] = log_prob = site["packed"]["log_prob"]
@@ -207,7 +215,8 @@ class Weighted(NamedTuple):
 
     elbo: Any  # a scalar
     surrogate: Any  # of the same value
-    #: The weighted sum of ``log q`` of each site whose density was set apart.
+    #: The weighted sum of ``log q`` of each site whose density was set apart; of the joint terms
+    #: of each site that has such.
     log_q: Dict[str, torch.Tensor]
     #: Sites whose scores have to wait for the other particles.
     draws: List[Draw]
@@ -220,7 +229,7 @@ def weigh(terms: Terms, baselines: Baselines, dependents: Dependents) -> Weighte
     guide_trace: Any = terms.guide_trace
     ordering = terms.ordering
     sites = dict(sample_sites(guide_trace))
-    if not guide_trace.apart and not any(
+    if not (guide_trace.apart or guide_trace.joint) and not any(
         "_topk" in site["infer"] or name in dependents for name, site in sites.items()
     ):
         costs = _by_ordinal([(cost.ordinal, cost.value) for cost in terms.costs])
@@ -264,11 +273,13 @@ def weigh(terms: Terms, baselines: Baselines, dependents: Dependents) -> Weighte
         coefficient = _coefficients(site, grad, baselines.kind, own)
         score = _dot(coefficient, _score_function(site))
         surrogate = surrogate + without_value(score)
-    log_q = {}
-    for name, term in guide_trace.apart.items():
-        prob = probs.get((ordering[name], term._pyro_dims))
+    log_q: Dict[str, Any] = {}
+    apart = [(name, name, term) for name, term in guide_trace.apart.items()]
+    apart += [(name, *pair) for name, pairs in guide_trace.joint.items() for pair in pairs]
+    for name, where, term in apart:
+        prob = probs.get((ordering[where], term._pyro_dims))
         if prob is not None:
-            log_q[name] = _dot(prob, term)
+            log_q[name] = log_q.get(name, 0.0) + _dot(prob, term)
     return Weighted(elbo.detach(), surrogate, log_q, draws)
 
 

@@ -4,7 +4,7 @@
 """Gaussian draws that keep their noise."""
 
 import math
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 from torch.distributions import MultivariateNormal, Normal
@@ -92,3 +92,40 @@ class GaussianDraw:
         if self.is_diagonal:
             entropy = entropy + event.numel() * 0.5 * math.log(2 * math.pi * math.e)
         return entropy
+
+
+def entropy_path(
+    draw: GaussianDraw, mean: torch.Tensor, excess: torch.Tensor
+) -> torch.Tensor:
+    """
+    A tensor whose gradient has mean zero: that of ``-log q`` by the path of a diagonal draw, given
+    something of its noise, less that of the entropy.
+
+    :param mean: the conditional mean of the noise, in the shape of the draw.
+    :param excess: of the conditional mean of its square, what is above one.
+
+    >>> scale = torch.tensor([2.0], requires_grad=True)
+    >>> draw = GaussianDraw(torch.distributions.Normal(torch.zeros(1), scale))
+    >>> entropy_path(draw, torch.zeros(1), torch.tensor([0.5])).sum().backward()
+    >>> scale.grad
+    tensor([0.2500])
+    """
+    scale = draw.scale.detach()
+    return mean / scale * draw.loc + excess / scale * draw.scale
+
+
+def prior_path(
+    parts: Sequence[torch.Tensor], prior_loc: torch.Tensor, prior_scale: torch.Tensor
+) -> torch.Tensor:
+    """
+    The same for the log density of a draw under a Normal prior: less its mean.
+
+    :param parts: location and scale of the draw, ``mean`` and ``excess`` as in
+        :func:`entropy_path`, in the shape of the prior.
+    """
+    loc, scale, mean, excess = parts
+    with torch.no_grad():
+        precision = prior_scale.square().reciprocal()
+        by_loc = -precision * scale * mean
+        by_scale = -precision * ((loc - prior_loc) * mean + scale * excess)
+    return by_loc * loc + by_scale * scale

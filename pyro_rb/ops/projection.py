@@ -11,9 +11,12 @@ solver here decides about a rank: what is too small to be told from rounding is 
 kept or has no effect on a gradient.
 """
 
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 import torch
+
+#: Conditional means, and the means over all noise of their squares, if these are known.
+Means = Tuple[torch.Tensor, Optional[torch.Tensor]]
 
 SOLVERS = ("auto", "cholesky", "cg", "qr")
 
@@ -59,11 +62,14 @@ def pays(rows: int, fan_in: int, units: int) -> bool:
     return fan_in >= (2 if is_small else 6) * rows
 
 
-def choose_solver(solver: str, rows: int, fan_in: int, units: int) -> str:
+def choose_solver(
+    solver: str, rows: int, fan_in: int, units: int, with_squares: bool = False
+) -> str:
     """
     The solver for ``units`` systems of ``rows`` equations each.
 
     :param str solver: one of ``SOLVERS``. Only ``"auto"`` leaves a choice.
+    :param bool with_squares: whether mean squares are of use, see :func:`find_means`.
 
     >>> choose_solver("auto", rows=32, fan_in=512, units=512)
     'cg'
@@ -73,7 +79,8 @@ def choose_solver(solver: str, rows: int, fan_in: int, units: int) -> str:
     if solver != "auto":
         return solver
     # Where the two took the same time, on one thread of a CPU, at widths of 40 to 512.
-    is_small = units * rows * rows * (fan_in + rows) <= _SMALL
+    limit = _SMALL * (16 if with_squares else 1)
+    is_small = units * rows * rows * (fan_in + rows) <= limit
     return "cholesky" if rows <= 2 or is_small else "cg"
 
 
@@ -100,8 +107,28 @@ def project_rows(
     >>> project_rows(rows, torch.ones(1, 2), torch.tensor([[1.0, 1.0]]))
     tensor([[0.8400, 1.1200]])
     """
+    return find_means(rows, scale, eps, solver)[0]
+
+
+def find_means(
+    rows: torch.Tensor,
+    scale: torch.Tensor,
+    eps: torch.Tensor,
+    solver: str = "cholesky",
+    with_squares: bool = False,
+) -> Means:
+    """
+    As :func:`project_rows`, with the mean square of each element of the result: the diagonal of
+    ``P P^T``, for the matrix ``P`` that the solver has multiplied the noise with.
+
+    :param bool with_squares: whether mean squares are wanted. ``"cg"`` does not find them.
+
+    >>> rows = torch.tensor([[3.0, 4.0]])
+    >>> find_means(rows, torch.ones(1, 2), torch.tensor([[1.0, 1.0]]), with_squares=True)[1]
+    tensor([[0.3600, 0.6400]])
+    """
     if rows.shape[-2] == 0:
-        return torch.zeros_like(eps)
+        return torch.zeros_like(eps), torch.zeros_like(eps)
     # In units in which a typical row has length one, and rows of zeros stay.
     typical = scale.square().mean(-2, keepdim=True)  # [*batch, 1, k]
     length = torch.linalg.vector_norm(rows * typical.sqrt(), dim=-1, keepdim=True)
@@ -109,13 +136,17 @@ def project_rows(
     if solver == "cg":
         found = _solve_cg(rows, scale, eps, typical)
         if found is not None:
-            return found
+            return found, None
     solve = _solve_qr if solver == "qr" else _solve_cholesky
     chunk = max(1, _CHUNK // max(1, rows.numel()))
     parts = [
-        solve(rows, s, e) for s, e in zip(scale.split(chunk, -2), eps.split(chunk, -2))
+        solve(rows, s, e, with_squares)
+        for s, e in zip(scale.split(chunk, -2), eps.split(chunk, -2))
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    if len(parts) == 1:
+        return parts[0]
+    means, squares = zip(*parts)
+    return torch.cat(means, -2), torch.cat(squares, -2) if with_squares else None
 
 
 def _solve_cg(
@@ -161,7 +192,8 @@ def _solve_cholesky(
     rows: torch.Tensor,  # [*batch, m, k]
     scale: torch.Tensor,  # [*batch, units, k]
     eps: torch.Tensor,  # [*batch, units, k]
-) -> torch.Tensor:
+    with_squares: bool,
+) -> Means:
     """
     Two passes of ``y += A^T (G + j I)^-1 A (eps - y)``. A direction with singular value
     ``sigma`` is missed by the factor ``(j / (sigma^2 + j))^2``; it has the weight
@@ -171,28 +203,37 @@ def _solve_cholesky(
     gram = a @ a.mT  # [*batch, units, m, m]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    diagonal.add_(torch.where(mean > 0, mean, torch.ones_like(mean)) * jitter(rows.dtype))
+    shift = torch.where(mean > 0, mean, torch.ones_like(mean)) * jitter(rows.dtype)
+    diagonal.add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     if info.any():
-        return _solve_qr(rows, scale, eps)
+        return _solve_qr(rows, scale, eps, with_squares)
     found = torch.zeros_like(eps)
     for _ in range(2):
         target = a @ (eps - found).unsqueeze(-1)
         found = found + (a.mT @ torch.cholesky_solve(target, factor)).squeeze(-1)
-    return found
+    if not with_squares:
+        return found, None
+    # Both passes are the matrix A^T W.
+    w = torch.cholesky_solve(a, factor)
+    w = w + shift.unsqueeze(-1) * torch.cholesky_solve(w, factor)
+    diagonal.sub_(shift)
+    return found, (w * (gram @ w)).sum(-2)
 
 
 def _solve_qr(
     rows: torch.Tensor,  # [*batch, m, k]
     scale: torch.Tensor,  # [*batch, units, k]
     eps: torch.Tensor,  # [*batch, units, k]
-) -> torch.Tensor:
+    with_squares: bool,
+) -> Means:
     """The projection to the span of an orthonormal basis that holds the row space."""
     a = rows.unsqueeze(-3) * scale.unsqueeze(-2)
     largest = a.abs().amax((-2, -1), keepdim=True)
     a = torch.where(largest > 0, a / largest, torch.zeros_like(a))
     q = torch.linalg.qr(a.mT).Q  # [*batch, units, k, min(m, k)]
-    return (q @ (q.mT @ eps.unsqueeze(-1))).squeeze(-1)
+    found = (q @ (q.mT @ eps.unsqueeze(-1))).squeeze(-1)
+    return found, q.square().sum(-1) if with_squares else None
 
 
 def project_map(
@@ -214,6 +255,21 @@ def project_map(
     >>> project_map(lambda e: e[:2].sum(), torch.tensor([1.0, 2.0, 3.0]))
     tensor([1.5000, 1.5000, 0.0000])
     """
+    found = find_means_of_map(linear_map, eps, solver)
+    return None if found is None else found[0]
+
+
+def find_means_of_map(
+    linear_map: Callable[[torch.Tensor], torch.Tensor],
+    eps: torch.Tensor,
+    solver: str = "auto",
+    with_squares: bool = False,
+) -> Optional[Means]:
+    """
+    As :func:`project_map`, with the mean square of each element of the result.
+
+    :param bool with_squares: as in :func:`find_means`.
+    """
     with torch.enable_grad():
         leaf = torch.zeros_like(eps).requires_grad_()
         image = linear_map(leaf)
@@ -221,12 +277,14 @@ def project_map(
     if solver == "cg" or (solver == "auto" and size > 2**18):
         found = _solve_normal_equations(linear_map, leaf, image, eps)
         if found is not None:
-            return found
+            return found, None
     if size > _MAX_DENSE:
         return None
     matrix = _write_out(leaf, image)  # [m, n]
     dense = "qr" if solver == "qr" else "cholesky"
-    return project_rows(matrix, torch.ones_like(eps)[None], eps[None], dense)[0]
+    ones = torch.ones_like(eps)
+    mean, square = find_means(matrix, ones[None], eps[None], dense, with_squares)
+    return mean[0], None if square is None else square[0]
 
 
 def _solve_normal_equations(

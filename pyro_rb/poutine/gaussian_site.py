@@ -111,6 +111,8 @@ class GaussianSite:
         self.treatments: Dict[str, str] = {}
         self.reasons: List[str] = []
         self._index: Optional[torch.Tensor] = None
+        #: What is known of the noise behind views, see :meth:`condition`.
+        self._known: List[Tuple[View, Elements, Optional[torch.Tensor], Any]] = []
 
     @property
     def key(self) -> Tuple:
@@ -149,6 +151,43 @@ class GaussianSite:
         self.projected = join(self.projected, free)
         self.used = join(self.used, elements)
         self.treatments[reason] = treatment
+
+    def condition(
+        self, view: "View", free: Elements, mean: Any = None, square: Any = None
+    ) -> None:
+        """
+        Notes what is known of the noise that a view shows, given the result of its use.
+
+        :param free: of which elements, in the shape of the view.
+        :param mean: the conditional mean, in the same shape; None if not known.
+        :param square: the mean of its square over all noise; None if not known.
+        """
+        self._known.append((view, free, mean, square))
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether :meth:`moments` are known anywhere."""
+        return self.draw.is_diagonal and any(mean is not None for _, _, mean, _ in self._known)
+
+    def moments(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """
+        The conditional mean of the noise, and by how much that of its square is above one,
+        given the results of all projected uses. Both have mean zero over all noise, and are
+        zero where nothing is known.
+        """
+        mean, excess = self.draw.noise.clone(), self.draw.noise.square() - 1.0
+        for view, free, star, square in self._known:
+            star = torch.zeros_like(view.tensor) if star is None else star
+            over = torch.zeros_like(star) if square is None else star.square() - square
+            if free is True and view.tensor is self.draw.value:
+                mean, excess = star, over
+                continue
+            index = view.replay(self.index)
+            for total, part in ((mean, star), (excess, over)):
+                if free is not True:
+                    part = torch.where(torch.as_tensor(free), part, view.replay(total))
+                total.view(-1)[index] = part
+        return mean, excess
 
 
 class View:

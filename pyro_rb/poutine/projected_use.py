@@ -1,12 +1,18 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
 from pyro_rb.ops.linear_call import LinearCall, find_rows
-from pyro_rb.ops.projection import choose_solver, pays, project_map, project_rows
+from pyro_rb.ops.projection import (
+    Means,
+    choose_solver,
+    find_means,
+    find_means_of_map,
+    pays,
+)
 from pyro_rb.poutine.gaussian_site import View, overlap
 from pyro_rb.poutine.local_draws import LocalDraws
 from pyro_rb.poutine.random_factor import RandomFactor
@@ -21,10 +27,20 @@ class ProjectionOptions(NamedTuple):
     :param str solver: one of ``pyro_rb.ops.projection.SOLVERS``.
     :param LocalDraws local: where pre-activations may be drawn row by row; None, where
         weights are shared by all rows.
+    :param bool has_moments: whether sites are told the moments of their noise.
     """
 
     solver: str = "auto"
     local: Optional[LocalDraws] = None
+    has_moments: bool = False
+
+
+class _Means(NamedTuple):
+    """The conditional mean of the noise of an argument, and the mean of its square."""
+
+    factor: RandomFactor
+    noise: torch.Tensor
+    square: Optional[torch.Tensor]
 
 
 class _Plain(Exception):
@@ -50,16 +66,21 @@ def project_use(
         local = options.local
         if local is not None and local.allows(call, random):
             _note(call, views, random, "local", f"{call.func.__name__}: {len(call.args[0])} rows")
+            for f in random:
+                f.site.condition(f.view, f.free)
             return local.draw(call, random)
         # With gradients: autocast keeps what it casts, and would keep it without.
         z = call({}).detach()
         _check_dtypes(call, z)
-        with torch.no_grad():
-            stars, summary = _solve(call, z, factor, term, options.solver)
+        # No mode around this one takes what a solver looks at for a use.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            means, summary = _solve(call, z, factor, term, options)
     except _Plain as e:
         return str(e)
-    z_star = call({f.position: f.value(noise) for f, noise in stars})
-    _note(call, views, [f for f, _ in stars], "projected", summary)
+    z_star = call({f.position: f.value(noise) for f, noise, _ in means})
+    _note(call, views, [f for f, *_ in means], "projected", summary)
+    for f, noise, square in means:
+        f.site.condition(f.view, f.free, noise, square)
     # Exactly z, with the gradients of z_star: also those to the other factor.
     return z + (z_star - z_star.detach())
 
@@ -150,15 +171,16 @@ def _solve(
     z: torch.Tensor,
     factor: RandomFactor,
     term: Optional[RandomFactor],
-    solver: str,
-) -> Tuple[List[Tuple[RandomFactor, torch.Tensor]], str]:
-    """The conditional mean of the noise of each random argument, and a summary."""
+    options: ProjectionOptions,
+) -> Tuple[List[_Means], str]:
+    """What is known of the noise of each random argument, and a summary."""
+    solver = options.solver
     random = [factor] if term is None else [factor, term]
     is_diagonal = all(f.site.draw.is_diagonal for f in random)
     form = find_rows(call, factor.position, term is not None) if is_diagonal else None
     name = call.func.__name__
     if form is None:
-        return _solve_map(call, z, random, solver, name)
+        return _solve_map(call, z, random, options, name)
     rows = form.rows
     units = [form.to_units(x) for x in (factor.free_scale, factor.noise)]
     if term is not None:
@@ -173,18 +195,29 @@ def _solve(
     num_units = noise.numel() // k
     if solver == "auto" and not pays(m, k, num_units):
         raise _Plain(f"{name}: {m} rows, fan-in {k}: {DOES_NOT_PAY}")
-    chosen = choose_solver(solver, m, k, num_units)
-    found = project_rows(rows, scale, noise, chosen)
+    chosen = choose_solver(solver, m, k, num_units, options.has_moments)
+    found = find_means(rows, scale, noise, chosen, options.has_moments)
     summary = f"{name}: {m} rows, fan-in {k}, {chosen}"
     if term is None:
-        return [(factor, form.from_units(found))], summary
-    return [(factor, form.from_units(found[..., :-1])), (term, found[..., -1])], summary
+        return [_Means(factor, *_map(form.from_units, found))], summary
+    weights = _map(lambda x: form.from_units(x[..., :-1]), found)
+    return [_Means(factor, *weights), _Means(term, *_map(lambda x: x[..., -1], found))], summary
+
+
+def _map(fn: Any, found: Means) -> Means:
+    mean, square = found
+    return fn(mean), None if square is None else fn(square)
 
 
 def _solve_map(
-    call: LinearCall, z: torch.Tensor, random: List[RandomFactor], solver: str, name: str
-) -> Tuple[List[Tuple[RandomFactor, torch.Tensor]], str]:
+    call: LinearCall,
+    z: torch.Tensor,
+    random: List[RandomFactor],
+    options: ProjectionOptions,
+    name: str,
+) -> Tuple[List[_Means], str]:
     """The same for any linear map: convolutions, correlated noise."""
+    solver = options.solver
     # Two arguments from one correlated site share its noise.
     noises = {id(f.site) if not f.site.draw.is_diagonal else id(f): f.noise for f in random}
     keys = [id(f.site) if not f.site.draw.is_diagonal else id(f) for f in random]
@@ -206,9 +239,13 @@ def _solve_map(
         return call({**fixed, **{f.position: f.spread(parts[k]) for f, k in zip(random, keys)}})
 
     flat = torch.cat([noise.reshape(-1) for noise in noises.values()])
-    found = project_map(linear_map, flat, solver)
+    found = find_means_of_map(linear_map, flat, solver, options.has_moments)
     if found is None:
         raise _Plain(f"{name}: the solver did not converge")
-    parts = split(found)
+    parts = split(found[0])
+    squares = {} if found[1] is None else split(found[1])
     summary = f"{name}: {z.numel()} rows, {sum(sizes)} elements, {solver}"
-    return [(f, parts[key]) for f, key in zip(random, keys)], summary
+    return [
+        _Means(f, parts[key], squares.get(key) if f.site.draw.is_diagonal else None)
+        for f, key in zip(random, keys)
+    ], summary

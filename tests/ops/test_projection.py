@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from pyro_rb.ops import projection
-from pyro_rb.ops.projection import choose_solver, pays, project_map, project_rows
+from pyro_rb.ops.projection import (
+    choose_solver,
+    find_means,
+    find_means_of_map,
+    pays,
+    project_map,
+    project_rows,
+)
 
 SOLVERS = ("cholesky", "cg", "qr")
 
@@ -45,6 +52,35 @@ def test_projection_is_symmetric(solver):
     p = torch.cat([project_rows(rows, scale, e[None], solver) for e in eye])
     torch.testing.assert_close(p, p.mT, atol=1e-8, rtol=0)
     assert abs(p.trace().item() - 5) < 1e-7
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "qr"])
+@pytest.mark.parametrize("closeness", [1.0, 3e-3, 0.0])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-3)])
+def test_mean_squares_are_those_of_the_result(solver, closeness, dtype, tolerance):
+    """Also where two rows are so close that the difference is projected in part."""
+    rows, scale, eps = system(dtype=dtype)
+    rows[1] = rows[0] + closeness * rows[1]
+    mean, square = find_means(rows, scale, eps, solver, with_squares=True)
+    assert torch.equal(mean, project_rows(rows, scale, eps, solver))
+    columns = [project_rows(rows, scale, e.expand_as(eps), solver) for e in torch.eye(12, dtype=dtype)]
+    expected = torch.stack(columns).square().sum(0)
+    torch.testing.assert_close(square, expected, atol=tolerance, rtol=0)
+
+
+def test_mean_squares_in_small_chunks_and_of_maps(monkeypatch):
+    rows, scale, eps = system(units=3)
+    expected = find_means(rows, scale, eps, with_squares=True)
+    monkeypatch.setattr(projection, "_CHUNK", rows.numel())
+    torch.testing.assert_close(find_means(rows, scale, eps, with_squares=True), expected)
+    for i in range(3):
+        found = find_means_of_map(lambda e: rows @ (scale[i] * e), eps[i], with_squares=True)
+        torch.testing.assert_close(found, tuple(x[i] for x in expected))
+
+
+def test_conjugate_gradients_find_no_mean_squares():
+    assert find_means(*system(), "cg", with_squares=True)[1] is None
+    assert find_means(*system(), "cholesky")[1] is None
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -98,7 +134,7 @@ def test_jitter_costs_what_the_comment_says(monkeypatch):
     rows = torch.eye(3, 6, dtype=torch.float64) * torch.tensor([1.0, 0.5, 0.1])[:, None]
     eps = torch.ones(1, 6, dtype=torch.float64)
     solve = projection._solve_cholesky
-    found = solve(rows, torch.ones_like(eps), eps)[0, :3]
+    found = solve(rows, torch.ones_like(eps), eps, False)[0][0, :3]
     square = rows.diagonal() ** 2
     mean = square.mean() * j
     torch.testing.assert_close(1 - found, (mean / (square + mean)) ** 2)
