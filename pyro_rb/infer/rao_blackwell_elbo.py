@@ -209,24 +209,23 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         self, model_trace: Trace, guide_trace: Any
     ) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
-        path = run.path
-        if path is None or not (run.path_sites or run.joint):
+        path, names = run.path, set(run.path_sites)
+        if path is None or not (names or run.joint):
             return super()._differentiable_loss_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
-        log_q = {name: guide_trace.nodes[name]["log_prob_sum"] for name in run.path_sites}
+        log_q = {n: guide_trace.nodes[n]["log_prob_sum"] for n in path.values if n in names}
         log_q.update((n, sum(x.sum() for _, x in terms)) for n, terms in run.joint.items())
         groups = self._choose_scales(log_q, run)
         terms = path_terms(log_q, path, self._scales)
-        for name, z in path.values.items():
-            site = guide_trace.nodes[name]
-            entropy_term = terms.get(name, z.new_zeros(()))
+        for name in path.values:
+            parts, term = guide_trace.nodes[name]["score_parts"], terms.get(name, 0.0)
             rest = 1.0 - self._scales.get(name, 1.0)
-            if name not in run.path_sites:  # analytic
-                entropy_term = entropy_term + site["score_parts"].entropy_term.sum()
-                rest -= 1.0
-            if name in log_q and rest:
-                entropy_term = torch.add(entropy_term, log_q[name], alpha=rest)
-            site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
+            if name not in names:  # analytic
+                term = term + parts.entropy_term.sum()
+                rest -= 1.0 if name in log_q else 0.0
+            if rest:
+                term = term + rest * log_q[name]
+            guide_trace.nodes[name]["score_parts"] = parts._replace(entropy_term=term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
         return loss, surrogate
@@ -336,7 +335,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
                     waiting += draws
                 else:
                     # Sites that are enumerated in a loop share a graph.
-                    shares_graph = any("_enum_total" in site.get("infer", {}) for site in nodes)
+                    shares_graph = terms.costs and any("_enum_total" in n.get("infer", {}) for n in nodes)
                     torch_backward(surrogate, retain_graph=shares_graph or self.retain_graph)
         kept -= compute_scores(waiting) / self.num_particles
         torch_backward(kept, retain_graph=self.retain_graph)

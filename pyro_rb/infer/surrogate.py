@@ -36,9 +36,10 @@ def path_terms(
         weights = [torch.full_like(term, scales[name]) for name, term in log_q.items()]
     draws = path.values
     with path.closed():
-        partials = quiet_grad(list(log_q.values()), list(draws.values()), weights)
+        outputs = list(log_q.values())
+        partials = quiet_grad(outputs, list(draws.values()), weights, between=outputs)
     return {
-        name: (partial * z).sum()
+        name: partial.reshape(-1) @ z.reshape(-1) if z.dim() else partial * z
         for (name, z), partial in zip(draws.items(), partials)
         if partial is not None
     }
