@@ -11,7 +11,7 @@ from pyro.poutine import Trace
 
 from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.infer.util import under
+from pyro_rb.infer.util import PARTICLES, under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
 from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import (
@@ -67,13 +67,18 @@ class Run:
         if self.topk is None or not self.topk.enumerated:
             return ""
         names = [site.name for site in self.topk.enumerated]
-        plates = sorted({plate for site in self.topk.enumerated for plate in site.plates})
+        plates = {plate for site in self.topk.enumerated for plate in site.plates}
+        particles = (
+            " With vectorize_particles=True the particles have a dim as well; False removes it."
+            if PARTICLES in plates
+            else ""
+        )
         return (
             f"The values of the guide sites {names} have one more dim on the left, "
             "for the values that are looked at. If the model or guide cannot do with "
-            f"it, as where a site inside of plates {plates} is used outside, set "
+            f"it, as where a site inside of plates {sorted(plates - {PARTICLES})} is used outside, set "
             "infer={'topk': 0} at the site, which then has a single draw and the full cost. "
-            "Else index by pyro.ops.indexing.Vindex, and avoid .item() and if."
+            "Else index by pyro.ops.indexing.Vindex, and avoid .item() and if." + particles
         )
 
     def guide(self, fn: Callable) -> Callable:

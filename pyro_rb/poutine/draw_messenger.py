@@ -151,6 +151,9 @@ class DrawMessenger(UnseenEnumMessenger):
     def enumerate(self, msg: Any) -> None:
         """What :class:`~pyro.poutine.enum_messenger.EnumMessenger` does at a site."""
         if self.first_available_dim is not None:
+            if msg["infer"].get("num_samples") is not None:
+                # Else draws are paired with those of earlier sites, on which they depend.
+                msg["infer"] = {**msg["infer"], "expand": True}
             super()._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
