@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
-import torch
 from pyro import poutine
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.poutine import Trace
