@@ -91,7 +91,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         acceptance, in training mode and with gradients enabled. ``"fixed"``: it stays.
     :param float T_lr: learning rate of the threshold. Defaults to 0.1.
     :param int max_steps: proposals in a call at most, for each ``num_samples`` draws, and
-        each item of the local plate. Defaults to 10,000.
+        each item of the local plate. Defaults to 100,000.
     :param str local_plate: name of the plate of the local latents. Defaults to None.
     :param int local_size: full size of that plate. Defaults to None.
     :ivar torch.Tensor T: the threshold, 0-dim or ``[local_size]``, NaN before it is
