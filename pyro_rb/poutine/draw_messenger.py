@@ -119,6 +119,8 @@ class DrawMessenger(UnseenEnumMessenger):
                 return
             except Declined as e:
                 reasons.append(str(e))
+                if self.first_available_dim is not None and msg["infer"].get("enumerate"):
+                    break  # Its draws, if reparameterised, have weights, and are Pyro's.
         # The first strategy is for draws without rsample, the last for all others.
         self.reasons[name] = reasons[-1 if msg["fn"].has_rsample else 0] if reasons else ""
         self.enumerate(msg)

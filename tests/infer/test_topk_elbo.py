@@ -17,8 +17,6 @@ from pyro.infer.util import torch_item
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from tests.cases import Case
-from tests.common import assert_unbiased
-from tests.infer import brute_force
 from tests.infer.topk_models import (
     ALL,
     ENUMERABLE,
@@ -459,6 +457,15 @@ def test_enumerate_and_topk_exclude_each_other(how):
         topk().loss(case.model, guide, *case.args)
 
 
+@pytest.mark.parametrize("how", ["all", True, "flat"])
+def test_invalid_enumerate(how):
+    """Pyro would take the values to be enumerated, and leave the score out."""
+    case = mixture()
+    guide = poutine.infer_config(case.guide, lambda site: {"enumerate": how} if site["name"] == "z" else {})
+    with pytest.raises(ValueError, match=f"'enumerate': {how!r}.* at guide site 'z'.*Expected 'parallel'"):
+        topk().loss(case.model, guide, *case.args)
+
+
 @pytest.mark.parametrize("options", [{"default": "parallel"}, {"default": "sequential"}, {"default": None}])
 def test_annotated_sites_keep_their_meaning(options):
     # A loop over all combinations in a plate is for small cases.
@@ -489,34 +496,6 @@ def test_local_sampling_keeps_its_meaning():
     guide = config_enumerate(case.guide, num_samples=4, expand=True)
     case = Case(case.model, guide, case.args)
     assert_close(step(topk(), case), step(trace_enum(), case), 0.0)
-
-
-@pytest.mark.parametrize("annotated", ["b", "c"])
-def test_local_sampling_below_other_values(annotated):
-    """Each value of the site before has draws of its own: none are paired, as Pyro does by default."""
-
-    def model(num):
-        with pyro.plate("copies", num):
-            a = pyro.sample("a", dist.Categorical(logits=fixed(3)))
-            b = pyro.sample("b", dist.Bernoulli(logits=a - 1.0))
-            c = pyro.sample("c", dist.Bernoulli(logits=2.0 * b - a))
-            pyro.sample("x", dist.Normal(2.0 * a + b * c, 1.0), obs=torch.tensor(1.7))
-
-    def guide(num):
-        def infer(name):
-            return {"enumerate": "parallel", "num_samples": 3} if name == annotated else {}
-
-        starts = {"a": fixed(3), "b": torch.tensor(0.3), "c": torch.tensor(-0.4)}
-        logits = [pyro.param(f"logits_{n}", start.expand((num,) + start.shape).clone()) for n, start in starts.items()]
-        with pyro.plate("copies", num):
-            a = pyro.sample("a", dist.Categorical(logits=logits[0]))
-            b = pyro.sample("b", dist.Bernoulli(logits=logits[1] + a), infer=infer("b"))
-            pyro.sample("c", dist.Bernoulli(logits=logits[2] - 2.0 * b), infer=infer("c"))
-
-    expected = {name: grad[0] for name, grad in brute_force.exact_gradient(Case(model, guide, (1,))).items()}
-    for options in ({"budget": 4}, {"k": 1}):
-        pyro.clear_param_store()
-        assert_unbiased(gradient(topk(**options), Case(model, guide, (8000,))), expected)
 
 
 @pytest.mark.parametrize("infer", [{}, {"topk": 2}])

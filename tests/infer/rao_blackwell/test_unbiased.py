@@ -119,6 +119,8 @@ def test_score_function_sites(options, infer):
         ("chain", "y", {"topk": 0}),
         ("chain", "d", {"draws": 3}),
         ("chain", "d", {"enumerate": "parallel"}),
+        *(("chain", site, {"enumerate": "parallel", "num_samples": 3}) for site in "zyd"),
+        *(("discrete_first", site, {"enumerate": "parallel", "num_samples": 3}) for site in "zyd"),
     ],
 )
 def test_options_of_a_site(name, site, infer):
