@@ -83,8 +83,8 @@ class RVRSGuide(PosteriorMixin, PyroModule):
     :param int num_samples: accepted draws in a call, ``>= 2``. Defaults to 2.
     :param float T: the threshold to start from. None, the default, solves for
         ``Z_target`` on proposals that are discarded.
-    :param float epsilon: least acceptance, between 0 and 1. Defaults to 0.01. Larger
-        values lower the ELBO.
+    :param float epsilon: least acceptance, between 0 and 1. Defaults to a thousandth of
+        ``Z_target``. Larger values lower the ELBO.
     :param float Z_target: the wanted mean acceptance, between ``epsilon`` and 1.
         Defaults to 0.33.
     :param str adaptation: ``"Z_target"``, the default: the threshold follows the
