@@ -116,6 +116,7 @@ class DrawMessenger(UnseenEnumMessenger):
                 self.reasons[name] = strategy.draw(msg, self)
                 self.drawn_by[name] = strategy
                 self._fns[name] = msg["fn"]
+                self.enumerate(msg)  # keeps account of dims, also of sites with one draw
                 return
             except Declined as e:
                 reasons.append(str(e))

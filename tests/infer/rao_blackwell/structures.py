@@ -167,6 +167,35 @@ def hidden_markov(num: int) -> Case:
     return case(model, guide, num)
 
 
+def switching(num: int, steps: Any) -> Case:
+    """
+    Two steps of a chain of switches and Gaussian states.
+
+    :param steps: ``pyro.markov``, or ``iter`` for the same without its dims.
+    """
+
+    def model(num: int) -> None:
+        with replicates(num, -1):
+            s: Any = torch.tensor(0.0)
+            z: Any = torch.tensor(0.0)
+            for t in steps(range(2)):
+                s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=2.0 * s - 1.0))
+                z = pyro.sample(f"z_{t}", dist.Normal(0.8 * z + s, 0.7 + 0.5 * s))
+                pyro.sample(f"x_{t}", dist.Normal(z, 0.8), obs=torch.tensor(X[t]))
+
+    def guide(num: int) -> None:
+        on, loc = parameter(num, "on", 0.7 * fixed(2, seed=1)), parameter(num, "loc", fixed(2, seed=2))
+        slope, scale = parameter(num, "slope", 0.5 * fixed(2, seed=3)), positive(num, "scale", torch.full((2,), 0.8))
+        with replicates(num, -1):
+            s: Any = torch.tensor(0.0)
+            z: Any = torch.tensor(0.0)
+            for t in steps(range(2)):
+                s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=on[:, t] + s))
+                z = pyro.sample(f"z_{t}", dist.Normal(loc[:, t] + slope[:, t] * z + 0.5 * s, scale[:, t]))
+
+    return case(model, guide, num)
+
+
 def sequential(num: int) -> Case:
     """A Bernoulli site that the guide enumerates sequentially, then z, then y."""
     locs = fixed(4, seed=1)

@@ -23,7 +23,12 @@ from tests.infer.rao_blackwell.models import (
     replicates,
     score_function,
 )
-from tests.infer.rao_blackwell.structures import STRUCTURES, SUBSETS, subsampled
+from tests.infer.rao_blackwell.structures import (
+    STRUCTURES,
+    SUBSETS,
+    subsampled,
+    switching,
+)
 
 ALL = {**PROBLEMS, **STRUCTURES}
 SETTINGS = {
@@ -88,6 +93,14 @@ def test_subsamples(setting):
     ]
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in whole}
     assert_unbiased(mean, whole, projections=40, detect=0.4)
+
+
+@pytest.mark.parametrize("setting", FEW)
+def test_switching_states(setting):
+    """A Gaussian site after a discrete one in ``markov``."""
+    rules = {f"z_{t}": 30 for t in range(2)}
+    expected = Problem(lambda num: switching(num, iter), 1, rules).exact
+    check(Problem(lambda num: switching(num, pyro.markov), 1), expected, **SETTINGS[setting])
 
 
 # -- Sites without a table ---------------------------------------------------------------
