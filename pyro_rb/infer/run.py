@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 from pyro.poutine import Trace
 
 from pyro_rb.infer.gaussian_kl import compute_log_prob, describe, note_uses
+from pyro_rb.infer.markov_dims import MarkovDims
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import PARTICLES, under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
@@ -44,6 +45,7 @@ class Run:
         self.topk, self.projection, self.path = topk, projection, path
         strategies: List[Any] = [s for s in (topk, projection, path) if s is not None]
         self.handler = DrawMessenger(strategies, first_available_dim)
+        self._dims = MarkovDims()
         #: The scale of the score that is left out, for each site with a path gradient.
         self.scales: Dict[str, float] = {}
         self.may_learn = True
@@ -84,13 +86,13 @@ class Run:
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
         # Slots must be in place before partial traces are, for sites that are enumerated in a loop.
-        fn = self.handler(fn) if self.topk is not None else under(self.handler, fn)
+        fn = self.handler(self._dims(fn)) if self.topk is not None else under(self.handler, fn)
         return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
 
     def model(self, fn: Callable) -> Callable:
         """Wraps the model."""
         if self.topk is not None:
-            fn = TopKModelMessenger(self.topk)(fn)
+            fn = TopKModelMessenger(self.topk)(self._dims(fn))
         return fn if self.projection is None else self.projection.watch(fn)
 
     def compute_densities(self, model_trace: Trace, guide_trace: Trace) -> None:

@@ -26,6 +26,7 @@ from tests.infer.rao_blackwell.models import (
 from tests.infer.rao_blackwell.structures import (
     STRUCTURES,
     SUBSETS,
+    beside_a_chain,
     subsampled,
     switching,
 )
@@ -101,6 +102,13 @@ def test_switching_states(setting):
     rules = {f"z_{t}": 30 for t in range(2)}
     expected = Problem(lambda num: switching(num, iter), 1, rules).exact
     check(Problem(lambda num: switching(num, pyro.markov), 1), expected, **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("setting", FEW)
+def test_sites_beside_a_chain(setting):
+    """Pyro gives them dims that sites in ``markov`` have, and takes one for the other."""
+    expected = Problem(lambda num: beside_a_chain(num, iter), 1).exact
+    check(Problem(lambda num: beside_a_chain(num, pyro.markov), 1), expected, **SETTINGS[setting])
 
 
 # -- Sites without a table ---------------------------------------------------------------
