@@ -40,9 +40,22 @@ class Strategy:
 
 
 class UnseenEnumMessenger(EnumMessenger):
-    """An ``EnumMessenger`` whose look at the shape of values is no use of them."""
+    """
+    An ``EnumMessenger`` whose look at the shape of values is no use of them.
+
+    :raises ValueError: naming the site, if its values are along a dim that another site in
+        its scope has, which would be taken for it.
+    """
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        own_dim, params = msg["infer"].get("_enumerate_dim"), self._param_dims.get(msg["name"], {})
+        own_id = msg["infer"].get("_dim_to_id", {}).get(own_dim)
+        if own_id is not None and params.get(own_dim, own_id) != own_id:
+            raise ValueError(
+                f"The values of site '{msg['name']}' are along dim {own_dim}, as are those of an "
+                "earlier site that it may depend on by pyro.markov. Expected as much history in "
+                "the guide as in the model: pyro.markov(..., history=...)."
+            )
         with torch._C.DisableTorchFunction():
             super()._pyro_post_sample(msg)
 

@@ -3,6 +3,7 @@
 
 """z-tests of the mean gradient against exact ones, by replicates of small models in a plate."""
 
+import math
 from dataclasses import replace
 
 import pyro
@@ -109,6 +110,21 @@ def test_sites_beside_a_chain(setting):
     """Pyro gives them dims that sites in ``markov`` have, and takes one for the other."""
     expected = Problem(lambda num: beside_a_chain(num, iter), 1).exact
     check(Problem(lambda num: beside_a_chain(num, pyro.markov), 1), expected, **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 1}])
+def test_less_history_in_the_guide(options):
+    """Sites that share a dim in the guide are not apart in the model."""
+
+    def chain(history):
+        s = torch.tensor(0.0)
+        for t in pyro.markov(range(3), history=history):
+            s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=s))
+
+    elbo = RaoBlackwell_ELBO(max_plate_nesting=0, **options)
+    assert math.isfinite(elbo.loss(lambda: chain(1), lambda: chain(2)))
+    with pytest.raises(ValueError, match=r"site 's_2' are along dim -1.*as much history in the guide"):
+        elbo.loss(lambda: chain(2), lambda: chain(1))
 
 
 # -- Sites without a table ---------------------------------------------------------------
