@@ -92,7 +92,7 @@ class Run:
     def model(self, fn: Callable) -> Callable:
         """Wraps the model."""
         if self.topk is not None:
-            fn = TopKModelMessenger(self.topk)(self._dims(fn))
+            fn = TopKModelMessenger(self.topk)(MarkovDims(self._dims)(fn))
         return fn if self.projection is None else self.projection.watch(fn)
 
     def compute_densities(self, model_trace: Trace, guide_trace: Trace) -> None:
