@@ -10,7 +10,8 @@ _SHAPES = re.compile(
 )
 
 #: A value that a table does not have. Another shape would not help.
-_VALUES = re.compile("out of bounds|out of range in self")
+_VALUES = re.compile("out of bounds(?!.*with size 1$)|out of range in self")
+_ERRORS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
@@ -29,10 +30,13 @@ def hint_at_shapes(find_hint: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except (IndexError, RuntimeError, TypeError, ValueError) as e:
-        is_known = type(e) in (IndexError, RuntimeError, TypeError, ValueError)
-        text = str(e).split("Trace Shapes:")[0]
-        is_by_shape = _SHAPES.search(text) and not _VALUES.search(text)
+    except _ERRORS as e:
+        is_known = type(e) in _ERRORS
+        text = str(e).split("Trace Shapes:")[0].strip()
+        # Most assertions in models are about shapes, and do not say so.
+        is_by_shape = isinstance(e, AssertionError) or (
+            _SHAPES.search(text) and not _VALUES.search(text)
+        )
         hint = find_hint() if is_known and is_by_shape else ""
         if not hint:
             raise

@@ -105,7 +105,7 @@ class PathGradientMixin(LearnedStateMixin):
         if self._latest is None:
             raise RuntimeError(
                 "report() tells what was done at the last step, and there was none. "
-                "Expected a step, or a loss, before it: call SVI.step() first."
+                "Expected a step before it: call SVI.step() first."
             )
         return self._latest.report(self._why_not_learned)
 

@@ -10,8 +10,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 from pyro.poutine import Trace
 
 from pyro_rb.infer.gaussian_kl import JointTerms, compute_log_prob, describe, note_uses
+from pyro_rb.infer.markov_dims import MarkovDims
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.infer.util import under
+from pyro_rb.infer.util import PARTICLES, under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
 from pyro_rb.ops.family import find_family
 from pyro_rb.ops.topk import Slots
@@ -50,6 +51,7 @@ class Run:
         self.topk, self.projection, self.path = topk, projection, path
         strategies: List[Any] = [s for s in (topk, projection, path) if s is not None]
         self.handler = DrawMessenger(strategies, first_available_dim)
+        self._dims = MarkovDims()
         self.is_inner = is_inner
         self._is_paused = is_paused
         #: The scale of the score that is left out, for each site with a path gradient.
@@ -77,25 +79,31 @@ class Run:
         if self.topk is None or not self.topk.enumerated:
             return ""
         names = [site.name for site in self.topk.enumerated]
-        plates = sorted({plate for site in self.topk.enumerated for plate in site.plates})
+        plates = {plate for site in self.topk.enumerated for plate in site.plates}
+        particles = (
+            " With vectorize_particles=True the particles have a dim as well; False removes it."
+            if PARTICLES in plates
+            else ""
+        )
         return (
             f"The values of the guide sites {names} have one more dim on the left, "
             "for the values that are looked at. If the model or guide cannot do with "
-            f"it, as where a site inside of plates {plates} is used outside, set "
+            f"it, as where a site inside of plates {sorted(plates - {PARTICLES})} is used outside, set "
             "infer={'topk': 0} at the site, which then has a single draw and the full cost. "
-            "Else index by pyro.ops.indexing.Vindex, and avoid .item() and if."
+            "Else index by pyro.ops.indexing.Vindex, and avoid .item() and if." + particles
         )
 
     def guide(self, fn: Callable) -> Callable:
         """Wraps the guide."""
         # Slots must be in place before partial traces are, for sites that are enumerated in a loop.
+        fn = fn if self.topk is None else self._dims(fn)
         fn = self.handler(fn) if self.is_inner else under(self.handler, fn)
         return fn if self.projection is None else self.projection.watch(fn, is_guide=True)
 
     def model(self, fn: Callable) -> Callable:
         """Wraps the model."""
         if self.topk is not None:
-            fn = TopKModelMessenger(self.topk)(fn)
+            fn = TopKModelMessenger(self.topk)(MarkovDims(self._dims)(fn))
         return fn if self.projection is None else self.projection.watch(fn)
 
     def compute_densities(self, model_trace: Trace, guide_trace: Trace) -> None:

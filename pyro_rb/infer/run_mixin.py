@@ -276,10 +276,10 @@ class RunMixin(PathGradientMixin):
 
     @contextmanager
     def _step(self) -> Iterator[None]:
-        """Within, runs are for gradients."""
-        self._makes_gradients = True
+        """Within, runs are for gradients, if there are any."""
+        self._makes_gradients = torch.is_grad_enabled()
         try:
             yield
         finally:
             self._makes_gradients = False
-        self._steps_done += 1
+        self._steps_done += torch.is_grad_enabled()

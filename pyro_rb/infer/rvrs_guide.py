@@ -83,15 +83,15 @@ class RVRSGuide(PosteriorMixin, PyroModule):
     :param int num_samples: accepted draws in a call, ``>= 2``. Defaults to 2.
     :param float T: the threshold to start from. None, the default, solves for
         ``Z_target`` on proposals that are discarded.
-    :param float epsilon: least acceptance, between 0 and 1. Defaults to 0.01. Larger
-        values lower the ELBO.
+    :param float epsilon: least acceptance, between 0 and 1. Defaults to a thousandth of
+        ``Z_target``. Larger values lower the ELBO.
     :param float Z_target: the wanted mean acceptance, between ``epsilon`` and 1.
         Defaults to 0.33.
     :param str adaptation: ``"Z_target"``, the default: the threshold follows the
         acceptance, in training mode and with gradients enabled. ``"fixed"``: it stays.
     :param float T_lr: learning rate of the threshold. Defaults to 0.1.
     :param int max_steps: proposals in a call at most, for each ``num_samples`` draws, and
-        each item of the local plate. Defaults to 10,000.
+        each item of the local plate. Defaults to 100,000.
     :param str local_plate: name of the plate of the local latents. Defaults to None.
     :param int local_size: full size of that plate. Defaults to None.
     :ivar torch.Tensor T: the threshold, 0-dim or ``[local_size]``, NaN before it is

@@ -107,6 +107,12 @@ def find_structure(
         if name not in guide_run.sites:
             raise missing_site(name)
     for name, site in guide_run.latents.items():
+        if site.no_density is not None:
+            raise NotImplementedError(
+                f"Guide site '{name}' is drawn by {site.no_density}, which does not know the "
+                "density of its draws. Expected a guide that does: make the RVRSGuide of the "
+                "guide inside of that one, its attribute 'guide'."
+            )
         if not getattr(site.fn, "has_rsample", False):
             raise no_path_gradient(name, site.fn, "not reparameterised")
         _check_plates(name, site, local_plate)
@@ -351,7 +357,7 @@ def _check_deltas(
         if name in tap.path.values:
             continue
         for x in (site.log_prob, site.value):
-            if x.requires_grad and (x.grad_fn is None or any(leaves(x, stop))):
+            if x.requires_grad and (x.grad_fn is None or any(True for _ in leaves(x, stop))):
                 raise NotImplementedError(
                     f"Guide site '{name}' of type {type(site.fn).__name__} is computed from "
                     "parameters, not from draws alone. Expected draws from a "

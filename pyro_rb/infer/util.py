@@ -23,6 +23,7 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.enum_messenger import _ENUM_ALLOCATOR
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -168,6 +169,11 @@ class _InsideBlock(Messenger):
     def _postprocess_message(self, msg: Any) -> None:
         if self._block.hide_fn(msg):
             self._messenger._postprocess_message(msg)
+
+
+def reserve_dims(leftmost: int) -> None:
+    """Gives sites outside of :func:`pyro.markov`, from now on, dims left of ``leftmost``."""
+    _ENUM_ALLOCATOR.next_available_dim = min(_ENUM_ALLOCATOR.next_available_dim, leftmost - 1)
 
 
 def forget_parameters() -> None:

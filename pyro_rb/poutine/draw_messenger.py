@@ -40,9 +40,22 @@ class Strategy:
 
 
 class UnseenEnumMessenger(EnumMessenger):
-    """An ``EnumMessenger`` whose look at the shape of values is no use of them."""
+    """
+    An ``EnumMessenger`` whose look at the shape of values is no use of them.
+
+    :raises ValueError: naming the site, if its values are along a dim that another site in
+        its scope has, which would be taken for it.
+    """
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        own_dim, params = msg["infer"].get("_enumerate_dim"), self._param_dims.get(msg["name"], {})
+        own_id = msg["infer"].get("_dim_to_id", {}).get(own_dim)
+        if own_id is not None and params.get(own_dim, own_id) != own_id:
+            raise ValueError(
+                f"The values of site '{msg['name']}' are along dim {own_dim}, as are those of an "
+                "earlier site that it may depend on by pyro.markov. Expected as much history in "
+                "the guide as in the model: pyro.markov(..., history=...)."
+            )
         with torch._C.DisableTorchFunction():
             super()._pyro_post_sample(msg)
 
@@ -116,9 +129,12 @@ class DrawMessenger(UnseenEnumMessenger):
                 self.reasons[name] = strategy.draw(msg, self)
                 self.drawn_by[name] = strategy
                 self._fns[name] = msg["fn"]
+                self.enumerate(msg)  # keeps account of dims, also of sites with one draw
                 return
             except Declined as e:
                 reasons.append(str(e))
+                if self.first_available_dim is not None and msg["infer"].get("enumerate"):
+                    break  # Its draws, if reparameterised, have weights, and are Pyro's.
         # The first strategy is for draws without rsample, the last for all others.
         self.reasons[name] = reasons[-1 if msg["fn"].has_rsample else 0] if reasons else ""
         self.enumerate(msg)
@@ -151,6 +167,9 @@ class DrawMessenger(UnseenEnumMessenger):
     def enumerate(self, msg: Any) -> None:
         """What :class:`~pyro.poutine.enum_messenger.EnumMessenger` does at a site."""
         if self.first_available_dim is not None:
+            if msg["infer"].get("num_samples") is not None:
+                # Else draws are paired with those of earlier sites, on which they depend.
+                msg["infer"] = {**msg["infer"], "expand": True}
             super()._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:

@@ -213,7 +213,7 @@ class View:
         self.tensor = tensor
         self._parent = parent
         self._step = step
-        self._version = tensor._version
+        self._version = _get_version(tensor)
         self._is_whole: bool = is_whole and (parent is None or parent._is_whole)
         self._found: Optional[Tuple[Elements, bool]] = None
 
@@ -226,7 +226,7 @@ class View:
     @property
     def is_edited(self) -> bool:
         """Whether it was changed in place since it was made."""
-        is_own = self.tensor._version != self._version
+        is_own = _get_version(self.tensor) != self._version
         return is_own or (self._parent is not None and self._parent.is_edited)
 
     @property
@@ -266,3 +266,8 @@ class View:
             return None
         free = ~self.replay(torch.as_tensor(taken))
         return free if free.any() else None
+
+
+def _get_version(tensor: torch.Tensor) -> Optional[int]:
+    """None in :func:`torch.inference_mode`, where edits are not counted."""
+    return None if tensor.is_inference() else tensor._version

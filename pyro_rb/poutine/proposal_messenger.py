@@ -32,6 +32,8 @@ class Site(NamedTuple):
     scale: Any
     is_observed: bool
     is_auxiliary: bool
+    #: Name of what drew it, if that does not know the density.
+    no_density: Optional[str]
 
     @property
     def event_dim(self) -> int:
@@ -186,6 +188,7 @@ class ProposalMessenger(Messenger):
             scale,
             msg["is_observed"],
             bool(infer.get("is_auxiliary")),
+            infer.get("_no_density"),
         )
 
     def _find_log_prob(self, msg: Any) -> torch.Tensor:

@@ -217,6 +217,11 @@ class TopK(Strategy):
             msg["infer"] = {**infer, "enumerate": None}
             raise Declined(self.plain[msg["name"]])
         asked = infer.get("topk")
+        if infer.get("enumerate") not in (None, "parallel", "sequential"):
+            raise ValueError(
+                f"Invalid infer={{'enumerate': {infer['enumerate']!r}}}{where}. Expected "
+                "'parallel', 'sequential' or None."
+            )
         if "enumerate" in infer and (asked is None or infer["enumerate"] is not None):
             if asked is None:
                 raise Declined(f"infer={{'enumerate': {infer['enumerate']!r}}}")

@@ -13,6 +13,7 @@ Statistical tests fail by chance once in 50,000 seeds.
 """
 
 import copy
+import math
 import pickle
 import random
 from typing import Any, Dict, Optional, Tuple
@@ -198,6 +199,20 @@ class ELBOContract:
             self.make_elbo().loss(*case_args(case))
         self.make_elbo().loss(*case_args(case))
         assert all(p.grad is None for p in case.parameters().values())
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_evaluation_between_steps(self, dtype, context):
+        """As for a validation set: it gives a number, and does not count as a step."""
+        case = GUIDES["auto_normal"]()
+        elbo = self.make_elbo(**PARTICLES["looped"])
+        evaluate(elbo, case)
+        report, state = (getattr(elbo, name, dict)() for name in ("report", "state_dict"))
+        with context():
+            for entrance in ("loss", *ENTRANCES):
+                if hasattr(elbo, entrance):
+                    assert math.isfinite(float(getattr(elbo, entrance)(*case_args(case))))
+        assert getattr(elbo, "report", dict)() == report
+        assert getattr(elbo, "state_dict", dict)() == state
 
     def test_arguments_reach_model_and_guide(self, dtype):
         def model(x, *, noise):

@@ -116,6 +116,27 @@ def test_learned_delta():
     refuse(guide, "'z' of type Delta is computed from parameters")
 
 
+@pytest.mark.parametrize("start", [torch.tensor(0.0), torch.tensor([0.2, -0.1])])
+def test_delta_of_any_parameter(start):
+    """Also of one that is zero now, or has several elements."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros_like(start), 1.0).to_event(start.dim()))
+
+    def guide():
+        normal = dist.Normal(torch.zeros_like(start), 1.0).to_event(start.dim())
+        u = pyro.sample("u", normal, infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(u + pyro.param("m", start), event_dim=start.dim()))
+
+    refuse(guide, "'z' of type Delta is computed from parameters", model=model)
+
+
+@pytest.mark.parametrize("wrap", [lambda guide: guide, lambda guide: lambda: guide()])
+def test_rvrs_guide_as_proposal(wrap):
+    guide = wrap(RVRSGuide(normal_model, normal_guide))
+    refuse(guide, "'z' is drawn by RVRSGuide.*its attribute 'guide'")
+
+
 def test_learned_factor_in_the_guide():
     def guide():
         normal_guide()

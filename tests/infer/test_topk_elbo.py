@@ -458,6 +458,15 @@ def test_enumerate_and_topk_exclude_each_other(how):
         topk().loss(case.model, guide, *case.args)
 
 
+@pytest.mark.parametrize("how", ["all", True, "flat"])
+def test_invalid_enumerate(how):
+    """Pyro would take the values to be enumerated, and leave the score out."""
+    case = mixture()
+    guide = poutine.infer_config(case.guide, lambda site: {"enumerate": how} if site["name"] == "z" else {})
+    with pytest.raises(ValueError, match=f"'enumerate': {how!r}.* at guide site 'z'.*Expected 'parallel'"):
+        topk().loss(case.model, guide, *case.args)
+
+
 @pytest.mark.parametrize("options", [{"default": "parallel"}, {"default": "sequential"}, {"default": None}])
 def test_annotated_sites_keep_their_meaning(options):
     # A loop over all combinations in a plate is for small cases.

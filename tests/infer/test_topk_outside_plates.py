@@ -83,6 +83,8 @@ USES = {
     "sum": lambda b: b.sum(),
     "mean": lambda b: b.mean(),
     "one of them": lambda b: b[1],
+    "element": lambda b: 2.0 * b[..., 1],
+    "slice": lambda b: b[..., 1:2] * b[..., 2:],
     "index": lambda b: torch.tensor([0.0, 3.0, 1.0, 7.0])[b.sum().long()],
     "item": lambda b: torch.tensor(b.sum().item()),
     "if": lambda b: torch.tensor(2.0) if b.sum() > 1 else torch.tensor(0.0),
@@ -232,7 +234,7 @@ CASES = {
     **{f.__name__: f for f in (vectors, downstream, one_hot, nested, gamma, subsampled, scaled)},
 }
 #: What stops with an error of a shape where all values are put in the place of a draw.
-SHAPES = ["product", "in place", "buffer"]
+SHAPES = ["product", "in place", "buffer", "element", "slice"]
 DEFAULTS = sorted(set(CASES) - {*SHAPES, "list", "downstream", "nested"})
 
 
@@ -260,7 +262,8 @@ def test_a_single_draw_has_the_full_cost(name, k):
 def test_the_hint_of_a_shape_error_is_right(name):
     case = CASES[name]()
     message = r"(?s)guide sites \['b'\].*inside of plates \['plate'\] is used outside, set infer=\{'topk': 0\}"
-    with pytest.raises((IndexError, RuntimeError, ValueError), match=message):
+    errors = (AssertionError, IndexError, RuntimeError, ValueError)
+    with pytest.raises(errors, match=message):
         topk().loss(case.model, case.guide)
     case = in_a_plate(USES[name], infer={"topk": 0})
     topk().loss(case.model, case.guide)

@@ -167,6 +167,65 @@ def hidden_markov(num: int) -> Case:
     return case(model, guide, num)
 
 
+def switching(num: int, steps: Any) -> Case:
+    """
+    Two steps of a chain of switches and Gaussian states.
+
+    :param steps: ``pyro.markov``, or ``iter`` for the same without its dims.
+    """
+
+    def model(num: int) -> None:
+        with replicates(num, -1):
+            s: Any = torch.tensor(0.0)
+            z: Any = torch.tensor(0.0)
+            for t in steps(range(2)):
+                s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=2.0 * s - 1.0))
+                z = pyro.sample(f"z_{t}", dist.Normal(0.8 * z + s, 0.7 + 0.5 * s))
+                pyro.sample(f"x_{t}", dist.Normal(z, 0.8), obs=torch.tensor(X[t]))
+
+    def guide(num: int) -> None:
+        on, loc = parameter(num, "on", 0.7 * fixed(2, seed=1)), parameter(num, "loc", fixed(2, seed=2))
+        slope, scale = parameter(num, "slope", 0.5 * fixed(2, seed=3)), positive(num, "scale", torch.full((2,), 0.8))
+        with replicates(num, -1):
+            s: Any = torch.tensor(0.0)
+            z: Any = torch.tensor(0.0)
+            for t in steps(range(2)):
+                s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=on[:, t] + s))
+                z = pyro.sample(f"z_{t}", dist.Normal(loc[:, t] + slope[:, t] * z + 0.5 * s, scale[:, t]))
+
+    return case(model, guide, num)
+
+
+def beside_a_chain(num: int, steps: Any) -> Case:
+    """
+    Two steps of a chain of switches, and sites outside of it: one that the guide draws after
+    the chain, and the model before, and one that the model sums out.
+
+    :param steps: as of :func:`switching`.
+    """
+
+    def model(num: int) -> None:
+        with replicates(num, -1):
+            e = pyro.sample("e", dist.Categorical(logits=fixed(3, seed=1)))
+            s: Any = torch.tensor(0.0)
+            for t in steps(range(2)):
+                s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=2.0 * s - 1.0))
+                pyro.sample(f"x_{t}", dist.Normal(s + e, 0.8), obs=torch.tensor(X[t]))
+            c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(e + 2.0 * c, 0.8), obs=torch.tensor(1.3))
+
+    def guide(num: int) -> None:
+        on, slope = parameter(num, "on", 0.7 * fixed(2, seed=2)), parameter(num, "slope", 0.5 * fixed(2, seed=3))
+        logits = parameter(num, "logits", 0.7 * fixed(3, seed=4))
+        with replicates(num, -1):
+            s: Any = torch.tensor(0.0)
+            for t in steps(range(2)):
+                s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=on[:, t] + slope[:, t] * s))
+            pyro.sample("e", dist.Categorical(logits=logits))
+
+    return case(model, guide, num)
+
+
 def sequential(num: int) -> Case:
     """A Bernoulli site that the guide enumerates sequentially, then z, then y."""
     locs = fixed(4, seed=1)

@@ -3,6 +3,7 @@
 
 """z-tests of the mean gradient against exact ones, by replicates of small models in a plate."""
 
+import math
 from dataclasses import replace
 
 import pyro
@@ -23,7 +24,13 @@ from tests.infer.rao_blackwell.models import (
     replicates,
     score_function,
 )
-from tests.infer.rao_blackwell.structures import STRUCTURES, SUBSETS, subsampled
+from tests.infer.rao_blackwell.structures import (
+    STRUCTURES,
+    SUBSETS,
+    beside_a_chain,
+    subsampled,
+    switching,
+)
 
 ALL = {**PROBLEMS, **STRUCTURES}
 SETTINGS = {
@@ -90,6 +97,36 @@ def test_subsamples(setting):
     assert_unbiased(mean, whole, projections=40, detect=0.4)
 
 
+@pytest.mark.parametrize("setting", FEW)
+def test_switching_states(setting):
+    """A Gaussian site after a discrete one in ``markov``."""
+    rules = {f"z_{t}": 30 for t in range(2)}
+    expected = Problem(lambda num: switching(num, iter), 1, rules).exact
+    check(Problem(lambda num: switching(num, pyro.markov), 1), expected, **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("setting", FEW)
+def test_sites_beside_a_chain(setting):
+    """Pyro gives them dims that sites in ``markov`` have, and takes one for the other."""
+    expected = Problem(lambda num: beside_a_chain(num, iter), 1).exact
+    check(Problem(lambda num: beside_a_chain(num, pyro.markov), 1), expected, **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 1}])
+def test_less_history_in_the_guide(options):
+    """Sites that share a dim in the guide are not apart in the model."""
+
+    def chain(history):
+        s = torch.tensor(0.0)
+        for t in pyro.markov(range(3), history=history):
+            s = pyro.sample(f"s_{t}", dist.Bernoulli(logits=s))
+
+    elbo = RaoBlackwell_ELBO(max_plate_nesting=0, **options)
+    assert math.isfinite(elbo.loss(lambda: chain(1), lambda: chain(2)))
+    with pytest.raises(ValueError, match=r"site 's_2' are along dim -1.*as much history in the guide"):
+        elbo.loss(lambda: chain(2), lambda: chain(1))
+
+
 # -- Sites without a table ---------------------------------------------------------------
 
 
@@ -119,6 +156,8 @@ def test_score_function_sites(options, infer):
         ("chain", "y", {"topk": 0}),
         ("chain", "d", {"draws": 3}),
         ("chain", "d", {"enumerate": "parallel"}),
+        *(("chain", site, {"enumerate": "parallel", "num_samples": 3}) for site in "zyd"),
+        *(("discrete_first", site, {"enumerate": "parallel", "num_samples": 3}) for site in "zyd"),
     ],
 )
 def test_options_of_a_site(name, site, infer):
