@@ -280,7 +280,7 @@ def check_reasons(tap: TapMessenger, run: ProposalMessenger) -> None:
     :raises NotImplementedError: naming the guide site whose draws have no path gradient.
     """
     for name, reason in tap.reasons.items():
-        if not reason.startswith(_HARMLESS):
+        if not str(reason).startswith(_HARMLESS):
             raise no_path_gradient(name, run.sites[name].fn, reason)
 
 
