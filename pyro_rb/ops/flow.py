@@ -15,7 +15,9 @@ Nothing is inverted but ``J``, whose structure is known for the usual layers.
 estimators of the reverse- and forward KL divergence for normalizing flows". https://arxiv.org/abs/2207.08219
 """
 
+import math
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -33,6 +35,8 @@ _REMEMBERED = set(
 )
 #: The largest Jacobian, by dims, that is computed as a matrix.
 MAX_DENSE = 128
+#: The largest autoregressive one, where a single draw has fewer rows than iterations would take time for.
+_SMALL = 64
 #: Of the copies of a draw that it is computed from in one go, their elements at most.
 _CHUNK = 2**20
 
@@ -183,67 +187,114 @@ def _find_network(transform: Any) -> Optional[Tuple[Any, Optional[torch.Tensor]]
 def _affine_autoregressive(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
     """
     ``J = diag(scale) + N`` with a nilpotent ``N``, so that the iteration by ``(b - N^T a) / scale`` ends after
-    as many steps as there are dims, and at rounding long before.
+    as many steps as there are dims, and at rounding long before. A small ``N`` is computed.
     """
     transform, x = layer.transform, layer.x
     network = _Network(*_find_network(transform), x)  # type: ignore[misc]
-    mean, raw = network.mean, network.raw
-    by_mean: Any = None
+    raw, by_mean = network.output(1), None
     if transform.stable:
         scale = torch.sigmoid(raw + transform.sigmoid_bias)
         by_mean = of_log_det = 1.0 - scale
-        by_raw = scale * by_mean * (x - mean)
+        by_raw = scale * by_mean * (x - network.output(0))
     else:
         # The slope of the clamped scale is one everywhere, as it is to autograd.
         scale = raw.clamp(transform.log_scale_min_clip, transform.log_scale_max_clip).exp()
         by_raw, of_log_det = scale * x, torch.ones_like(scale)
+    of_input: Any = partial(network.of_outputs, by_mean, by_raw, of_log_det)
+    if x.dim() == 1:
+        matrices, constants = network.fold(by_mean, by_raw, of_log_det)
+        if x.numel() <= _SMALL:
+            rest = b - network.pull_back(constants)
+            return _substitute(network.pull_back(matrices), scale, rest, transform.arn.permutation), "substitution"
+        of_input = partial(_add_products, constants, [m.t() for m in matrices])
     tolerance = 1e-6 if x.dtype == torch.float32 else 1e-13
-    b = b / scale
-    a = b
-    dim = x.shape[-1]
-    for step in range(1, dim + 1):
+    shrink = -scale.reciprocal()
+    start = a = b / scale
+    for step in range(1, x.shape[-1] + 1):
         last = a
-        of_raw = torch.addcmul(of_log_det, by_raw, a)
-        a = b - network.pull_back(a if by_mean is None else by_mean * a, of_raw) / scale
-        # Each look at a number makes an accelerator wait.
-        if x.device.type == "cpu" or step % 8 == 0:
-            change = (a - last).abs().amax(-1)
-            if (change <= tolerance * a.abs().amax(-1)).all():
+        a = torch.addcmul(start, network.pull_back(of_input(a)), shrink)
+        # Fewer steps are never enough. Each look at a number makes an accelerator wait.
+        if step > 2 and (x.device.type == "cpu" or step % 8 == 0):
+            change, size = [torch.linalg.vector_norm(v, math.inf, -1) for v in (a - last, a)]
+            if (change <= tolerance * size).all():
                 break
     return a, f"{step} steps"
 
 
+def _substitute(
+    rows: torch.Tensor, diagonal: torch.Tensor, b: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """Solves with the transpose of a matrix that is triangular in some order of its rows and columns."""
+    rows = rows[order][:, order]
+    rows.diagonal().copy_(diagonal[order])
+    a = torch.empty_like(b)
+    a[order] = torch.linalg.solve_triangular(rows.t(), b[order].unsqueeze(-1), upper=True).squeeze(-1)
+    return a
+
+
+def _add_products(
+    constants: List[torch.Tensor], matrices: List[torch.Tensor], a: torch.Tensor
+) -> List[torch.Tensor]:
+    return [torch.addmv(constant, matrix, a) for constant, matrix in zip(constants, matrices)]
+
+
 class _Network:
-    """An autoregressive network at ``x``."""
+    """
+    An autoregressive network at ``x``, for derivatives ``a`` by the draw, which come to its outputs as
+    ``by_mean * a`` and ``by_raw * a + of_log_det``.
+    """
 
     def __init__(self, network: Any, context: Optional[torch.Tensor], x: torch.Tensor) -> None:
-        self._start = 0
+        start = 0
         h = x
         if context is not None:
-            self._start = context.shape[-1]
+            start = context.shape[-1]
             h = torch.cat([context.expand(x.shape[:-1] + context.shape[-1:]), x], -1)
-        self._weights = [layer.weight * layer.mask for layer in network.layers]
+        weights = [layer.weight * layer.mask for layer in network.layers]
         self._slopes: List[torch.Tensor] = []
-        skip, self._skip = network.skip_layer, None
-        out: Any = 0.0
-        if skip is not None:
-            self._skip = skip.weight * skip.mask
-            out = linear(h, self._skip)
-        for layer, weight in zip(network.layers, self._weights[:-1]):
-            h, slope = _activate(network.f, linear(h, weight, layer.bias))
+        #: What outputs are linear in: the last hidden units, and inputs that skip them.
+        self._inputs = [h]
+        for layer, weight in zip(network.layers, weights[:-1]):
+            self._inputs[0], slope = _activate(network.f, linear(self._inputs[0], weight, layer.bias))
             self._slopes.append(slope)
-        out = out + linear(h, self._weights[-1], network.layers[-1].bias)
-        self.mean, self.raw = out.unflatten(-1, (2, -1)).unbind(-2)
+        self._weights = [weights[0][:, start:], *weights[1:-1]]
+        self._last = [weights[-1]]
+        if network.skip_layer is not None:
+            self._inputs.append(x)
+            skip = network.skip_layer.weight * network.skip_layer.mask
+            self._last.append(skip[:, start:])
+        self._bias = network.layers[-1].bias
+        if len(self._last) > 1 and start:
+            self._bias = linear(h[..., :start], skip[:, :start], self._bias)
 
-    def pull_back(self, of_mean: torch.Tensor, of_raw: torch.Tensor) -> torch.Tensor:
-        """The derivative by ``x``, from those by the outputs."""
-        grad = torch.cat([of_mean, of_raw], -1)
-        h = grad @ self._weights[-1]
-        for weight, slope in zip(self._weights[-2::-1], self._slopes[::-1]):
+    def output(self, half: int) -> torch.Tensor:
+        """
+        :param half: 0 for the mean, 1 for the raw scale.
+        """
+        found = self._bias.chunk(2, -1)[half]
+        for h, last in zip(self._inputs, self._last):
+            found = linear(h, last.chunk(2)[half]) + found
+        return found
+
+    def of_outputs(self, by_mean: Any, by_raw: Any, of_log_det: Any, a: torch.Tensor) -> List[torch.Tensor]:
+        """Derivatives by what outputs are linear in."""
+        grad = torch.cat([a if by_mean is None else by_mean * a, torch.addcmul(of_log_det, by_raw, a)], -1)
+        return [grad @ last for last in self._last]
+
+    def fold(self, by_mean: Any, by_raw: Any, of_log_det: Any) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """What :meth:`of_outputs` multiplies the elements of ``a`` by, in rows, and adds."""
+        halves = [last.chunk(2) for last in self._last]
+        if by_mean is not None:
+            halves = [(by_mean.unsqueeze(-1) * mean, raw) for mean, raw in halves]
+        matrices = [torch.addcmul(mean, by_raw.unsqueeze(-1), raw) for mean, raw in halves]
+        return matrices, [of_log_det @ raw for _, raw in halves]
+
+    def pull_back(self, grads: List[torch.Tensor]) -> torch.Tensor:
+        """From what :meth:`of_outputs` gives, derivatives by ``x``."""
+        h = grads[0]
+        for weight, slope in zip(self._weights[::-1], self._slopes[::-1]):
             h = (h * slope) @ weight
-        if self._skip is not None:
-            h = h + grad @ self._skip
-        return h[..., self._start :]
+        return h + grads[1] if len(grads) > 1 else h
 
 
 def _activate(f: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

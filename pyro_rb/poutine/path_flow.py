@@ -77,6 +77,8 @@ class PathFlow:
         self.reason = _Reason()
         #: Of the log density by the value, at fixed parameters. None before it is asked for.
         self.derivative: Optional[torch.Tensor] = None
+        #: The sum of the log density in the trace, if neither scaled nor masked.
+        self.plain_sum: Optional[torch.Tensor] = None
 
     @staticmethod
     def find(fn: Any) -> Optional["PathFlow"]:
@@ -147,4 +149,6 @@ class PathFlow:
         site["unscaled_log_prob"] = self.log_prob
         site["score_parts"] = parts = parts.scale_and_mask(site["scale"], site["mask"])
         site["log_prob"] = parts.log_prob
-        site["log_prob_sum"] = parts.log_prob.sum()
+        site["log_prob_sum"] = total = parts.log_prob.sum()
+        if parts.log_prob is self.log_prob and not any(isinstance(w, MaskedDistribution) for w in self._wrappers):
+            self.plain_sum = total

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -118,11 +118,13 @@ class PathGradient(Strategy):
         if getattr(msg["scale"], "requires_grad", False):
             # The mean of its derivative, times log q, is not zero.
             raise Declined("its scale depends on a parameter")
+        if flow is not None:
+            return flow.reason
         # Looked at each time: parameters are frozen, modules change their mode.
-        obstacle = score_obstacle(fn, at_draw=flow is not None)
+        obstacle = score_obstacle(fn)
         if obstacle is not None:
             raise Declined(obstacle)
-        return "reparameterised draw" if flow is None else flow.reason
+        return "reparameterised draw"
 
     def tap(self, name: str, value: torch.Tensor, flow: Optional[PathFlow] = None) -> torch.Tensor:
         gate = Gate()
@@ -135,6 +137,15 @@ class PathGradient(Strategy):
     def flow_of(self, value: Any) -> Optional[PathFlow]:
         """The flow that drew a tapped value, if it gives the log density."""
         return self._taps[id(value)][2] if id(value) in self._taps else None
+
+    def find_partial(self, terms: Sequence[torch.Tensor]) -> Optional[torch.Tensor]:
+        """The derivative of some terms by the only draw, within :meth:`closed`, if it is known already."""
+        if len(terms) == len(self.values) == 1:
+            (value,) = self.values.values()
+            flow = self.flow_of(value)
+            if flow is not None and flow.plain_sum is terms[0]:
+                return flow.derivative
+        return None
 
     def settle(self, site: Any) -> bool:
         name, value = site["name"], site["value"]
