@@ -183,7 +183,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         check_traces(model_trace, guide_trace, nesting, enumerates=False)
         tap.path.raise_if_edited()
         tap.path.solve()
-        guide_trace.tap = tap
+        guide_trace.tap = tap  # type: ignore[attr-defined]
         return model_trace, guide_trace
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:

@@ -31,7 +31,7 @@ from pyro_rb.ops.score_identity import known_name
 _SLOW = {"AffineAutoregressive", "SplineAutoregressive"}
 #: Layers that can be inverted at their own draws only, as these are remembered.
 _REMEMBERED = set(
-    "BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Radial Sylvester".split()
+    "BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Radial".split()
 )
 #: The largest Jacobian, by dims, that is computed as a matrix.
 MAX_DENSE = 128
@@ -190,7 +190,7 @@ def _affine_autoregressive(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor,
     as many steps as there are dims, and at rounding long before. A small ``N`` is computed.
     """
     transform, x = layer.transform, layer.x
-    network = _Network(*_find_network(transform), x)  # type: ignore[misc]
+    network = _Network(*_find_network(transform), x)  # type: ignore
     raw, by_mean = network.output(1), None
     if transform.stable:
         scale = torch.sigmoid(raw + transform.sigmoid_bias)

@@ -53,10 +53,9 @@ _FLOWS = set(
 )
 # Likewise, but with a density for their last draw only. Block autoregressive ones may have bounds.
 _FORWARD = set(
-    """BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Radial
-    Sylvester""".split()
+    "BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Radial".split()
 )
-# Continuous, and the same at each call; the noisy ones in evaluation mode. Transforms in flows: with a continuous slope.
+# Continuous, the transforms with their slopes, and the same at each call; the noisy ones in evaluation mode.
 _NOISY = {"BatchNorm", "Dropout"}
 _PARTS = _FLOWS | _FORWARD | _NOISY | set(
     """AutoRegressiveNN ConditionalAutoRegressiveNN ConditionalDenseNN ConditionalHouseholder ConditionalPlanar
@@ -262,6 +261,8 @@ def _name(cls: type) -> Optional[str]:
 
 
 def _not_known(cls: type) -> _Obstacle:
+    if _name(cls) == "Sylvester":
+        return _Obstacle("its log_abs_det_jacobian is not that of its Jacobian")
     if _name(cls) in _WITH_MEMORY:
         return _Obstacle(_MEMORY)
     return _Obstacle(f"{_MAYBE}: {cls.__name__} is not known")

@@ -67,9 +67,13 @@ class PathFlow:
 
     def __init__(self, fn: Any, wrappers: List[Any]) -> None:
         self._wrappers = wrappers
-        self._levels = [fn]
-        while isinstance(self._levels[-1].base_dist, TransformedDistribution):
-            self._levels.append(self._levels[-1].base_dist)
+        #: The transformed distributions, and what is between them, the innermost last.
+        self._levels: List[Any] = []
+        while isinstance(fn, (TransformedDistribution, Independent)):
+            self._levels.append(fn)
+            fn = fn.base_dist
+        while not isinstance(self._levels[-1], TransformedDistribution):
+            self._levels.pop()
         self._base = self._levels[-1].base_dist
         self._layers: List[Layer] = []
         #: Why it cannot be solved; empty before it is drawn.
@@ -100,7 +104,10 @@ class PathFlow:
         self._y = self._base.rsample(*args, **kwargs)
         self._log_prob = self._base.log_prob(self._y)
         for level in reversed(self._levels):
-            self._transform(level)
+            if isinstance(level, Independent):
+                self._log_prob = sum_rightmost(self._log_prob, level.reinterpreted_batch_ndims)
+            else:
+                self._transform(level)
         self.obstacle = next(filter(None, map(find_obstacle, self._layers)), None)
         return self._y
 

@@ -99,8 +99,11 @@ class PathGradient(Strategy):
             if flow is None:
                 msg["value"] = fn(*msg["args"], **msg["kwargs"])
             else:
-                msg["value"] = flow.draw(*msg["args"], **msg["kwargs"])
-                if flow.obstacle or _is_transformed(msg["value"]):
+                value: Any = flow.draw(*msg["args"], **msg["kwargs"])
+                msg["value"] = value
+                if flow.obstacle and score_obstacle(fn):
+                    raise Declined(flow.obstacle)
+                if flow.obstacle or _is_transformed(value):
                     flow = None
         reason = self.inspect(msg, flow)
         msg["value"] = self.tap(msg["name"], msg["value"], flow)

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.distributions import transforms as T
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.nn import AutoRegressiveNN
-from torch.distributions import TransformedDistribution
+from torch.distributions import Independent, TransformedDistribution
 
 from pyro_rb.ops.score_identity import flat_parts, flat_transforms
 
@@ -26,7 +26,6 @@ LAYERS = {
     "clipped": lambda d: T.affine_autoregressive(d, log_scale_max_clip=0.05),
     "planar": T.planar,
     "radial": T.radial,
-    "sylvester": T.sylvester,
     "block": T.block_autoregressive,
     "block residual": partial(T.block_autoregressive, residual="gated", activation="ELU"),
     "neural": T.neural_autoregressive,
@@ -42,7 +41,7 @@ MIXED = {
     "with an inverse": lambda d: [T.planar(d), T.affine_coupling(d).inv, T.radial(d)],
     "simplex": lambda d: [T.affine_autoregressive(d), T.StickBreakingTransform()],
     "composed": lambda d: T.ComposeTransformModule([T.planar(d), T.affine_autoregressive(d)]),
-    "composed of composed": lambda d: T.ComposeTransform([T.ComposeTransform([T.planar(d), T.permute(d)]), T.radial(d)]),
+    "twice composed": lambda d: T.ComposeTransform([T.ComposeTransform([T.planar(d), T.permute(d)]), T.radial(d)]),
 }
 FLOWS = {**{name: lambda d, make=make: [make(d)] for name, make in LAYERS.items()}, **MIXED}
 
@@ -75,10 +74,13 @@ def exact_log_prob(fn, start, value):
 
     :param fn: a flow.
     """
+    if isinstance(fn, dist.MaskedDistribution):
+        return scale_and_mask(exact_log_prob(fn.base_dist, start, value), mask=fn._mask)
+    if isinstance(fn, Independent):
+        return sum_rightmost(exact_log_prob(fn.base_dist, start, value), fn.reinterpreted_batch_ndims)
     transforms, base = flat_transforms(fn), fn
-    while not (isinstance(base, TransformedDistribution) and base.base_dist.__class__.__name__ != "TransformedDistribution"):
+    while flat_transforms(base):
         base = base.base_dist
-    base = base.base_dist
 
     def forward(x):
         layers = []
@@ -88,18 +90,21 @@ def exact_log_prob(fn, start, value):
             x = y
         return x, layers
 
-    size = start.shape[-1]
+    batch = start.shape[: start.dim() - len(fn.event_shape)]
     with torch.enable_grad():
         x = start.clone().requires_grad_()
-        y = forward(x)[0][..., :size]
+        y = forward(x)[0]
+        # The last element of a simplex follows from the others.
+        size = x.numel() // max(1, batch.numel())
+        y = y.reshape(batch + (-1,))
         rows = [torch.autograd.grad(y[..., i].sum(), x, retain_graph=True)[0] for i in range(size)]
-    # The last element of a simplex follows from the others.
-    rest = forward(start)[0][..., :size] - value[..., :size]
-    x = start - torch.linalg.solve(torch.stack(rows, -2), rest.unsqueeze(-1)).squeeze(-1)
-    log_prob, layers = base.log_prob(x), forward(x)[1]
-    log_prob = sum_rightmost(log_prob, log_prob.dim() - len(value.shape[:-1]))
-    for _, log_det in layers:
-        log_prob = log_prob - sum_rightmost(log_det, log_det.dim() - len(value.shape[:-1]))
+    jacobian = torch.stack([row.reshape(batch + (-1,)) for row in rows], -2)
+    rest = (forward(start)[0] - value).reshape(batch + (-1,))[..., :size]
+    x = start - torch.linalg.solve(jacobian, rest.unsqueeze(-1)).squeeze(-1).reshape(start.shape)
+    log_prob = base.log_prob(x)
+    log_prob = sum_rightmost(log_prob, log_prob.dim() - len(batch))
+    for _, log_det in forward(x)[1]:
+        log_prob = log_prob - sum_rightmost(log_det, log_det.dim() - len(batch))
     return log_prob
 
 

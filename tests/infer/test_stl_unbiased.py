@@ -28,8 +28,6 @@ TAPPED = [
         "AutoGaussian_funsor",
         "AutoLaplaceApproximation",
         "AutoLaplaceApproximation_fitted",
-        "AutoNormalizingFlow_block",
-        "AutoNormalizingFlow_planar",
         "AutoStructured",
         "gamma_score_function",
         "no_latents",
