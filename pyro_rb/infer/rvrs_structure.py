@@ -43,9 +43,9 @@ from pyro_rb.infer.rvrs_signature import (
     shapes,
     sign,
 )
+from pyro_rb.ops.flow import has_no_inverse
 from pyro_rb.ops.graph import leaves
 from pyro_rb.ops.normal import is_normal
-from pyro_rb.ops.flow import has_no_inverse
 from pyro_rb.ops.score_identity import base_dists, flat_transforms
 from pyro_rb.poutine import ProposalMessenger, TapMessenger
 from pyro_rb.poutine.proposal_messenger import Site

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.distributions import transforms as T
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.nn import AutoRegressiveNN
-from torch.distributions import Independent, TransformedDistribution
+from torch.distributions import Independent
 
 from pyro_rb.ops.score_identity import flat_parts, flat_transforms
 

@@ -22,7 +22,7 @@ from pyro.optim import Adam
 
 from pyro_rb import STLTrace_ELBO
 from tests.cases import Case, positive, real
-from tests.guides import AUTOGUIDES, GUIDES
+from tests.guides import GUIDES
 from tests.infer.elbo_contract import ELBOContract, assert_same, case_args, evaluate
 from tests.models import (
     CONJ_X,
