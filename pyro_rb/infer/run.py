@@ -135,7 +135,7 @@ class Run:
             else:
                 treatment = None  # its scale is not known yet
             if self.topk is not None and has_own_baseline(site):
-                reason += ", infer={'baseline': ...}"
+                reason = f"{reason}, infer={{'baseline': ...}}"
             rows.append(Row(name, treatment, reason))
         return Summary(rows, self.scales)
 

@@ -289,7 +289,7 @@ def no_path_gradient(name: str, fn: Any, reason: str) -> NotImplementedError:
     parts = [type(part).__name__ for part in (base, *flat_transforms(fn))]
     return NotImplementedError(
         f"Guide site '{name}', made of {', '.join(parts)}, has no path gradient: {reason}. "
-        "Expected reparameterised draws, with invertible transforms and a support that "
+        "Expected reparameterised draws, with transforms that are known and a support that "
         "does not depend on a parameter. Marginalise discrete sites, or choose another "
         "distribution for the guide."
     )
