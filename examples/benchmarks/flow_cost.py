@@ -17,7 +17,16 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
-from common import BLOCK, START_UP, gradient, make_parser, ratios, seconds, take_turns, write
+from common import (
+    BLOCK,
+    START_UP,
+    gradient,
+    make_parser,
+    ratios,
+    seconds,
+    take_turns,
+    write,
+)
 from pyro.distributions import transforms as T
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
@@ -42,12 +51,16 @@ def parabolas(dim):
     pyro.sample("x", dist.Normal(bend, 0.5).to_event(1), obs=torch.zeros(dim - 1))
 
 
+def layers(count):
+    return f"{count} layer" + "s" * (count > 1)
+
+
 def cases():
     """Yields names, models and guides, and whether they are trained."""
     for dim, count in ((5, 1), (20, 1), (50, 1), (50, 2), (50, 5), (200, 1), (200, 2)):
         model = partial(parabolas, dim)
         guide = AutoIAFNormal(model, num_transforms=count)
-        yield f"AutoIAFNormal, {dim} dimensions, {count} layers", model, guide, count == 1 and dim < 100
+        yield f"AutoIAFNormal, {dim} dimensions, {layers(count)}", model, guide, count == 1 and dim < 100
     others = (
         ("planar", T.planar, 20, 8, True),
         ("planar", T.planar, 50, 4, False),
@@ -60,7 +73,7 @@ def cases():
     for name, layer, dim, count, is_trained in others:
         model = partial(parabolas, dim)
         guide = AutoNormalizingFlow(model, partial(T.iterated, count, layer))
-        yield f"{name}, {dim} dimensions, {count} layers", model, guide, is_trained
+        yield f"{name}, {dim} dimensions, {layers(count)}", model, guide, is_trained
 
 
 def measure_time(model, guide, num_blocks, block_size, start_up):

@@ -49,7 +49,8 @@ class RVRSGuide(PosteriorMixin, PyroModule):
 
     **Requirements.** A model whose log density is a function of its latents, and model
     and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.
-    A guide of reparameterised draws, with a support that does not depend on a parameter: :class:`~pyro.infer.autoguide.AutoNormal`,
+    A guide of reparameterised draws, with a support that does not depend on a parameter:
+    :class:`~pyro.infer.autoguide.AutoNormal`,
     :class:`~pyro.infer.autoguide.AutoDiagonalNormal`,
     :class:`~pyro.infer.autoguide.AutoMultivariateNormal`,
     :class:`~pyro.infer.autoguide.AutoLowRankMultivariateNormal`,

@@ -41,8 +41,8 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     :class:`~pyro.infer.autoguide.AutoStructured` and
     :class:`~pyro.infer.autoguide.AutoDelta`. Flows without a fast inverse, such as
     :class:`~pyro.infer.autoguide.AutoIAFNormal`, are solved at their draws [2]; of layers
-    whose Jacobian has no known structure all rows are computed, up to 128. Gradients are first order only: Hessians of the
-    surrogate loss are wrong.
+    whose Jacobian has no known structure all rows are computed, up to 128. Gradients are first
+    order only: Hessians of the surrogate loss are wrong.
 
     **What is learned** belongs to parameters: tensors without ``grad_fn`` that require grad.
     One that is frozen, that some steps do not use, or that is new leaves the others as they
