@@ -49,6 +49,8 @@ class Layer(NamedTuple):
 
 def has_no_inverse(transform: Transform) -> bool:
     """
+    Whether a layer can be inverted at its last draw only.
+
     >>> has_no_inverse(torch.distributions.ExpTransform())
     False
     """
@@ -56,12 +58,21 @@ def has_no_inverse(transform: Transform) -> bool:
 
 
 def is_forward_only(transform: Transform) -> bool:
-    """Whether the inverse at a value that is given is slow, or there is none."""
+    """
+    Whether the inverse at a value that is given is slow, or there is none.
+
+    >>> is_forward_only(torch.distributions.ExpTransform())
+    False
+    """
     return known_name(transform) in _SLOW | _REMEMBERED
 
 
 def find_obstacle(layer: Layer) -> Optional[str]:
-    """Why a layer cannot be solved, if so."""
+    """
+    Why a layer cannot be solved, if so.
+
+    >>> find_obstacle(Layer(torch.distributions.ExpTransform(), torch.zeros(200), torch.ones(200)))
+    """
     transform, dim = layer.transform, layer.x.shape[-1] if layer.x.dim() else 1
     if dim <= MAX_DENSE or not is_forward_only(transform) or _find_structure(transform):
         return None
