@@ -182,7 +182,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         guide_trace.compute_score_parts()
         check_traces(model_trace, guide_trace, nesting, enumerates=False)
         tap.path.raise_if_edited()
-        tap.path.solve()
+        tap.path.attach_flows()
         guide_trace.tap = tap  # type: ignore[attr-defined]
         return model_trace, guide_trace
 

@@ -26,9 +26,9 @@ class _Reason:
 
 class _Attach(torch.autograd.Function):
     """
-    Its first argument, the log density of a draw by the way that it was made. Its gradient is that of
-    ``log_prob + <a, value - y>``, with the derivative ``a`` by the value at fixed parameters, once it is known:
-    zero more in all, but the partial derivatives by the value, and by parameters at a fixed value, are right.
+    Its first argument, the log density of a draw by the way that it was made. While the flow is attached, its
+    gradient is that of ``log_prob + <a, value - y>``, with the derivative ``a`` by the value at fixed parameters: zero
+    more in all, but the partial derivatives by the value, and by parameters at a fixed value, are right.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         a = ctx.flow.derivative
-        if a is None:
+        if not ctx.flow.is_attached:
             return grad, None, None, None
         by_value = a * grad.reshape(grad.shape + (1,) * (a.dim() - grad.dim()))
         return grad, by_value, -by_value, None
@@ -59,7 +59,7 @@ class PathFlow:
     >>> from pyro.distributions.transforms import planar
     >>> flow = PathFlow(TransformedDistribution(Normal(torch.zeros(2), 1.0), [planar(2)]), [])
     >>> value = flow.draw().clone()
-    >>> flow.attach(value)
+    >>> flow.pass_on(value)
     >>> flow.solve()
     >>> print(flow.reason)
     reparameterised draw, its flow solved by: rank one
@@ -81,6 +81,8 @@ class PathFlow:
         self.reason = _Reason()
         #: Of the log density by the value, at fixed parameters. None before it is asked for.
         self.derivative: Optional[torch.Tensor] = None
+        #: Whether the log density depends on the value, and not only on what that was made of.
+        self.is_attached = False
         #: The sum of the log density in the trace, if neither scaled nor masked.
         self.plain_sum: Optional[torch.Tensor] = None
 
@@ -130,7 +132,7 @@ class PathFlow:
             total = total - log_det
         self._log_prob = total + log_prob
 
-    def attach(self, value: torch.Tensor) -> None:
+    def pass_on(self, value: torch.Tensor) -> None:
         """
         :param value: the draw, or a copy that goes on in its place.
         """

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -133,7 +133,7 @@ class PathGradient(Strategy):
         gate = Gate()
         self.values[name] = value = _tap(value, gate)
         if flow is not None:
-            flow.attach(value)
+            flow.pass_on(value)
         self._taps[id(value)] = value, gate, flow
         return value
 
@@ -170,17 +170,23 @@ class PathGradient(Strategy):
         """The graph nodes of the draws."""
         return {value.grad_fn for value in self.values.values()}
 
-    def solve(self) -> None:
-        """Makes the log densities of flows depend on their draws."""
-        for _, _, flow in self._taps.values():
-            if flow is not None:
-                flow.solve()
+    @property
+    def _flows(self) -> List[PathFlow]:
+        return [flow for _, _, flow in self._taps.values() if flow is not None]
+
+    def attach_flows(self) -> None:
+        """Makes the log densities of flows depend on their draws, also outside of :meth:`closed`."""
+        for flow in self._flows:
+            flow.solve()
+            flow.is_attached = True
 
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Closes the gate for the duration of a ``with`` block."""
-        self.solve()
         gates = [gate for _, gate, _ in self._taps.values()]
+        # Outside, what they add up to is zero, or not even a number.
+        flows = [flow for flow in self._flows if not flow.is_attached]
+        self.attach_flows()
         for gate in gates:
             gate.is_open = False
         try:
@@ -188,6 +194,8 @@ class PathGradient(Strategy):
         finally:
             for gate in gates:
                 gate.is_open = True
+            for flow in flows:
+                flow.is_attached = False
 
     def raise_if_edited(self) -> None:
         """

@@ -452,7 +452,7 @@ def test_strong_flow_in_single_precision(dim, batch):
         path = find(fn)
         path._base = Fixed(noise.to(dtype))
         value = path.draw()
-        path.attach(value.clone())
+        path.pass_on(value.clone())
         path.solve()
         gradients.append(path.derivative.double())
     expected, actual = gradients
@@ -498,7 +498,7 @@ def test_caches_and_buffers_stay(name):
     path = find(fn)
     value = path.draw()
     before = [dict(vars(m)) for m in modules.modules()]
-    path.attach(value.clone())
+    path.pass_on(value.clone())
     path.solve()
     for module, state in zip(modules.modules(), before):
         assert all(vars(module)[key] is item for key, item in state.items())
@@ -575,6 +575,20 @@ def test_rejection_around_a_flow(monkeypatch, layer):
         assert max(g.abs().max() for g in expected) > 0.1
         assert_close(actual, expected, 1e-9)
     assert rejection.sample_posterior(5)["y"].shape == (5, 4)
+
+
+def test_a_singular_jacobian():
+    """A draw where the flow is flat leaves the other steps of the default as they are."""
+    flow = [T.block_autoregressive(DIM)]
+    with torch.no_grad():
+        flow[0].layers[0].bias += 50.0
+    model, guide, parameters = make(flow)
+    loss = STLTrace_ELBO()
+    for seed in range(6):
+        expected = gradient(Trace_ELBO(), model, guide, parameters, seed)
+        actual = gradient(loss, model, guide, parameters, seed)
+        assert_close(actual[1], expected[1])
+    assert "a Jacobian" in loss.report()[0].reason
 
 
 def test_one_object_twice():
