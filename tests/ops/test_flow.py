@@ -7,6 +7,7 @@ import torch
 from pyro.distributions import transforms as T
 from pyro.nn import AutoRegressiveNN
 
+from pyro_rb.ops import affine_autoregressive
 from pyro_rb.ops import flow as ops
 from pyro_rb.ops.flow import Layer, differentiate, find_obstacle
 
@@ -68,7 +69,7 @@ def test_iteration_is_the_substitution(monkeypatch):
     layer = make_layer(T.affine_autoregressive(6, hidden_dims=[8, 9]))
     expected, notes = differentiate(base_of(), [layer])
     assert notes == ["substitution"]
-    monkeypatch.setattr(ops, "_SMALL", 5)
+    monkeypatch.setattr(affine_autoregressive, "SMALL", 5)
     a, (note,) = differentiate(base_of(), [layer])
     assert 3 <= int(note.split()[0]) <= 6
     torch.testing.assert_close(a, expected, rtol=1e-11, atol=1e-11)
@@ -81,6 +82,24 @@ def test_rows_in_chunks(monkeypatch, chunk):
     monkeypatch.setattr(ops, "_CHUNK", chunk)
     a, notes = differentiate(base_of((3,)), [layer])
     assert notes == ["a Jacobian of 6 rows"]
+    torch.testing.assert_close(a, expected)
+
+
+def test_networks_of_unknown_functions():
+    network = AutoRegressiveNN(6, [8], nonlinearity=torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Sigmoid()))
+    layer = make_layer(T.AffineAutoregressive(network))
+    a, notes = differentiate(base_of(), [layer])
+    assert notes == ["a Jacobian of 6 rows"]
+    torch.testing.assert_close(a, by_inverse(base_of(), layer), rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_of_contexts():
+    """One draw of the noise, as where the context is enumerated."""
+    layer = T.conditional_radial(6, 2).condition(torch.randn(3, 2))
+    x = torch.randn(6)
+    single = Layer(layer, x, layer(x).detach())
+    a, _ = differentiate(base_of(), [single])
+    expected, _ = differentiate(base_of(), [single._replace(x=x.expand(3, 6))])
     torch.testing.assert_close(a, expected)
 
 
