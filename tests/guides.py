@@ -209,12 +209,14 @@ AUTOGUIDES: Dict[str, Callable[[], Case]] = {
     # Planar and block-autoregressive flows have no inverse in Pyro.
     "AutoNormalizingFlow_planar": auto(
         autoguide.AutoNormalizingFlow,
-        model=conj_model,
+        {"_AutoNormalizingFlow_latent"},
+        conj_model,
         init_transform_fn=functools.partial(iterated, 2, planar),
     ),
     "AutoNormalizingFlow_block": auto(
         autoguide.AutoNormalizingFlow,
-        model=conj_model,
+        {"_AutoNormalizingFlow_latent"},
+        conj_model,
         init_transform_fn=functools.partial(iterated, 1, block_autoregressive),
     ),
     "AutoGuideList": auto_guide_list,

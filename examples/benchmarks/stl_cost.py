@@ -33,7 +33,6 @@ from common import (
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import (
     AutoHierarchicalNormalMessenger,
-    AutoIAFNormal,
     AutoMultivariateNormal,
     AutoNormal,
 )
@@ -65,11 +64,6 @@ class FourSites(Vae):
                 pyro.sample(f"z{i}", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def linear_gaussian(dim):
-    z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
-    pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=torch.ones(dim))
-
-
 def cases():
     """Yields names with pairs of a model and a guide."""
     model = schools()
@@ -81,9 +75,6 @@ def cases():
     yield "VAE 784-400-20, batch 256", vae.model, vae.guide
     four = FourSites(batch_size=32)
     yield "four sites from one encoder, batch 32", four.model, four.guide
-    for dim in (5, 20, 50):
-        model = partial(linear_gaussian, dim)
-        yield f"AutoIAFNormal, {dim} dimensions", model, AutoIAFNormal(model, hidden_dim=[64])
 
 
 def measure(model, guide, num_blocks, block_size, start_up):

@@ -18,7 +18,7 @@ from pyro_rb.infer.importance_checks import check_densities, check_reparameteriz
 from pyro_rb.infer.importance_surrogate import Surrogate
 from pyro_rb.infer.path_mixin import Groups, PathGradientMixin
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.infer.util import under
+from pyro_rb.infer.util import check_traces, get_traces, prune, under
 from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
 
 
@@ -175,10 +175,16 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Tuple[Trace, Trace]:
         tap = TapMessenger(self._obstacle())
-        model_trace, guide_trace = super()._get_trace(model, under(tap, guide), args, kwargs)
+        nesting = self.max_plate_nesting
+        traces = get_traces(model, under(tap, guide), args, kwargs)
+        model_trace, guide_trace = prune(*traces, nesting)
         tap.settle(guide_trace)
+        model_trace.compute_log_prob()
+        guide_trace.compute_score_parts()
+        check_traces(model_trace, guide_trace, nesting, enumerates=False)
         tap.path.raise_if_edited()
-        guide_trace.tap = tap
+        tap.path.attach_flows()
+        guide_trace.tap = tap  # type: ignore[attr-defined]
         return model_trace, guide_trace
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:

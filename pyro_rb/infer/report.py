@@ -36,7 +36,8 @@ class Row(NamedTuple):
     site: str
     #: None for a path gradient only; else anything that prints as the treatment.
     treatment: Any
-    reason: str
+    #: Anything that prints as the reason, by the time of the report.
+    reason: Any
 
 
 class Summary(NamedTuple):
@@ -52,6 +53,7 @@ class Summary(NamedTuple):
         """
         found = Report()
         for name, treatment, reason in self.rows:
+            reason = str(reason)
             if name in self.scales:
                 also = "" if treatment is None else f"{treatment} and "
                 treatment = f"{also}path gradient, c = {self.scales[name]:.3g}"

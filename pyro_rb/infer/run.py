@@ -159,7 +159,7 @@ class Run:
                 if self._is_paused and find_family(site["fn"]) is not None:
                     reason += "; uses are not watched, as nothing was projected lately"
             if self.topk is not None and has_own_baseline(site):
-                reason += ", infer={'baseline': ...}"
+                reason = f"{reason}, infer={{'baseline': ...}}"
             rows.append(Row(name, treatment, reason))
         return Summary(rows, self.scales)
 

@@ -49,12 +49,12 @@ class RVRSGuide(PosteriorMixin, PyroModule):
 
     **Requirements.** A model whose log density is a function of its latents, and model
     and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.
-    A guide of reparameterised draws, with a support that does not depend on a parameter,
-    and invertible transforms if any: :class:`~pyro.infer.autoguide.AutoNormal`,
+    A guide of reparameterised draws, with a support that does not depend on a parameter:
+    :class:`~pyro.infer.autoguide.AutoNormal`,
     :class:`~pyro.infer.autoguide.AutoDiagonalNormal`,
     :class:`~pyro.infer.autoguide.AutoMultivariateNormal`,
     :class:`~pyro.infer.autoguide.AutoLowRankMultivariateNormal`,
-    :class:`~pyro.infer.autoguide.AutoIAFNormal` (whose inverse is slow), an
+    :class:`~pyro.infer.autoguide.AutoIAFNormal` and other flows, an
     :class:`~pyro.infer.autoguide.AutoGuideList` of these, or a function. The first call
     checks all this, at the cost of about ten runs of model and guide. The loss must be
     ``Trace_ELBO``. Of particles, vectorised ones are accepted draws of one call.

@@ -285,7 +285,7 @@ def check_reasons(tap: TapMessenger, run: ProposalMessenger) -> None:
     :raises NotImplementedError: naming the guide site whose draws have no path gradient.
     """
     for name, reason in tap.reasons.items():
-        if not reason.startswith(_HARMLESS):
+        if not str(reason).startswith(_HARMLESS):
             raise no_path_gradient(name, run.sites[name].fn, reason)
 
 
@@ -294,7 +294,7 @@ def no_path_gradient(name: str, fn: Any, reason: str) -> NotImplementedError:
     parts = [type(part).__name__ for part in (base, *flat_transforms(fn))]
     return NotImplementedError(
         f"Guide site '{name}', made of {', '.join(parts)}, has no path gradient: {reason}. "
-        "Expected reparameterised draws, with invertible transforms and a support that "
+        "Expected reparameterised draws, with transforms that are known and a support that "
         "does not depend on a parameter. Marginalise discrete sites, or choose another "
         "distribution for the guide."
     )

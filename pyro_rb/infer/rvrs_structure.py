@@ -43,9 +43,10 @@ from pyro_rb.infer.rvrs_signature import (
     shapes,
     sign,
 )
+from pyro_rb.ops.flow import has_no_inverse
 from pyro_rb.ops.graph import leaves
 from pyro_rb.ops.normal import is_normal
-from pyro_rb.ops.score_identity import base_dists
+from pyro_rb.ops.score_identity import base_dists, flat_transforms
 from pyro_rb.poutine import ProposalMessenger, TapMessenger
 from pyro_rb.poutine.proposal_messenger import Site
 
@@ -148,6 +149,10 @@ def find_structure(
             is_chosen=local_plate in guide_run.has_chosen | model_run.has_chosen,
             has_globals=not all(in_plate.values()),
         )
+        for name, site in guide_run.latents.items():
+            if not in_plate[name] and _has_no_inverse(site):
+                reason = f"it has no inverse, and is outside of plate '{local_plate}'"
+                raise no_path_gradient(name, site.fn, reason)
     structure = structure._replace(
         is_small=structure.num_elements <= SMALL, key=zlib.crc32(repr(what).encode())
     )
@@ -162,6 +167,11 @@ def unstable(change: StructureChanged) -> NotImplementedError:
         f"Two runs with the same arguments differ in their sites: of the {change}. Expected "
         "the same latents, plates and sizes in each run."
     )
+
+
+def _has_no_inverse(site: Site) -> bool:
+    """Whether its density is known at its last draw only."""
+    return any(has_no_inverse(t) for t in flat_transforms(site.fn))
 
 
 def _count(site: Site) -> int:
@@ -238,11 +248,13 @@ def _try_out(proposer: Proposer) -> Structure:
         if not isinstance(list(base_dists(site.fn))[-1], Delta)
     }
     with torch.no_grad():
-        rows = _rows(guide_run.sites, guide_run, list(drawn))
-        alone = [[_run_alone(proposer, proposer.guide, row) for row in rows] for _ in "ab"]
-        together = proposer.log_prob_sum(guide_run)
-        # Otherwise there is dropout, of which the mask belongs to the draw.
-        is_function = torch.equal(*map(torch.cat, alone))
+        is_function = not any(map(_has_no_inverse, drawn.values()))
+        if is_function:
+            rows = _rows(guide_run.sites, guide_run, list(drawn))
+            alone = [[_run_alone(proposer, proposer.guide, row) for row in rows] for _ in "ab"]
+            together = proposer.log_prob_sum(guide_run)
+            # Otherwise there is dropout, of which the mask belongs to the draw.
+            is_function = torch.equal(*map(torch.cat, alone))
         if is_function and not _is_close(torch.cat(alone[0]), together):
             raise NotImplementedError(_differs("guide", torch.cat(alone[0]), together))
         rows = _rows(structure.sites, guide_run, [n for n in inside if n in structure.sites])

@@ -39,10 +39,10 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     ``Trace_ELBO``, 30 to 10 000 times more at the default ``init_scale=0.1`` of
     :class:`~pyro.infer.autoguide.AutoNormal`. Nothing is gained on discrete sites, on
     :class:`~pyro.infer.autoguide.AutoStructured` and
-    :class:`~pyro.infer.autoguide.AutoDelta`, or on flows without an inverse. An
-    inverse autoregressive flow is inverted one dimension after the other, which
-    costs several times the step. Gradients are first order only: Hessians of the
-    surrogate loss are wrong.
+    :class:`~pyro.infer.autoguide.AutoDelta`. Flows without a fast inverse, such as
+    :class:`~pyro.infer.autoguide.AutoIAFNormal`, are solved at their draws [2]; of layers
+    whose Jacobian has no known structure all rows are computed, up to 128. Gradients are first
+    order only: Hessians of the surrogate loss are wrong.
 
     **What is learned** belongs to parameters: tensors without ``grad_fn`` that require grad.
     One that is frozen, that some steps do not use, or that is new leaves the others as they
@@ -95,6 +95,10 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
     [1] Geoffrey Roeder, Yuhuai Wu, David Duvenaud (2017), "Sticking the Landing:
     Simple, Lower-Variance Gradient Estimators for Variational Inference".
     https://arxiv.org/abs/1703.09194
+
+    [2] Lorenz Vaitl, Kim A. Nicoli, Shinichi Nakajima, Pan Kessel (2022), "Gradients should
+    stay on path: better estimators of the reverse- and forward KL divergence for normalizing
+    flows". https://arxiv.org/abs/2207.08219
     """
 
     _own_option = "control_variate_scale"

@@ -11,7 +11,7 @@ score has a baseline has ``c = 1``: its score has mean zero, but what its densit
 on to earlier draws is needed for the noise to vanish at the optimum.
 """
 
-from typing import Dict, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 
@@ -35,9 +35,14 @@ def path_terms(
     if any(scales[name] != 1.0 for name in log_q):
         weights = [torch.full_like(term, scales[name]) for name, term in log_q.items()]
     draws = path.values
+    partials: Any
     with path.closed():
         outputs = list(log_q.values())
-        partials = quiet_grad(outputs, list(draws.values()), weights, between=outputs)
+        known = path.find_partial(outputs)
+        if known is not None:
+            partials = [known if weights is None else weights[0] * known]
+        else:
+            partials = quiet_grad(outputs, list(draws.values()), weights, between=outputs)
     return {
         name: partial.reshape(-1) @ z.reshape(-1) if z.dim() else partial * z
         for (name, z), partial in zip(draws.items(), partials)

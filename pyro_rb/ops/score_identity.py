@@ -14,7 +14,7 @@ known, and nothing is evaluated.
 """
 
 from functools import partial
-from typing import Any, Iterator, List, Optional, Set, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch.distributions import AffineTransform, Distribution, Transform, constraints
@@ -51,20 +51,28 @@ _FLOWS = set(
     """AffineAutoregressive AffineCoupling BatchNorm ConditionedGeneralizedChannelPermute ConditionedHouseholder
     ConditionedSpline GeneralizedChannelPermute Householder Spline SplineAutoregressive SplineCoupling""".split()
 )
-# Continuous, and the same at each call; the noisy ones in evaluation mode.
+# Likewise, but with a density for their last draw only. Block autoregressive ones may have bounds.
+_FORWARD = set(
+    "BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Radial".split()
+)
+# Continuous, the transforms with their slopes, and the same at each call; the noisy ones in evaluation mode.
 _NOISY = {"BatchNorm", "Dropout"}
-_PARTS = _FLOWS | _NOISY | set(
-    """AutoRegressiveNN ConditionalAutoRegressiveNN ConditionalDenseNN ConditionalHouseholder ConditionalSpline
-    DenseNN ELU GELU Identity LeakyReLU Linear LogSigmoid MaskedLinear ModuleList ReLU Sequential SiLU Sigmoid
-    Softplus Tanh""".split()
+_PARTS = _FLOWS | _FORWARD | _NOISY | set(
+    """AutoRegressiveNN ConditionalAutoRegressiveNN ConditionalDenseNN ConditionalHouseholder ConditionalPlanar
+    ConditionalRadial ConditionalSpline DenseNN ELU ELUTransform GELU Identity LeakyReLU Linear LogSigmoid LogSoftmax
+    MaskedBlockLinear MaskedLinear ModuleList ReLU Sequential SiLU Sigmoid SigmoidTransform Softplus Tanh
+    TanhTransform""".split()
 )
 # They look their draw up, or read an attribute of it.
-_WITH_MEMORY = set(
-    """BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Polynomial Radial
-    RelaxedBernoulliStraightThrough RelaxedOneHotCategoricalStraightThrough Sylvester""".split()
+_WITH_MEMORY = _FORWARD | set(
+    "Polynomial RelaxedBernoulliStraightThrough RelaxedOneHotCategoricalStraightThrough".split()
 )
 
+# Of a normal distribution they make no heavier tails than those of an exponential, to any power.
+_KEEP_TAILS = (_ELEMENTWISE | _FORWARD | {"Permute"}) - {"NeuralAutoregressive"}
+
 _InverseTransform = type(AffineTransform(0.0, 1.0).inv)
+_MEMORY = "log_prob works only on the very tensor that was drawn"
 _MAYBE = "the mean of its score may not be zero"
 # A constraint or None, and whether the density vanishes at all ends, faster than any power.
 _Support = Tuple[Any, bool]
@@ -98,7 +106,18 @@ def flat_transforms(fn: Distribution) -> List[Transform]:
     ['ExpTransform']
     """
     layers = reversed(list(base_dists(fn)))
-    return [part for layer in layers for t in getattr(layer, "transforms", ()) for part in _parts(t)]
+    return [part for layer in layers for part in flat_parts(getattr(layer, "transforms", ()))]
+
+
+def flat_parts(transforms: Iterable[Any]) -> List[Any]:
+    """
+    :param transforms: of which composed ones are taken apart.
+
+    >>> half = AffineTransform(0.0, 0.5)
+    >>> flat_parts([torch.distributions.ComposeTransform([half, half])])
+    [AffineTransform(), AffineTransform()]
+    """
+    return [part for t in transforms for part in _parts(t)]
 
 
 def _parts(transform: Any) -> List[Transform]:
@@ -116,7 +135,7 @@ class _Obstacle(Exception):
     pass
 
 
-def score_obstacle(fn: Distribution) -> Optional[str]:
+def score_obstacle(fn: Distribution, at_draw: bool = False) -> Optional[str]:
     """
     Why the mean of the score of ``fn`` may not be zero, or None where it is known to be. Not to be remembered:
     it depends on which tensors require grad, and on the mode of modules.
@@ -124,6 +143,7 @@ def score_obstacle(fn: Distribution) -> Optional[str]:
     The score of ``Uniform(0, b)`` with respect to ``b`` is ``-1 / b`` at every draw.
 
     :param fn: any distribution, wrapped or not.
+    :param bool at_draw: whether the density is wanted of the last draw only, while it is known how it was made.
 
     >>> b = torch.tensor(2.0, requires_grad=True)
     >>> score_obstacle(torch.distributions.Uniform(0.0, b))
@@ -135,6 +155,8 @@ def score_obstacle(fn: Distribution) -> Optional[str]:
         _support(fn)
     except _Obstacle as obstacle:
         return str(obstacle)
+    if not at_draw and any(known_name(t) in _WITH_MEMORY for t in flat_transforms(fn)):
+        return _MEMORY
     return None
 
 
@@ -145,7 +167,7 @@ def _support(fn: Any) -> _Support:
         return _bare(getattr(known, "support", None)), name in _GAUSSIAN
     if name in _AROUND:
         support = _support(fn.base_dist)
-        for transform in (part for t in getattr(fn, "transforms", ()) for part in _parts(t)):
+        for transform in flat_parts(getattr(fn, "transforms", ())):
             support = _transformed(support, transform)
         return support
     if name == "MaskedMixture":
@@ -169,14 +191,15 @@ def _transformed(support: _Support, transform: Any) -> _Support:
     is_inverse = type(transform) is _InverseTransform
     inner = transform.inv if is_inverse else transform
     name = _name(type(inner))
-    if name in _FLOWS:
+    is_flow = name in _FLOWS | _FORWARD
+    if is_flow:
         _check_parts(inner, set())
     elif name not in _PLAIN:
         raise _not_known(type(inner))
     domain = _bare(transform.domain)
     if domain is not space and domain is not constraints.real:
         raise _Obstacle(f"{_MAYBE}: {name} of another support than its domain")
-    is_learned = name in _FLOWS or any(map(_requires_grad, vars(inner).values()))
+    is_learned = is_flow or any(map(_requires_grad, vars(inner).values()))
     stays = not is_learned or space is constraints.real or name == "PowerTransform"
     after = _bare(transform.codomain) if domain is space else None
     if name == "AffineTransform":
@@ -187,9 +210,11 @@ def _transformed(support: _Support, transform: Any) -> _Support:
             after = space if is_zero else None
     elif name in ("Permute", "ReshapeTransform"):
         after = space
+    elif name == "BlockAutoregressive":
+        stays = vanishes
     if not stays:
         raise _Obstacle(f"{_MAYBE}: learned {name}")
-    return after, vanishes and name in _ELEMENTWISE
+    return after, vanishes and name in _KEEP_TAILS
 
 
 def _check_parts(part: Any, seen: Set[int]) -> None:
@@ -221,13 +246,25 @@ def _known_class(fn: Distribution) -> type:
     raise _not_known(type(fn))
 
 
+def known_name(part: Any) -> Optional[str]:
+    """
+    The name of the class of a part of a distribution, if it is of PyTorch or Pyro.
+
+    >>> known_name(torch.nn.ReLU())
+    'ReLU'
+    """
+    return _name(type(part))
+
+
 def _name(cls: type) -> Optional[str]:
     return cls.__name__ if cls.__module__.startswith(_HOMES) else None
 
 
 def _not_known(cls: type) -> _Obstacle:
+    if _name(cls) == "Sylvester":
+        return _Obstacle("its log_abs_det_jacobian is not that of its Jacobian")
     if _name(cls) in _WITH_MEMORY:
-        return _Obstacle("log_prob works only on the very tensor that was drawn")
+        return _Obstacle(_MEMORY)
     return _Obstacle(f"{_MAYBE}: {cls.__name__} is not known")
 
 

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
-from pyro_rb.ops.score_identity import flat_transforms, score_obstacle
+from pyro_rb.ops.score_identity import score_obstacle
 from pyro_rb.poutine.draw_messenger import Declined, DrawMessenger, Strategy
+from pyro_rb.poutine.path_flow import PathFlow
 
 
 class Gate:
@@ -49,6 +50,15 @@ def _tap(value: torch.Tensor, gate: Gate) -> torch.Tensor:
         return _FuncTap.apply(value, gate)
 
 
+def _is_transformed(value: torch.Tensor) -> bool:
+    """Whether the code runs inside of torch.func, where nothing can be solved."""
+    try:
+        _Tap.apply(value, Gate())
+    except RuntimeError:
+        return True
+    return False
+
+
 class PathGradient(Strategy):
     """
     Passes each reparameterised draw of a guide through an identity with a gate, the
@@ -61,7 +71,8 @@ class PathGradient(Strategy):
 
     A draw is tapped where the mean of its score is known to be zero: ``fn.has_rsample``,
     the draw requires grad, and :func:`~pyro_rb.ops.score_identity.score_obstacle` finds
-    no obstacle.
+    no obstacle. The log density of a flow is taken from the draw, see
+    :class:`~pyro_rb.poutine.path_flow.PathFlow`.
 
     :param str obstacle: why nothing is to be tapped, if so.
     """
@@ -71,7 +82,7 @@ class PathGradient(Strategy):
         self.values: Dict[str, torch.Tensor] = {}
         self.obstacle = obstacle
         # By the id of the value, with the value, lest an id be used again.
-        self._taps: Dict[int, Tuple[torch.Tensor, Gate]] = {}
+        self._taps: Dict[int, Tuple[torch.Tensor, Gate, Optional[PathFlow]]] = {}
 
     def begin(self) -> None:
         self.values = {}
@@ -82,14 +93,25 @@ class PathGradient(Strategy):
             raise Declined(self.obstacle)
         if not fn.has_rsample:
             raise Declined("not reparameterised, keeps its score function")
+        flow = None
         if msg["value"] is None:
-            msg["value"] = fn(*msg["args"], **msg["kwargs"])
-        reason = self.inspect(msg)
-        msg["value"] = self.tap(msg["name"], msg["value"])
+            flow = PathFlow.find(fn)
+            if flow is None:
+                msg["value"] = fn(*msg["args"], **msg["kwargs"])
+            else:
+                value: Any = flow.draw(*msg["args"], **msg["kwargs"])
+                msg["value"] = value
+                if flow.obstacle and score_obstacle(fn):
+                    raise Declined(flow.obstacle)
+                if flow.obstacle or _is_transformed(value):
+                    flow = None
+        reason = self.inspect(msg, flow)
+        msg["value"] = self.tap(msg["name"], msg["value"], flow)
         return reason
 
-    def inspect(self, msg: Any) -> str:
+    def inspect(self, msg: Any, flow: Optional[PathFlow] = None) -> Any:
         """
+        :param flow: that drew it, if so.
         :return: what there is to say of a draw that can be tapped.
         :raises Declined: with the reason why it cannot.
         """
@@ -99,32 +121,48 @@ class PathGradient(Strategy):
         if getattr(msg["scale"], "requires_grad", False):
             # The mean of its derivative, times log q, is not zero.
             raise Declined("its scale depends on a parameter")
+        if flow is not None:
+            return flow.reason
         # Looked at each time: parameters are frozen, modules change their mode.
         obstacle = score_obstacle(fn)
         if obstacle is not None:
             raise Declined(obstacle)
-        slow = any(getattr(t, "autoregressive", False) for t in flat_transforms(fn))
-        return "reparameterised draw" + (
-            ", log_prob inverts an autoregressive flow slowly" if slow else ""
-        )
+        return "reparameterised draw"
 
-    def tap(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def tap(self, name: str, value: torch.Tensor, flow: Optional[PathFlow] = None) -> torch.Tensor:
         gate = Gate()
         self.values[name] = value = _tap(value, gate)
-        self._taps[id(value)] = value, gate
+        if flow is not None:
+            flow.pass_on(value)
+        self._taps[id(value)] = value, gate, flow
         return value
+
+    def flow_of(self, value: Any) -> Optional[PathFlow]:
+        """The flow that drew a tapped value, if it gives the log density."""
+        return self._taps[id(value)][2] if id(value) in self._taps else None
+
+    def find_partial(self, terms: Sequence[torch.Tensor]) -> Optional[torch.Tensor]:
+        """The derivative of some terms by the only draw, within :meth:`closed`, if it is known already."""
+        if len(terms) == len(self.values) == 1:
+            (value,) = self.values.values()
+            flow = self.flow_of(value)
+            if flow is not None and flow.plain_sum is terms[0]:
+                return flow.derivative
+        return None
 
     def settle(self, site: Any) -> bool:
         name, value = site["name"], site["value"]
         mine = self.values[name]
-        if value is mine:
-            return True
-        # Its gate stays open, as what replaced the value may be made of it.
-        del self.values[name], self._taps[id(mine)]
-        if id(value) not in self._taps:
-            return False
-        # The guide started from a partial trace, for a value of a site enumerated in a loop.
-        self.values[name] = value
+        if value is not mine:
+            # Its gate stays open, as what replaced the value may be made of it.
+            del self.values[name], self._taps[id(mine)]
+            if id(value) not in self._taps:
+                return False
+            # The guide started from a partial trace, for a value of a site enumerated in a loop.
+            self.values[name] = value
+        flow = self.flow_of(value)
+        if flow is not None:
+            flow.put_density(site)
         return True
 
     @property
@@ -132,10 +170,23 @@ class PathGradient(Strategy):
         """The graph nodes of the draws."""
         return {value.grad_fn for value in self.values.values()}
 
+    @property
+    def _flows(self) -> List[PathFlow]:
+        return [flow for _, _, flow in self._taps.values() if flow is not None]
+
+    def attach_flows(self) -> None:
+        """Makes the log densities of flows depend on their draws, also outside of :meth:`closed`."""
+        for flow in self._flows:
+            flow.solve()
+            flow.is_attached = True
+
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Closes the gate for the duration of a ``with`` block."""
-        gates = [gate for _, gate in self._taps.values()]
+        gates = [gate for _, gate, _ in self._taps.values()]
+        # Outside, what they add up to is zero, or not even a number.
+        flows = [flow for flow in self._flows if not flow.is_attached]
+        self.attach_flows()
         for gate in gates:
             gate.is_open = False
         try:
@@ -143,6 +194,8 @@ class PathGradient(Strategy):
         finally:
             for gate in gates:
                 gate.is_open = True
+            for flow in flows:
+                flow.is_attached = False
 
     def raise_if_edited(self) -> None:
         """

@@ -193,6 +193,9 @@ class ProposalMessenger(Messenger):
 
     def _find_log_prob(self, msg: Any) -> torch.Tensor:
         fn, value, narrow = msg["fn"], msg["value"], self._narrow
+        flow = None if self.tap is None else self.tap.path.flow_of(value)
+        if flow is not None:
+            return flow.log_prob
         if self._log_prob is not None:
             self._fresh.append(self._log_prob)
             return self._log_prob

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import iterated, planar
+from pyro.distributions.transforms import iterated, planar, sylvester
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, autoguide
 from pyro.optim import Adam
 
@@ -164,9 +164,26 @@ def test_moving_support():
     refuse(guide, "'z', made of Uniform, has no path gradient: its support depends")
 
 
-def test_flow_without_inverse():
-    guide = autoguide.AutoNormalizingFlow(normal_model, partial(iterated, 2, planar))
-    refuse(guide, "made of Normal, Planar, Planar, has no path gradient: log_prob works only")
+def test_flow_without_known_score():
+    guide = autoguide.AutoNormalizingFlow(normal_model, partial(iterated, 2, sylvester))
+    refuse(guide, "made of Normal, Sylvester, Sylvester, has no path gradient: its log_abs_det_jacobian")
+
+
+def test_flow_without_inverse_outside_of_the_local_plate():
+    flow = planar(2)
+
+    def guide():
+        pyro.module("flow", flow)
+        pyro.sample("z", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), [flow]))
+        with pyro.plate("items", 3):
+            pyro.sample("y", dist.Normal(positive("s", 1.0), 1.0))
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("items", 3):
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0))
+
+    refuse(guide, "no path gradient: it has no inverse, and is outside of plate", model=model, local_plate="items")
 
 
 def test_guide_messenger():

@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from functools import partial
+
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
@@ -198,6 +200,16 @@ OBSTACLES = {
     "planar": (MEMORY, lambda p: transformed(vector(), T.affine_autoregressive(3), T.planar(3))),
     "block": (MEMORY, lambda p: transformed(vector(), T.block_autoregressive(3))),
     "conditional planar": (MEMORY, lambda p: conditional(T.conditional_planar)),
+    "sylvester": ("not that of its Jacobian", lambda p: transformed(vector(), T.sylvester(3))),
+    "jump in a flow": (
+        "LeakyReLUTransform" + KNOWN,
+        lambda p: transformed(vector(), T.block_autoregressive(3, activation="LeakyReLU")),
+    ),
+    "bounds of a flow": (LEARNED + "Block", lambda p: transformed(vector(dist.Laplace), T.block_autoregressive(3))),
+    "bounds of two flows": (
+        LEARNED + "Block",
+        lambda p: transformed(vector(), T.neural_autoregressive(3), T.block_autoregressive(3)),
+    ),
     "straight through": (MEMORY, lambda p: dist.RelaxedBernoulliStraightThrough(torch.tensor(0.5), logits=p)),
 }
 
@@ -205,6 +217,37 @@ OBSTACLES = {
 @pytest.mark.parametrize("reason, make", OBSTACLES.values(), ids=OBSTACLES.keys())
 def test_obstacles(reason, make):
     assert reason in score_obstacle(make(learned(1.5)))
+
+
+@pytest.mark.parametrize("name", ["planar", "block", "conditional planar"])
+def test_known_at_the_last_draw(name):
+    assert score_obstacle(OBSTACLES[name][1](learned(1.5)), at_draw=True) is None
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        T.affine_autoregressive,
+        T.affine_coupling,
+        T.block_autoregressive,
+        T.neural_autoregressive,
+        T.planar,
+        T.radial,
+        T.spline,
+        T.spline_autoregressive,
+        T.spline_coupling,
+        partial(T.householder, count_transforms=2),
+    ],
+)
+def test_log_determinants_are_those_of_jacobians(layer):
+    """Else the mean of the score is not zero."""
+    layer = layer(4).double()
+    for p in layer.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    x = torch.randn(4, dtype=torch.double)
+    jacobian = torch.autograd.functional.jacobian(layer._call, x)
+    log_det = layer.log_abs_det_jacobian(x, layer(x)).sum()
+    assert (jacobian.det().abs().log() - log_det).abs() < 1e-6
 
 
 @pytest.mark.parametrize(
