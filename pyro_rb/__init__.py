@@ -3,6 +3,8 @@
 
 """Gradient estimators with less variance for stochastic variational inference in Pyro."""
 
+from typing import Any
+
 from pyro_rb.diagnostics import (
     Comparison,
     GradientGuard,
@@ -38,5 +40,15 @@ __all__ = [
     "StopRule",
     "check_unbiased",
     "compare",
+    "compile",
     "measure_noise",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What needs much of PyTorch is imported when it is asked for.
+    if name in ("CompiledELBO", "CompiledSVI", "compile"):
+        import pyro_rb.compiled
+
+        return getattr(pyro_rb.compiled, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 
 """What losses with path gradients share."""
 
+import copy
 import math
 import numbers
 import textwrap
@@ -25,7 +26,7 @@ from pyro_rb.infer.learned_state import LearnedStateMixin
 from pyro_rb.infer.parameters import CallParameters
 from pyro_rb.infer.report import Report, Summary
 from pyro_rb.infer.util import is_replayed
-from pyro_rb.ops.control_variate import AdaptiveScale
+from pyro_rb.ops.control_variate import AdaptiveScale, Moments
 from pyro_rb.ops.graph import Node, first_leaf, share_leaves
 from pyro_rb.ops.quiet_grad import quiet_grad
 
@@ -71,18 +72,26 @@ class PathGradientMixin(LearnedStateMixin):
     #: Says in the report how a site is treated that is left to Pyro.
     otherwise: str
     control_variate_scale: Union[float, str]
+    #: While the operations of a step are captured: gives a learned scale as a tensor.
+    _give_scale: Optional[Callable[[Moments], torch.Tensor]] = None
 
     def _init_scales(self, control_variate_scale: Any) -> None:
         self.control_variate_scale = check_scale(control_variate_scale)
         self._adaptive = AdaptiveScale()
         self._parameters: Optional[CallParameters] = None
         #: Of the last particle, for each site with a path gradient.
-        self._scales: Dict[str, float] = {}
+        self._scales: Dict[str, Any] = {}
         self._latest: Optional[Summary] = None
         self._why_not_learned = ""
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_parameters": None}
+
+    def _settled(self, give_scale: Callable[[Moments], torch.Tensor]) -> "PathGradientMixin":
+        """A copy whose steps do the same and find out nothing."""
+        settled = copy.copy(self)
+        settled._give_scale = give_scale
+        return settled
 
     def _get_learned(self) -> Dict[str, Any]:
         return {"control_variates": self._adaptive.state_dict()}
@@ -154,6 +163,10 @@ class PathGradientMixin(LearnedStateMixin):
             for name, leaf in leaf_of.items()
             if leaf is not None
         }
+        if self._give_scale is not None:
+            give = self._give_scale
+            self._scales.update((n, give(moments[n]) if n in moments else 0.0) for n in log_q)
+            return []
         # Any one parameter will do: all of a site's had the same scale last. Without a
         # parameter there is no score.
         self._scales.update((n, moments[n].scale if n in moments else 0.0) for n in log_q)

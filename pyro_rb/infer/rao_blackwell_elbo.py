@@ -24,7 +24,7 @@ from pyro_rb.infer.particle_baseline import Draw, compute_scores
 from pyro_rb.infer.path_mixin import Groups, check_num_particles
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.run_mixin import RunMixin
-from pyro_rb.infer.surrogate import path_terms
+from pyro_rb.infer.surrogate import is_exactly, path_terms, rest_of
 from pyro_rb.infer.util import site_values
 from pyro_rb.infer.weights import compute_elbo, weigh, without_value
 from pyro_rb.ops.projection import SOLVERS
@@ -209,8 +209,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
             entropy_term = terms.get(name, z.new_zeros(()))
             if name not in log_q:  # analytic
                 entropy_term = entropy_term + site["score_parts"].entropy_term.sum()
-            elif self._scales[name] != 1.0:
-                entropy_term = torch.add(entropy_term, log_q[name], alpha=1.0 - self._scales[name])
+            elif not is_exactly(self._scales[name], 1.0):
+                entropy_term = entropy_term + rest_of(self._scales[name], log_q[name])
             site["score_parts"] = site["score_parts"]._replace(entropy_term=entropy_term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
@@ -244,10 +244,10 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
             log_q = {n: weighted.log_q[n] for n in run.path_sites if n in weighted.log_q}
             groups = self._choose_scales(log_q, run)
             # The scores of all others are left out, as their mean is zero.
-            scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
+            scales: Dict[str, Any] = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
             for name, term in log_q.items():
-                if scales[name] != 1.0:
-                    surrogate = surrogate - without_value((1.0 - scales[name]) * term)
+                if not is_exactly(scales[name], 1.0):
+                    surrogate = surrogate - without_value(rest_of(scales[name], term))
             for term in path_terms(weighted.log_q, run.path, scales).values():
                 surrogate = surrogate - without_value(term)
             self._learn_scales(groups, log_q, -surrogate, terms[:2])

@@ -72,6 +72,11 @@ class RunMixin(PathGradientMixin):
         self._steps_done = learned["steps_done"]
         self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
 
+    def _settled(self, give_scale: Any) -> Any:
+        settled: Any = super()._settled(give_scale)
+        settled._rows = self._rows.settled()
+        return settled
+
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Iterator[Tuple[Trace, Trace]]:

@@ -5,11 +5,23 @@
 The one place that touches Pyro's private names.
 """
 
+import weakref
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Tuple,
+)
 
 import torch
-from pyro import poutine
+from pyro import get_param_store, poutine
 from pyro.distributions import MaskedDistribution
 from pyro.infer.traceenum_elbo import (
     _check_tmc_elbo_constraint,
@@ -323,3 +335,47 @@ def set_torch_generators(states: Any) -> None:
     torch.set_rng_state(state)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def parameter_table() -> Dict[str, torch.Tensor]:
+    """The unconstrained parameters in the param store, by name; not a copy."""
+    table: Dict[str, torch.Tensor] = get_param_store()._params
+    return table
+
+
+def is_plain_call() -> bool:
+    """Whether no handler is around the code but those that collect parameters, as SVI does."""
+    return all(isinstance(f, TraceMessenger) and f.param_only for f in _PYRO_STACK)
+
+
+@contextmanager
+def without_handlers() -> Iterator[None]:
+    """Within, code runs as if there were no handler around it."""
+    saved = _PYRO_STACK[:]
+    _PYRO_STACK.clear()
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = saved
+
+
+def announce_parameters(named: Mapping[str, torch.Tensor]) -> None:
+    """
+    Tells handlers that collect parameters that these were used, as their statements would.
+
+    :param named: unconstrained parameters that are in the param store.
+
+    >>> import pyro, torch
+    >>> loc = pyro.param("loc", torch.zeros(()))
+    >>> with pyro.poutine.trace(param_only=True) as capture:
+    ...     announce_parameters({"loc": loc.unconstrained()})
+    >>> list(capture.trace.nodes)
+    ['loc']
+    """
+    for frame in _PYRO_STACK:
+        trace = frame.trace  # type: ignore[attr-defined]
+        for name, parameter in named.items():
+            if name not in trace.nodes:
+                # As Pyro does for a parameter without a constraint.
+                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+                trace.add_node(name, type="param", name=name, value=parameter)

@@ -1,0 +1,231 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The graphs of one loss, model and guide: when they are made, when they are compared with the
+eager loss, and when they are given up.
+"""
+
+import warnings
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+
+import torch
+from pyro import poutine
+
+from pyro_rb.compiled.call import describe, with_tensors
+from pyro_rb.compiled.capture import capture
+from pyro_rb.compiled.graph import Gradient, Graph, difference
+from pyro_rb.compiled.reach import Reachable
+from pyro_rb.compiled.settle import settle
+from pyro_rb.compiled.state import State
+from pyro_rb.compiled.watch import NotCapturable
+from pyro_rb.infer.util import (
+    get_torch_generators,
+    is_plain_call,
+    parameter_table,
+    set_torch_generators,
+    without_handlers,
+)
+
+MAX_GRAPHS = 8
+MAX_UNSTABLE = 3
+ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
+
+
+class Program:
+    """
+    :param elbo: the eager loss.
+    :param model: its model.
+    :param guide: its guide.
+    :param str backend: ``"inductor"`` or ``"replay"``.
+    :param int check_every: the steps between comparisons, in the long run.
+    """
+
+    def __init__(
+        self, elbo: Any, model: Any, guide: Any, backend: str, check_every: int
+    ) -> None:
+        self.elbo, self.model, self.guide = elbo, model, guide
+        self.backend, self.check_every = backend, check_every
+        #: Why steps are eager; empty if they are not.
+        self.reason = ""
+        self._graphs: Dict[Tuple, List[Graph]] = {}
+        self._seen: Set[Tuple] = set()
+        self._unstable = 0
+        self._warned: Set[str] = set()
+
+    @property
+    def graphs(self) -> List[Graph]:
+        return [graph for graphs in self._graphs.values() for graph in graphs]
+
+    def find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
+        """
+        :return: the loss and its gradient, or None if the eager loss is to be called.
+        """
+        if self.reason:
+            return None
+        if not is_plain_call():
+            self._warn("a handler is around the loss, such as poutine.block")
+            return None
+        try:
+            return self._find(args, kwargs)
+        except NotCapturable as e:
+            self._give_up(str(e))
+            return None
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self._graphs.clear()
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            name = type(self.elbo).__name__
+            warnings.warn(f"{name} is not compiled, its steps are eager: {reason}.", stacklevel=5)
+
+    def _find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
+        key, tensors = describe((args, kwargs))
+        key += (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_default_dtype(),
+            torch.is_autocast_enabled(),
+        )
+        if key not in self._seen:
+            # The first step makes parameters, and finds out the nesting of plates.
+            self._seen.add(key)
+            return None
+        graphs = self._graphs.setdefault(key, [])
+        if graphs and any(graph.is_due() for graph in graphs):
+            return None
+        why = None
+        for graph in graphs:
+            why = graph.why_invalid()
+            if why is None:
+                break
+        else:
+            if len(self.graphs) >= MAX_GRAPHS:
+                why = why or "the shape or value of an argument"
+                raise NotCapturable(
+                    f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
+                    "Pad the last minibatch or leave it out"
+                )
+            graph = self._capture(args, kwargs, tensors)
+            found, is_good = self._check(graph, args, kwargs, tensors)
+            if is_good:
+                graphs.append(graph)
+            return found
+        graph.calls += 1
+        if graph.calls >= graph.next_check:
+            return self._check(graph, args, kwargs, tensors)[0]
+        generators = get_torch_generators()
+        step = graph(tensors)
+        loss = step.loss.item()
+        if loss != loss or not (step.held is None or step.held):
+            set_torch_generators(generators)
+            return None  # the eager loss says where, or does without what was assumed
+        graph.count_step()
+        graph.announce()
+        return Gradient(loss, graph.captured.parameters, step.grads)
+
+    def _reach(self) -> Reachable:
+        return Reachable({"the model": self.model, "the guide": self.guide}, self.elbo)
+
+    def _capture(self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Graph:
+        reach = self._reach()
+        state = State(reach.buffers())
+        elbo, scales = settle(self.elbo)
+
+        def run(*inputs: torch.Tensor) -> Any:
+            call_args, call_kwargs = with_tensors((args, kwargs), iter(inputs))
+            return elbo.loss_and_grads(self.model, self.guide, *call_args, **call_kwargs)
+
+        try:
+            with without_handlers():
+                captured = capture(run, tensors)
+        finally:
+            state.restore()
+        return Graph(captured, reach, scales)
+
+    def _check(
+        self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
+    ) -> Tuple[Gradient, bool]:
+        """Makes an eager step, and compares the graph with it."""
+        buffers, watched = graph.reach.buffers(), graph.reach.tensors()
+        versions = [x._version for _, x in watched]
+        before = State(buffers)
+        result, named = self._eager(args, kwargs)
+        after = State(buffers)
+        graph.note_parameters(named)
+        changed = graph.why_invalid()
+        moved = [name for (name, x), v in zip(watched, versions) if x._version != v]
+        if before.random_python() != after.random_python():
+            self._give_up(
+                "model or guide draw random numbers by Python's random or by NumPy, "
+                f"which a graph does not. {ADVICE}"
+            )
+        elif moved:
+            self._give_up(f"{moved[0]} is changed in place by each run. Expected a buffer")
+        elif changed is not None:
+            # A guide that is set up at its first run is done with that.
+            self._unstable += 1
+            if self._unstable >= MAX_UNSTABLE:
+                self._give_up(f"{changed} changes at each run. {ADVICE}")
+        else:
+            self._compare(graph, tensors, result, before, after)
+            if self.backend == "inductor" and not self.reason and not graph.is_compiled:
+                self._compile(graph, tensors, result, before, after)
+            graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
+        return result, changed is None and not self.reason
+
+    def _eager(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Gradient, Dict[str, Any]]:
+        """The loss and gradient of an eager step, and the parameters that it announced."""
+        table = parameter_table()
+        modules = self._reach().modules
+        candidates = [*table.values(), *(p for m in modules for p in m.parameters())]
+        parameters = list({id(p): p for p in candidates}.values())
+        kept = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            with poutine.trace(param_only=True) as announced:
+                loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+        finally:
+            for p, grad in zip(parameters, kept):
+                p.grad = grad
+        named = {name: table.get(name) for name in announced.trace.nodes}
+        if None in named.values():
+            raise NotCapturable(
+                "A parameter is not in the param store. Expected "
+                "pyro.settings.set(module_local_params=False)"
+            )
+        return Gradient(loss, *zip(*pairs)) if pairs else Gradient(loss, (), ()), named
+
+    def _compare(
+        self, graph: Graph, tensors: Sequence[Any], result: Gradient, before: State, after: State
+    ) -> None:
+        before.restore()
+        try:
+            step = graph(tensors)
+            problem = difference(step, graph.captured.parameters, result, not graph.is_compiled)
+            if not problem:
+                problem = State(graph.reach.buffers()).difference(after)
+        except RuntimeError as e:
+            problem = str(e)
+        finally:
+            after.restore()
+        if problem:
+            self._give_up(
+                f"its graph and the eager loss differ for the same random numbers: {problem}. "
+                f"Something that is no argument differs from step to step. {ADVICE}"
+            )
+
+    def _compile(self, graph: Graph, tensors: Sequence[Any], *results: Any) -> None:
+        try:
+            graph.compile(tensors)
+        except Exception as e:  # no C++ compiler, say
+            self.backend = "replay"
+            self._warn(f"Inductor failed, so that the graph is replayed: {type(e).__name__}: {e}")
+            return
+        self._compare(graph, tensors, *results)

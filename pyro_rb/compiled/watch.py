@@ -1,0 +1,122 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What must not happen while a graph is captured: that Python looks at a number that differs
+from step to step.
+"""
+
+import linecache
+import os
+import sys
+from typing import Any, Dict, List, Tuple
+
+import pyro
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_rb
+from pyro_rb.compiled.torch_private import is_tracked
+
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
+    for module in (torch, pyro, pyro_rb)
+)
+_LOOKS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__"),
+        *("__index__", "__complex__", "__contains__"),
+    )
+}
+
+
+class NotCapturable(Exception):
+    """Says why a loss cannot be captured."""
+
+
+def find_user_line() -> str:
+    """Where in code that is none of the libraries' the program is; empty if nowhere."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((*_LIBRARIES, "<")) or filename.startswith("<ipython"):
+            line = linecache.getline(filename, frame.f_lineno).strip()
+            return f" at {filename}:{frame.f_lineno}: {line}"
+        frame = frame.f_back
+    return ""
+
+
+def _refuse(what: str) -> Any:
+    raise NotCapturable(
+        f"{what}{find_user_line()}. What depends on it cannot change in a captured graph. "
+        "Expected tensor operations only, such as torch.where"
+    )
+
+
+class Watch(TorchFunctionMode):
+    """
+    Keeps losses from reading their own values, as they do for the loss that they return, and
+    refuses all other looks at numbers that differ from step to step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Scalars that the graph takes to be true.
+        self.assumed: List[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
+    ) -> Any:
+        if func in _LOOKS and args and is_tracked(args[0]):
+            return self._look(func, args[0], sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, func: Any, tensor: torch.Tensor, frame: Any) -> Any:
+        code = frame.f_code
+        where = code.co_name if code.co_filename.startswith(_LIBRARIES) else ""
+        if where == "torch_item":
+            # In the precision of the number that it stands for.
+            return tensor.detach().double()
+        if where in ("warn_if_nan", "warn_if_inf"):
+            return False  # the value of the graph is looked at
+        if where == "compute_expectation" and bool(tensor):
+            self.assumed.append(tensor)  # that all values have a probability
+            return True
+        return _refuse(f"It looks at the value of a tensor, by {func.__name__}(),")
+
+
+class Operations(TorchDispatchMode):
+    """Notes parameters that are used, and refuses operations whose shapes depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Tensors that autograd may add a gradient to, and the gradient that they had.
+        self.leaves: Dict[int, Tuple[torch.Tensor, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
+        for x in tensors:
+            if x.requires_grad and x.is_leaf and id(x) not in self.leaves and not is_tracked(x):
+                self.leaves[id(x)] = x, x.grad
+                x.grad = None
+        if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
+            indices = args[1] if "index" in func.__name__ else [torch.ones((), dtype=torch.bool)]
+            masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                _refuse("A shape depends on values")
+        if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
+            _refuse("It looks at the value of a tensor")
+        return func(*args, **kwargs)
+
+
+def _flat(value: Any) -> List[Any]:
+    if isinstance(value, (list, tuple)):
+        return [x for item in value for x in _flat(item)]
+    if isinstance(value, dict):
+        return [x for item in value.values() for x in _flat(item)]
+    return [value]
