@@ -8,6 +8,7 @@ from pyro import get_param_store
 
 from pyro_rb.compiled.capture import Captured
 from pyro_rb.compiled.reach import Reachable
+from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.torch_private import compile_graph
 from pyro_rb.infer.util import announce_parameters, parameter_table
 
@@ -46,7 +47,7 @@ class Graph:
         self.next_check = 0
         self.is_compiled = False
         self._scales = list(scales)
-        self._run: Callable = captured.module
+        self._run: Callable = as_function(captured.module)
         #: In the param store, by name; all that were announced by a step.
         self._named: Mapping[str, torch.Tensor] = {}
         self._kinds = [_kind(x) for x in captured.fixed]

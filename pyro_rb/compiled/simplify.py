@@ -5,62 +5,110 @@
 Less operations with the same results, bit by bit.
 """
 
-from typing import Any, Dict
+import operator
+from typing import Any, Dict, Set
 
 import torch
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
-_COPIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
+_SAME_MEMORY = {aten.detach.default, aten.alias.default}
 _FRESH = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}
+#: Operations that do nothing with such a second argument.
+_NEUTRAL = {
+    aten.mul.Tensor: 1,
+    aten.mul.Scalar: 1,
+    aten.div.Tensor: 1,
+    aten.pow.Tensor_Scalar: 1,
+}
 
 
-def simplify(module: torch.fx.GraphModule) -> None:
+def simplify(module: GraphModule) -> None:
     """
-    Leaves out copies of what is not changed, and all but the first of operations that are the
-    same, unless the graph changes tensors in place, other than by random numbers.
+    Leaves out copies of what is not changed, operations that do nothing, and all but the
+    first of operations that are the same. Makes each result a tensor of its own, which an
+    optimizer may change in place.
     """
     graph = module.graph
-    if not any(map(_mutates, graph.nodes)):
+    if all(node.op != "call_function" or _is_known(node) for node in graph.nodes):
         _share(graph)
     _keep_outputs_apart(graph)
     graph.eliminate_dead_code()
     module.recompile()
 
 
-def _share(graph: torch.fx.Graph) -> None:
-    seen: Dict[Any, torch.fx.Node] = {}
+def _is_known(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+
+
+def _share(graph: Graph) -> None:
+    roots: Dict[Node, Node] = {}
+    changed = _find_changed(graph, roots)
+    seen: Dict[Any, Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or node.target is operator.getitem:
             continue
-        if node.target in _COPIES:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target not in _FRESH and not _is_random(node):
+        target: Any = node.target
+        touches = any(roots[x] in changed for x in [node, *node.all_input_nodes])
+        if target in _SAME_MEMORY or (not touches and _does_nothing(node)):
+            first: Any = node.args[0]
+        elif touches or target in _FRESH or _is_random(node):
+            continue
+        else:
             try:
-                key = (node.target, _key(node.args), _key(node.kwargs))
-                first = seen.setdefault(key, node)
-            except TypeError:
+                first = seen.setdefault((target, _key(node.args), _key(node.kwargs)), node)
+            except TypeError:  # not hashable
                 continue
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
-def _is_random(node: torch.fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+def _find_changed(graph: Graph, roots: Dict[Node, Node]) -> Set[Node]:
+    """
+    Tensors that are changed in place, but for new ones that are filled by random numbers.
+
+    :param roots: is given, for each node, the one that made its memory.
+    """
+    changed = set()
+    for node in graph.nodes:
+        roots[node] = node
+        if node.op != "call_function":
+            continue
+        if node.target is operator.getitem:
+            roots[node] = roots[node.args[0]]
+            continue
+        schema = node.target._schema
+        for value, argument in zip(node.args, schema.arguments):
+            if argument.alias_info is None or not isinstance(value, Node):
+                continue
+            roots[node] = roots[value]
+            if argument.alias_info.is_write:
+                if not (_is_random(node) and value.target in _FRESH):
+                    changed.add(roots[value])
+        if node.target is aten.native_batch_norm.default:  # does not say what it changes
+            changed.update(roots[x] for x in node.args[3:5] if isinstance(x, Node))
+    return changed
 
 
-def _mutates(node: Any) -> bool:
-    if node.op != "call_function":
-        return False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target.__name__ != "getitem"
-    if node.target is aten.native_batch_norm.default:
+def _does_nothing(node: Node) -> bool:
+    target: Any = node.target
+    if target is aten.lift_fresh_copy.default:
         return True
-    if not node.target._schema.is_mutable:
+    meta = node.meta.get("tensor_meta")
+    source = getattr(node.args[0] if node.args else None, "meta", {}).get("tensor_meta")
+    if meta is None or source is None or not hasattr(meta, "dtype"):
         return False
-    changed = node.args[0] if node.args else None
-    return not (_is_random(node) and getattr(changed, "target", None) in _FRESH)
+    if not meta.dtype.is_floating_point or (meta.shape, meta.dtype) != (source.shape, source.dtype):
+        return False
+    if target is aten.expand.default:
+        return True
+    other = node.args[1] if len(node.args) == 2 and not node.kwargs else None
+    return isinstance(other, (int, float)) and other == _NEUTRAL.get(target)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
 
 
 def _key(value: Any) -> Any:
@@ -72,13 +120,12 @@ def _key(value: Any) -> Any:
     return (type(value), repr(value)) if isinstance(value, (bool, int, float)) else value
 
 
-def _keep_outputs_apart(graph: torch.fx.Graph) -> None:
-    """Each gradient is a tensor of its own, which the optimizer may change in place."""
+def _keep_outputs_apart(graph: Graph) -> None:
     output = next(node for node in graph.nodes if node.op == "output")
     seen = set()
     results = []
     for node in output.args[0]:
-        if isinstance(node, torch.fx.Node):
+        if isinstance(node, Node):
             if node in seen or node.op != "call_function" or not _owns_memory(node):
                 with graph.inserting_before(output):
                     node = graph.call_function(aten.clone.default, (node,))

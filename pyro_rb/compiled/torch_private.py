@@ -51,6 +51,12 @@ def outside_of_graph() -> Any:
     return _disable_current_modes()
 
 
+def bare(operation: Any) -> Callable:
+    """What an operation calls in the end."""
+    found: Callable = getattr(operation, "_op", operation)
+    return found
+
+
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
     """Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them."""
     import torch._inductor
