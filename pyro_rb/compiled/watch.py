@@ -17,12 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_rb
-from pyro_rb.compiled.torch_private import is_tracked
+from pyro_rb.compiled.torch_private import is_tracked, outside_of_graph
 
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
     for module in (torch, pyro, pyro_rb)
 )
+_PYRO_RB = _LIBRARIES[2]
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_CAPTURE = _OWN + "capture.py"
 _LOOKS = {
     getattr(torch.Tensor, name)
     for name in (
@@ -37,15 +40,22 @@ class NotCapturable(Exception):
 
 
 def find_user_line() -> str:
-    """Where in code that is none of the libraries' the program is; empty if nowhere."""
+    """
+    Where in code that is none of the libraries' the program is, below :func:`capture`; else
+    where it is in theirs.
+    """
     frame: Any = sys._getframe(1)
-    while frame is not None:
+    where = ""
+    while frame is not None and frame.f_code.co_filename != _CAPTURE:
         filename = frame.f_code.co_filename
-        if not filename.startswith((*_LIBRARIES, "<")) or filename.startswith("<ipython"):
+        is_user = not filename.startswith((*_LIBRARIES, "<"))
+        if is_user or not (where or filename.startswith((_OWN, "<"))):
             line = linecache.getline(filename, frame.f_lineno).strip()
-            return f" at {filename}:{frame.f_lineno}: {line}"
+            where = f" at {filename}:{frame.f_lineno}: {line}"
+        if is_user:
+            break
         frame = frame.f_back
-    return ""
+    return where
 
 
 def _refuse(what: str) -> Any:
@@ -70,21 +80,31 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         if func in _LOOKS and args and is_tracked(args[0]):
-            return self._look(func, args[0], sys._getframe(1))
+            return self._look(func, args[0], sys._getframe(1).f_code)
         return func(*args, **(kwargs or {}))
 
-    def _look(self, func: Any, tensor: torch.Tensor, frame: Any) -> Any:
-        code = frame.f_code
-        where = code.co_name if code.co_filename.startswith(_LIBRARIES) else ""
-        if where == "torch_item":
-            # In the precision of the number that it stands for.
-            return tensor.detach().double()
-        if where in ("warn_if_nan", "warn_if_inf"):
-            return False  # the value of the graph is looked at
-        if where == "compute_expectation" and bool(tensor):
-            self.assumed.append(tensor)  # that all values have a probability
-            return True
+    def _look(self, func: Any, tensor: torch.Tensor, code: Any) -> Any:
+        if code.co_filename.startswith(_LIBRARIES):
+            if code.co_name in ("warn_if_nan", "warn_if_inf"):
+                return False  # the value of the graph is looked at
+            if func is torch.Tensor.item and code.co_name == "torch_item" or _is_loss(code):
+                # In the precision of the number that it stands for.
+                if func is torch.Tensor.item:
+                    return tensor.detach().double()
+                if func is torch.Tensor.tolist and tensor.dim() == 1:
+                    return list(tensor.detach().double().unbind())
+            if func is torch.Tensor.__bool__ and (
+                code.co_filename.startswith(_PYRO_RB) or code.co_name == "compute_expectation"
+            ):
+                with outside_of_graph():
+                    value = bool(tensor)
+                self.assumed.append(tensor if value else ~tensor)
+                return value
         return _refuse(f"It looks at the value of a tensor, by {func.__name__}(),")
+
+
+def _is_loss(code: Any) -> bool:
+    return code.co_filename.endswith(("_elbo.py", "importance_bound.py"))
 
 
 class Operations(TorchDispatchMode):
