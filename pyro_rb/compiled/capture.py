@@ -27,6 +27,8 @@ class Captured(NamedTuple):
     module: torch.fx.GraphModule
     fixed: List[torch.Tensor]
     parameters: List[torch.Tensor]
+    #: Tensors of others that it changes in place, such as running means.
+    changed: List[torch.Tensor]
 
 
 def capture(
@@ -61,9 +63,21 @@ def capture(
     finally:
         for x, grad in operations.leaves.values():
             x.grad = grad
+        with torch.no_grad():
+            for x, value in operations.changed.values():
+                x.copy_(value)
+    if any(map(has_hooks, parameters)):
+        raise NotCapturable("A parameter has hooks, which a graph does not call")
     fixed = _lift(module)
     simplify(module)
-    return Captured(module, fixed, parameters)
+    changed = [x for x, _ in operations.changed.values()]
+    return Captured(module, fixed, parameters, changed)
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether something is called when a tensor gets its gradient."""
+    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return bool(hooks)
 
 
 def _lift(module: torch.fx.GraphModule) -> List[torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence
 import torch
 from pyro import get_param_store
 
-from pyro_rb.compiled.capture import Captured
+from pyro_rb.compiled.capture import Captured, has_hooks
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.torch_private import compile_graph
@@ -76,10 +76,13 @@ class Graph:
         for moments, _ in self._scales:
             moments.steps_left -= 1
 
+    def take_scales(self) -> None:
+        """Uses what the loss has learned so far."""
+        for moments, tensor in self._scales:
+            tensor.fill_(moments.scale)
+
     def __call__(self, args: Sequence[torch.Tensor]) -> Step:
         with torch.no_grad():
-            for moments, tensor in self._scales:
-                tensor.fill_(moments.scale)
             loss, held, *grads = self._run(*args, *self.captured.fixed)
         return Step(loss, held, grads)
 
@@ -94,8 +97,7 @@ class Graph:
 
 
 def _kind(x: torch.Tensor) -> Any:
-    hooks = x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None)
-    return x.shape, x.dtype, x.device, x.requires_grad, bool(hooks)
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, has_hooks(x)
 
 
 def difference(

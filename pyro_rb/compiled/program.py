@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from pyro import poutine
+from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
@@ -49,7 +50,7 @@ class Program:
         #: Why steps are eager; empty if they are not.
         self.reason = ""
         self._graphs: Dict[Tuple, List[Graph]] = {}
-        self._seen: Set[Tuple] = set()
+        self._pending: Set[Tuple] = set()
         self._unstable = 0
         self._warned: Set[str] = set()
 
@@ -91,10 +92,6 @@ class Program:
             torch.get_default_dtype(),
             torch.is_autocast_enabled(),
         )
-        if key not in self._seen:
-            # The first step makes parameters, and finds out the nesting of plates.
-            self._seen.add(key)
-            return None
         graphs = self._graphs.setdefault(key, [])
         if graphs and any(graph.is_due() for graph in graphs):
             return None
@@ -104,6 +101,11 @@ class Program:
             if why is None:
                 break
         else:
+            if key not in self._pending:
+                # An eager step makes parameters, and finds out the nesting of plates.
+                self._pending.add(key)
+                return None
+            self._pending.remove(key)
             if len(self.graphs) >= MAX_GRAPHS:
                 why = why or "the shape or value of an argument"
                 raise NotCapturable(
@@ -111,11 +113,13 @@ class Program:
                     "Pad the last minibatch or leave it out"
                 )
             graph = self._capture(args, kwargs, tensors)
+            graph.take_scales()
             found, is_good = self._check(graph, args, kwargs, tensors)
             if is_good:
                 graphs.append(graph)
             return found
         graph.calls += 1
+        graph.take_scales()
         if graph.calls >= graph.next_check:
             return self._check(graph, args, kwargs, tensors)[0]
         generators = get_torch_generators()
@@ -133,6 +137,8 @@ class Program:
 
     def _capture(self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Graph:
         reach = self._reach()
+        if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
+            raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
         state = State(reach.buffers())
         elbo, scales = settle(self.elbo)
 
@@ -151,21 +157,17 @@ class Program:
         self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
     ) -> Tuple[Gradient, bool]:
         """Makes an eager step, and compares the graph with it."""
-        buffers, watched = graph.reach.buffers(), graph.reach.tensors()
-        versions = [x._version for _, x in watched]
+        buffers = [*graph.reach.buffers(), *graph.captured.changed]
         before = State(buffers)
         result, named = self._eager(args, kwargs)
         after = State(buffers)
         graph.note_parameters(named)
         changed = graph.why_invalid()
-        moved = [name for (name, x), v in zip(watched, versions) if x._version != v]
         if before.random_python() != after.random_python():
             self._give_up(
                 "model or guide draw random numbers by Python's random or by NumPy, "
                 f"which a graph does not. {ADVICE}"
             )
-        elif moved:
-            self._give_up(f"{moved[0]} is changed in place by each run. Expected a buffer")
         elif changed is not None:
             # A guide that is set up at its first run is done with that.
             self._unstable += 1
@@ -210,7 +212,7 @@ class Program:
             step = graph(tensors)
             problem = difference(step, graph.captured.parameters, result, not graph.is_compiled)
             if not problem:
-                problem = State(graph.reach.buffers()).difference(after)
+                problem = after.compare()
         except RuntimeError as e:
             problem = str(e)
         finally:

@@ -9,7 +9,7 @@ defaults, and attributes. A graph has their values as they were when it was capt
 import functools
 import operator
 import types
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 
@@ -71,17 +71,6 @@ class Reachable:
         found = {id(b): b for m in self.modules for b in m.buffers(recurse=False)}
         return list(found.values())
 
-    def tensors(self) -> List[Tuple[str, torch.Tensor]]:
-        """Tensors that are neither parameters nor buffers."""
-        own = {id(b) for b in self.buffers()}
-        return [
-            (slot.name, slot.value)
-            for slot in self.slots
-            if isinstance(slot.value, torch.Tensor)
-            and not slot.value.requires_grad
-            and id(slot.value) not in own
-        ]
-
     def _add(self, name: str, read: Callable[[], Any]) -> None:
         try:
             value = read()
@@ -118,13 +107,13 @@ class Reachable:
 
     def _visit_function(self, fn: Any, name: str) -> None:
         for key, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
-            self._add(f"the variable {key} of {name}", functools.partial(_contents, cell))
+            self._add(f"{name}'s variable {key}", functools.partial(_contents, cell))
         self._visit([fn.__defaults__ or (), fn.__kwdefaults__ or {}], f"the defaults of {name}")
         if _is_library(fn):
             return
         for key in dict.fromkeys(_names(fn.__code__)):
             if key in fn.__globals__:
-                self._add_item(f"the variable {key} of {name}", fn.__globals__, key)
+                self._add_item(f"{name}'s variable {key}", fn.__globals__, key)
 
     def _visit_module(self, module: torch.nn.Module, name: str) -> None:
         self.modules.append(module)

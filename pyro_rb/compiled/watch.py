@@ -108,10 +108,17 @@ def _is_loss(code: Any) -> bool:
 
 
 class Operations(TorchDispatchMode):
-    """Notes parameters that are used, and refuses operations whose shapes depend on values."""
+    """
+    Notes which tensors of others are used and changed, and refuses operations whose shapes
+    depend on values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        #: Tensors that are changed in place, and copies of what they were.
+        self.changed: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Tensors of others, by their memory.
+        self._others: Dict[int, torch.Tensor] = {}
         #: Tensors that autograd may add a gradient to, and the gradient that they had.
         self.leaves: Dict[int, Tuple[torch.Tensor, Any]] = {}
 
@@ -121,9 +128,13 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
         for x in tensors:
-            if x.requires_grad and x.is_leaf and id(x) not in self.leaves and not is_tracked(x):
-                self.leaves[id(x)] = x, x.grad
-                x.grad = None
+            if not is_tracked(x):
+                self._others.setdefault(_memory(x), x)
+                if x.requires_grad and x.is_leaf and id(x) not in self.leaves:
+                    self.leaves[id(x)] = x, x.grad
+                    x.grad = None
+        if func._schema.is_mutable or func is torch.ops.aten.native_batch_norm.default:
+            self._save(func, args)
         if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
             indices = args[1] if "index" in func.__name__ else [torch.ones((), dtype=torch.bool)]
             masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
@@ -132,6 +143,24 @@ class Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
             _refuse("It looks at the value of a tensor")
         return func(*args, **kwargs)
+
+
+    def _save(self, func: Any, args: Tuple) -> None:
+        arguments = func._schema.arguments
+        written = [x for x, a in zip(args, arguments) if a.alias_info and a.alias_info.is_write]
+        if func is torch.ops.aten.native_batch_norm.default:  # does not say what it changes
+            written = list(args[3:5])
+        for x in _flat(written):
+            if not isinstance(x, torch.Tensor):
+                continue
+            other = self._others.get(_memory(x))
+            if other is not None and id(other) not in self.changed:
+                with outside_of_graph():
+                    self.changed[id(other)] = other, other.detach().clone()
+
+
+def _memory(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
 def _flat(value: Any) -> List[Any]:

@@ -16,7 +16,13 @@ from pyro.infer import (
 )
 
 import pyro_rb
-from pyro_rb import DReG_ELBO, R2G2_ELBO, RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
+from pyro_rb import (
+    R2G2_ELBO,
+    DReG_ELBO,
+    RaoBlackwell_ELBO,
+    RaoBlackwellTopK_ELBO,
+    STLTrace_ELBO,
+)
 from tests.compiled import models
 from tests.compiled.training import assert_replayed
 
