@@ -4,5 +4,6 @@
 """Steps of SVI as one graph of tensor operations, without the Python around them."""
 
 from pyro_rb.compiled.elbo import CompiledELBO, compile
+from pyro_rb.compiled.svi import CompiledSVI
 
-__all__ = ["CompiledELBO", "compile"]
+__all__ = ["CompiledELBO", "CompiledSVI", "compile"]

@@ -49,17 +49,17 @@ class Graph:
         self._scales = list(scales)
         self._run: Callable = as_function(captured.module)
         #: In the param store, by name; all that were announced by a step.
-        self._named: Mapping[str, torch.Tensor] = {}
+        self.named: Mapping[str, torch.Tensor] = {}
         self._kinds = [_kind(x) for x in captured.fixed]
 
     def note_parameters(self, named: Mapping[str, torch.Tensor]) -> None:
         """Is told the parameters that the eager loss announced."""
-        self._named = dict(named)
+        self.named = dict(named)
 
     def why_invalid(self) -> Optional[str]:
         """What has changed since it was captured, or None."""
         table = parameter_table()
-        for name, parameter in self._named.items():
+        for name, parameter in self.named.items():
             if table.get(name) is not parameter:
                 return f"the parameter {name}"
         for tensor, kind in zip(self.captured.fixed, self._kinds):
@@ -67,14 +67,15 @@ class Graph:
                 return "the shape, type, device, hooks or requires_grad of a tensor"
         return self.reach.changed()
 
-    def is_due(self) -> bool:
-        """Whether the loss should learn its scales at this step, which it does eagerly."""
-        return any(moments.steps_left <= 0 for moments, _ in self._scales)
+    def is_due(self, num_steps: int = 1) -> bool:
+        """Whether the loss is to learn its scales at one of the next steps, eagerly."""
+        return any(moments.steps_left < num_steps for moments, _ in self._scales)
 
-    def count_step(self) -> None:
-        """Counts a step at which nothing is learned."""
+    def count_steps(self, num_steps: int) -> None:
+        """Counts steps at which nothing was learned and nothing was compared."""
+        self.calls += num_steps
         for moments, _ in self._scales:
-            moments.steps_left -= 1
+            moments.steps_left -= num_steps
 
     def take_scales(self) -> None:
         """Uses what the loss has learned so far."""
@@ -88,7 +89,7 @@ class Graph:
 
     def announce(self) -> None:
         """Tells handlers around the loss, such as ``SVI.step``, which parameters were used."""
-        announce_parameters(self._named)
+        announce_parameters(self.named)
 
     def compile(self, args: Sequence[torch.Tensor]) -> None:
         """By Inductor."""

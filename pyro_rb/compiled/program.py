@@ -84,7 +84,29 @@ class Program:
             name = type(self.elbo).__name__
             warnings.warn(f"{name} is not compiled, its steps are eager: {reason}.", stacklevel=5)
 
-    def _find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
+    def ready(
+        self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]
+    ) -> Optional[Tuple[Graph, List[torch.Tensor]]]:
+        """
+        :return: a graph that may make the next steps, without any that is eager, and the
+            tensors among the arguments; None if there is none.
+        """
+        if self.reason or not is_plain_call():
+            return None
+        try:
+            key, tensors = self._describe(args, kwargs)
+        except NotCapturable:
+            return None
+        graphs = self._graphs.get(key, [])
+        if any(graph.is_due(num_steps) for graph in graphs):
+            return None
+        for graph in graphs:
+            if graph.why_invalid() is None:
+                is_checked = graph.calls + num_steps >= graph.next_check
+                return None if is_checked else (graph, tensors)
+        return None
+
+    def _describe(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Tuple, List[torch.Tensor]]:
         key, tensors = describe((args, kwargs))
         key += (
             torch.is_grad_enabled(),
@@ -92,43 +114,54 @@ class Program:
             torch.get_default_dtype(),
             torch.is_autocast_enabled(),
         )
+        return key, tensors
+
+    def _find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
+        key, tensors = self._describe(args, kwargs)
         graphs = self._graphs.setdefault(key, [])
-        if graphs and any(graph.is_due() for graph in graphs):
+        if any(graph.is_due() for graph in graphs):
             return None
         why = None
         for graph in graphs:
             why = graph.why_invalid()
             if why is None:
-                break
-        else:
-            if key not in self._pending:
-                # An eager step makes parameters, and finds out the nesting of plates.
-                self._pending.add(key)
-                return None
-            self._pending.remove(key)
-            if len(self.graphs) >= MAX_GRAPHS:
-                why = why or "the shape or value of an argument"
-                raise NotCapturable(
-                    f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
-                    "Pad the last minibatch or leave it out"
-                )
-            graph = self._capture(args, kwargs, tensors)
-            graph.take_scales()
-            found, is_good = self._check(graph, args, kwargs, tensors)
-            if is_good:
-                graphs.append(graph)
-            return found
-        graph.calls += 1
+                return self._run(graph, args, kwargs, tensors)
+        if key not in self._pending:
+            # An eager step makes parameters, and finds out the nesting of plates.
+            self._pending.add(key)
+            return None
+        self._pending.remove(key)
+        if len(self.graphs) >= MAX_GRAPHS:
+            why = why or "the shape or value of an argument"
+            raise NotCapturable(
+                f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
+                "Pad the last minibatch or leave it out"
+            )
+        graph = self._capture(args, kwargs, tensors)
         graph.take_scales()
-        if graph.calls >= graph.next_check:
+        found, is_good = self._check(graph, args, kwargs, tensors)
+        if is_good:
+            graphs.append(graph)
+        return found
+
+    def _run(
+        self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
+    ) -> Optional[Gradient]:
+        graph.take_scales()
+        if graph.calls + 1 >= graph.next_check:
+            graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
         generators = get_torch_generators()
+        changed = [(x, x.clone()) for x in graph.captured.changed]
         step = graph(tensors)
         loss = step.loss.item()
         if loss != loss or not (step.held is None or step.held):
+            # The eager loss says where, or does without what was taken for granted.
             set_torch_generators(generators)
-            return None  # the eager loss says where, or does without what was assumed
-        graph.count_step()
+            for x, value in changed:
+                x.copy_(value)
+            return None
+        graph.count_steps(1)
         graph.announce()
         return Gradient(loss, graph.captured.parameters, step.grads)
 
