@@ -73,8 +73,8 @@ class FusedSteps:
         :raises RuntimeError: if the result is not what it is without.
         """
         compiled = compile_graph(self._module, [*args, *self._fixed, *self.update.tensors])
-        before = self._save()
         self.update.prepare()
+        before = self._save()
         self._call(args)
         expected = self._save()
         self._restore(before)

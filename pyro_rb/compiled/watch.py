@@ -144,7 +144,6 @@ class Operations(TorchDispatchMode):
             _refuse("It looks at the value of a tensor")
         return func(*args, **kwargs)
 
-
     def _save(self, func: Any, args: Tuple) -> None:
         arguments = func._schema.arguments
         written = [x for x, a in zip(args, arguments) if a.alias_info and a.alias_info.is_write]
