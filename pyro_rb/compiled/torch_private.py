@@ -13,8 +13,14 @@ import torch
 #: The oldest version of PyTorch that this was tried with.
 FLOOR = (2, 6)
 
-# The draws are those of the eager loss, in its order.
-_SAME_DRAWS = {"fallback_random": True, "reorder_for_peak_memory": False}
+_OPTIONS = {
+    # The draws are those of the eager loss, in its order.
+    "fallback_random": True,
+    "reorder_for_peak_memory": False,
+    # Shapes and strides are known to be those that the graph was made for.
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
 
 
 def check_version() -> None:
@@ -59,10 +65,11 @@ def bare(operation: Any) -> Callable:
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
     """Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them."""
-    import torch._inductor
+    import torch._inductor.config
 
+    options = {k: v for k, v in _OPTIONS.items() if hasattr(torch._inductor.config, k)}
     with torch.no_grad():
         compiled: Callable = torch._inductor.compile(
-            copy.deepcopy(graph), list(inputs), options=_SAME_DRAWS
+            copy.deepcopy(graph), list(inputs), options=options
         )
     return compiled
