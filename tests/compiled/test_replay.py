@@ -3,11 +3,8 @@
 
 """A replayed step is the eager step, bit by bit: loss, parameters, random numbers."""
 
-import pyro
 import pytest
-import torch
 from pyro.infer import (
-    SVI,
     RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -15,7 +12,6 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 
-import pyro_rb
 from pyro_rb import (
     R2G2_ELBO,
     DReG_ELBO,
