@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "CompiledSVI",
     "DReG_ELBO",
     "GradientGuard",
     "NonFiniteError",
@@ -47,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What needs much of PyTorch is imported when it is asked for.
-    if name in ("CompiledELBO", "CompiledSVI", "compile"):
+    if name in ("CompiledSVI", "compile"):
         import pyro_rb.compiled
 
         return getattr(pyro_rb.compiled, name)

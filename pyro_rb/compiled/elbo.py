@@ -72,7 +72,13 @@ def compile(
 
 
 class CompiledELBO(ELBO):
-    """What :func:`compile` returns. Attributes that it has not are those of the loss inside."""
+    """
+    What :func:`compile` returns. Attributes that it has not are those of the loss inside.
+
+    >>> from pyro.infer import Trace_ELBO
+    >>> compile(Trace_ELBO(num_particles=3), "replay").num_particles
+    3
+    """
 
     def __init__(self, loss: Any, backend: str, check_every: int) -> None:
         check_version()
