@@ -151,6 +151,8 @@ def main(args):
     set_up(args)
     results = {}
     for name, model, guide, losses in cases():
+        if args.model not in name:
+            continue
         for loss in tqdm(args.loss or losses, disable=args.smoke_test, desc=name):
             restart(args.seed)
             key = f"{name}, {loss}"
@@ -166,5 +168,6 @@ if __name__ == "__main__":
     parser.add_argument("--num-blocks", type=int, default=9)
     parser.add_argument("--block-size", type=int, default=300, help="steps; a tenth of it of SVI")
     parser.add_argument("--unroll", type=int, default=1, help="steps in one graph, from 2 on also timed")
+    parser.add_argument("--model", default="", help="a part of its name")
     parser.add_argument("--loss", nargs="+", choices=list(LOSSES), help="instead of all")
     run(main, parser)

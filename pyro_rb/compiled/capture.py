@@ -20,8 +20,8 @@ class Captured(NamedTuple):
     A graph of tensor operations, with the tensors that it uses by reference.
 
     Its inputs are the tensors among the arguments of a step, and ``fixed``. It returns the
-    loss, whether all that was assumed held (None if nothing was), and the gradients of
-    ``parameters``.
+    loss, whether all that was assumed held (None if nothing was), the gradients of
+    ``parameters``, and what else was asked for.
     """
 
     module: torch.fx.GraphModule
@@ -34,14 +34,17 @@ class Captured(NamedTuple):
 def capture(
     loss_and_grads: Callable[..., Any],
     args: Sequence[torch.Tensor],
+    extra: List[torch.Tensor],
 ) -> Captured:
     """
     :param loss_and_grads: returns a loss, and adds to the ``.grad`` of leaf tensors, from the
         tensors among the arguments of the step.
     :param args: these tensors.
+    :param extra: to which it adds what else is to be returned.
     :raises NotCapturable: saying why.
     """
-    watch, operations = Watch(), Operations()
+    watch = Watch()
+    operations = Operations(watch.assumed)
     parameters: List[torch.Tensor] = []
 
     def run(*inputs: torch.Tensor) -> Tuple[Any, ...]:
@@ -51,7 +54,7 @@ def capture(
             held = torch.stack(watch.assumed).all() if watch.assumed else None
         leaves = [x for x, _ in operations.leaves.values()]
         parameters.extend(x for x in leaves if x.grad is not None)
-        return (loss, held, *[x.grad for x in parameters])
+        return (loss, held, *[x.grad for x in parameters], *extra)
 
     try:
         # Tensors of their own, so that one that is passed twice is told apart.

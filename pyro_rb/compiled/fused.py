@@ -51,10 +51,10 @@ class FusedSteps:
             losses: List[torch.Tensor] = []
             is_good: Any = True
             for k in range(self.num_steps):
-                loss, held, *grads = captured.module(*inputs[:num_args], *fixed)
+                loss, held, *rest = captured.module(*inputs[:num_args], *fixed)
                 # After a step that must be made again, no other is made.
                 is_good = (loss == loss) & is_good if held is None else (loss == loss) & held & is_good
-                update.apply(parameters, grads, state, is_good, k)
+                update.apply(parameters, rest[: len(parameters)], state, is_good, k)
                 losses.append(torch.where(is_good, loss.double(), torch.nan))
             return (torch.stack(losses),)
 
@@ -100,7 +100,7 @@ class FusedSteps:
         """
         :return: the losses, or None if nothing was done, as a loss is not a number, say.
         """
-        graph.take_scales()
+        graph.learning.take_scales()
         self.update.prepare()
         generators = get_torch_generators()
         saved = self._save() if self._changed or self.num_steps > 1 else None

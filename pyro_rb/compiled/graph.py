@@ -9,6 +9,7 @@ from pyro import get_param_store
 from pyro_rb.compiled.capture import Captured, has_hooks
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.replay import as_function
+from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.torch_private import compile_graph
 from pyro_rb.infer.util import announce_parameters, parameter_table
 
@@ -21,6 +22,8 @@ class Step(NamedTuple):
     held: Optional[torch.Tensor]
     #: By parameter of the graph.
     grads: Sequence[torch.Tensor]
+    #: What the loss learns of.
+    learned: Sequence[torch.Tensor]
 
 
 class Gradient(NamedTuple):
@@ -37,16 +40,16 @@ class Graph:
 
     :param captured: the loss and its gradient.
     :param reach: what model and guide can reach.
-    :param scales: learned scales of the loss, with the tensor by which the graph has each.
+    :param learning: what the loss learns.
     """
 
-    def __init__(self, captured: Captured, reach: Reachable, scales: Sequence[Any]) -> None:
+    def __init__(self, captured: Captured, reach: Reachable, learning: Learning) -> None:
         self.captured = captured
         self.reach = reach
         self.calls = 0
         self.next_check = 0
         self.is_compiled = False
-        self._scales = list(scales)
+        self.learning = learning
         self._run: Callable = as_function(captured.module)
         #: In the param store, by name; all that were announced by a step.
         self.named: Mapping[str, torch.Tensor] = {}
@@ -67,25 +70,16 @@ class Graph:
                 return "the shape, type, device, hooks or requires_grad of a tensor"
         return self.reach.changed()
 
-    def is_due(self, num_steps: int = 1) -> bool:
-        """Whether the loss is to learn its scales at one of the next steps, eagerly."""
-        return any(moments.steps_left < num_steps for moments, _ in self._scales)
-
-    def count_steps(self, num_steps: int) -> None:
-        """Counts steps at which nothing was learned and nothing was compared."""
+    def count_steps(self, num_steps: int, learned: Sequence[torch.Tensor] = ()) -> None:
+        """Counts steps at which nothing was compared."""
         self.calls += num_steps
-        for moments, _ in self._scales:
-            moments.steps_left -= num_steps
-
-    def take_scales(self) -> None:
-        """Uses what the loss has learned so far."""
-        for moments, tensor in self._scales:
-            tensor.fill_(moments.scale)
+        self.learning.count_steps(num_steps, learned)
 
     def __call__(self, args: Sequence[torch.Tensor]) -> Step:
         with torch.no_grad():
-            loss, held, *grads = self._run(*args, *self.captured.fixed)
-        return Step(loss, held, grads)
+            loss, held, *rest = self._run(*args, *self.captured.fixed)
+        num_grads = len(self.captured.parameters)
+        return Step(loss, held, rest[:num_grads], rest[num_grads:])
 
     def announce(self) -> None:
         """Tells handlers around the loss, such as ``SVI.step``, which parameters were used."""

@@ -17,7 +17,7 @@ from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.graph import Gradient, Graph, difference
 from pyro_rb.compiled.reach import Reachable
-from pyro_rb.compiled.settle import settle
+from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
 from pyro_rb.compiled.watch import NotCapturable
 from pyro_rb.infer.util import (
@@ -98,17 +98,23 @@ class Program:
         except NotCapturable:
             return None
         graphs = self._graphs.get(key, [])
-        if any(graph.is_due(num_steps) for graph in graphs):
+        if any(graph.learning.is_due(num_steps) for graph in graphs):
+            return None
+        if self._phase(num_steps - 1) != self._phase():
             return None
         for graph in graphs:
-            if graph.why_invalid() is None:
+            if not graph.learning.learns and graph.why_invalid() is None:
                 is_checked = graph.calls + num_steps >= graph.next_check
                 return None if is_checked else (graph, tensors)
         return None
 
+    def _phase(self, num_steps: int = 0) -> Any:
+        return self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else None
+
     def _describe(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Tuple, List[torch.Tensor]]:
         key, tensors = describe((args, kwargs))
         key += (
+            self._phase(),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.get_default_dtype(),
@@ -119,10 +125,11 @@ class Program:
     def _find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
         key, tensors = self._describe(args, kwargs)
         graphs = self._graphs.setdefault(key, [])
-        if any(graph.is_due() for graph in graphs):
-            return None
+        learns = any(graph.learning.is_due(1) for graph in graphs)
         why = None
         for graph in graphs:
+            if graph.learning.learns != learns:
+                continue
             why = graph.why_invalid()
             if why is None:
                 return self._run(graph, args, kwargs, tensors)
@@ -131,14 +138,13 @@ class Program:
             self._pending.add(key)
             return None
         self._pending.remove(key)
-        if len(self.graphs) >= MAX_GRAPHS:
+        if sum(graph.learning.learns == learns for graph in self.graphs) >= MAX_GRAPHS:
             why = why or "the shape or value of an argument"
             raise NotCapturable(
                 f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
                 "Pad the last minibatch or leave it out"
             )
-        graph = self._capture(args, kwargs, tensors)
-        graph.take_scales()
+        graph = self._capture(args, kwargs, tensors, learns)
         found, is_good = self._check(graph, args, kwargs, tensors)
         if is_good:
             graphs.append(graph)
@@ -147,10 +153,10 @@ class Program:
     def _run(
         self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
     ) -> Optional[Gradient]:
-        graph.take_scales()
         if graph.calls + 1 >= graph.next_check:
             graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
+        graph.learning.take_scales()
         generators = get_torch_generators()
         changed = [(x, x.clone()) for x in graph.captured.changed]
         step = graph(tensors)
@@ -161,19 +167,22 @@ class Program:
             for x, value in changed:
                 x.copy_(value)
             return None
-        graph.count_steps(1)
+        graph.count_steps(1, step.learned)
         graph.announce()
         return Gradient(loss, graph.captured.parameters, step.grads)
 
     def _reach(self) -> Reachable:
         return Reachable({"the model": self.model, "the guide": self.guide}, self.elbo)
 
-    def _capture(self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Graph:
+    def _capture(
+        self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool
+    ) -> Graph:
         reach = self._reach()
         if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
             raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
         state = State(reach.buffers())
-        elbo, scales = settle(self.elbo)
+        learning = Learning(self.elbo, learns)
+        elbo = learning.settle(self.elbo)
 
         def run(*inputs: torch.Tensor) -> Any:
             call_args, call_kwargs = with_tensors((args, kwargs), iter(inputs))
@@ -181,10 +190,10 @@ class Program:
 
         try:
             with without_handlers():
-                captured = capture(run, tensors)
+                captured = capture(run, tensors, learning.outputs)
         finally:
             state.restore()
-        return Graph(captured, reach, scales)
+        return Graph(captured, reach, learning)
 
     def _check(
         self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
@@ -192,6 +201,7 @@ class Program:
         """Makes an eager step, and compares the graph with it."""
         buffers = [*graph.reach.buffers(), *graph.captured.changed]
         before = State(buffers)
+        graph.learning.take_scales()
         result, named = self._eager(args, kwargs)
         after = State(buffers)
         graph.note_parameters(named)

@@ -96,11 +96,27 @@ class Watch(TorchFunctionMode):
             if func is torch.Tensor.__bool__ and (
                 code.co_filename.startswith(_PYRO_RB) or code.co_name == "compute_expectation"
             ):
-                with outside_of_graph():
-                    value = bool(tensor)
-                self.assumed.append(tensor if value else ~tensor)
-                return value
+                return assume(tensor, self.assumed)
         return _refuse(f"It looks at the value of a tensor, by {func.__name__}(),")
+
+
+def assume(tensor: torch.Tensor, assumed: List[torch.Tensor]) -> bool:
+    """The value of a condition, which is noted as what the graph takes for granted."""
+    with outside_of_graph():
+        value = bool(tensor)
+    assumed.append((tensor if value else ~tensor).bool().reshape(()))
+    return value
+
+
+def _find_caller() -> str:
+    """The file of the code, other than PyTorch's, that called an operation."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        filename: str = frame.f_code.co_filename
+        if not filename.startswith((_LIBRARIES[0], _OWN, _PYRO_RB + "ops" + os.sep, "<")):
+            return filename
+        frame = frame.f_back
+    return ""
 
 
 def _is_loss(code: Any) -> bool:
@@ -113,8 +129,9 @@ class Operations(TorchDispatchMode):
     depend on values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, assumed: List[torch.Tensor]) -> None:
         super().__init__()
+        self._assumed = assumed
         #: Tensors that are changed in place, and copies of what they were.
         self.changed: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
         #: Tensors of others, by their memory.
@@ -141,6 +158,9 @@ class Operations(TorchDispatchMode):
             if masks:
                 _refuse("A shape depends on values")
         if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
+            is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
+            if is_condition and _find_caller().startswith(_PYRO_RB):
+                return assume(tensors[0], self._assumed)
             _refuse("It looks at the value of a tensor")
         return func(*args, **kwargs)
 

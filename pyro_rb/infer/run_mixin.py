@@ -72,10 +72,16 @@ class RunMixin(PathGradientMixin):
         self._steps_done = learned["steps_done"]
         self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
 
-    def _settled(self, give_scale: Any) -> Any:
-        settled: Any = super()._settled(give_scale)
+    def _settled(self, recorder: Any) -> Any:
+        settled: Any = super()._settled(recorder)
         settled._rows = self._rows.settled()
         return settled
+
+    def _count_steps(self, num_steps: int) -> None:
+        self._steps_done += num_steps
+
+    def _phase(self, num_steps: int = 0) -> bool:
+        return self.num_steps is not None and self._steps_done + num_steps >= self.num_steps
 
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
@@ -167,7 +173,7 @@ class RunMixin(PathGradientMixin):
         """Why nothing is to be projected; empty if it is."""
         if not self._makes_gradients:
             return "no gradient"
-        if self.num_steps is not None and self._steps_done >= self.num_steps:
+        if self._phase():
             return f"schedule (num_steps={self.num_steps})"
         return ""
 

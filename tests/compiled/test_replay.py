@@ -57,5 +57,7 @@ CASES = [
 def test_equal_bit_by_bit(model, name):
     # The scales of adaptive losses are learned eagerly at the first 50 steps.
     num_steps = 70 if name in ("adaptive", "mixed") else 13
-    loss = assert_replayed(LOSSES[name], getattr(models, model), num_steps)
+    # In the logistic regression all is projected, and nothing is learned.
+    learns = name in ("adaptive", "mixed") and model != "logistic"
+    loss = assert_replayed(LOSSES[name], getattr(models, model), num_steps, 2 if learns else 1)
     assert loss.report()[-1].treatment == "replayed"
