@@ -98,6 +98,8 @@ def _lift(module: torch.fx.GraphModule) -> List[torch.Tensor]:
         if users == {torch.ops.aten.lift_fresh_copy.default}:
             continue
         tensor = getattr(module, node.target)
+        if not isinstance(tensor, torch.Tensor):
+            raise NotCapturable(f"It uses a {type(tensor).__name__} in an operation")
         if id(tensor) not in found:
             with _after(graph, places):
                 place = graph.placeholder(f"fixed_{len(found)}")

@@ -24,6 +24,7 @@ from pyro_rb.infer.util import (
     get_torch_generators,
     is_plain_call,
     parameter_table,
+    set_parameter_table,
     set_torch_generators,
     without_handlers,
 )
@@ -181,6 +182,7 @@ class Program:
         if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
             raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
         state = State(reach.buffers())
+        table = dict(parameter_table())
         learning = Learning(self.elbo, learns)
         elbo = learning.settle(self.elbo)
 
@@ -193,6 +195,7 @@ class Program:
                 captured = capture(run, tensors, learning.outputs)
         finally:
             state.restore()
+            set_parameter_table(table)
         return Graph(captured, reach, learning)
 
     def _check(
@@ -202,10 +205,14 @@ class Program:
         buffers = [*graph.reach.buffers(), *graph.captured.changed]
         before = State(buffers)
         graph.learning.take_scales()
+        table = dict(parameter_table())
         result, named = self._eager(args, kwargs)
         after = State(buffers)
         graph.note_parameters(named)
         changed = graph.why_invalid()
+        for name, parameter in named.items():
+            if table.get(name) is not parameter:
+                changed = f"the parameter {name}"
         if before.random_python() != after.random_python():
             self._give_up(
                 "model or guide draw random numbers by Python's random or by NumPy, "

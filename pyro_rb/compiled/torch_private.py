@@ -50,6 +50,29 @@ def is_tracked(tensor: torch.Tensor) -> bool:
     return mode is not None and has_proxy_slot(tensor, mode.tracer)
 
 
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether a tracked tensor is the same at each run: made of numbers in the code only."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    assert mode is not None
+    waiting = [get_proxy_slot(tensor, mode.tracer).proxy.node]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr":
+            if any(user.target != torch.ops.aten.lift_fresh_copy.default for user in node.users):
+                return False
+        elif node.op != "call_function":
+            return False
+        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return False
+        new = [x for x in node.all_input_nodes if x not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    return True
+
+
 def outside_of_graph() -> Any:
     """Within, operations are not recorded."""
     from torch.utils._python_dispatch import _disable_current_modes

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_rb
-from pyro_rb.compiled.torch_private import is_tracked, outside_of_graph
+from pyro_rb.compiled.torch_private import is_constant, is_tracked, outside_of_graph
 
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
@@ -49,7 +49,7 @@ def find_user_line() -> str:
     while frame is not None and frame.f_code.co_filename != _CAPTURE:
         filename = frame.f_code.co_filename
         is_user = not filename.startswith((*_LIBRARIES, "<"))
-        if is_user or not (where or filename.startswith((_OWN, "<"))):
+        if is_user or not (where or filename.startswith((_OWN, _LIBRARIES[0], "<"))):
             line = linecache.getline(filename, frame.f_lineno).strip()
             where = f" at {filename}:{frame.f_lineno}: {line}"
         if is_user:
@@ -80,6 +80,9 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         if func in _LOOKS and args and is_tracked(args[0]):
+            if is_constant(args[0]):  # such as the index of a sequential plate
+                with outside_of_graph():
+                    return func(*args, **(kwargs or {}))
             return self._look(func, args[0], sys._getframe(1).f_code)
         return func(*args, **(kwargs or {}))
 
@@ -143,6 +146,8 @@ class Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            _refuse("It draws random numbers from a generator of its own")
         tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
         for x in tensors:
             if not is_tracked(x):

@@ -343,6 +343,23 @@ def parameter_table() -> Dict[str, torch.Tensor]:
     return table
 
 
+def set_parameter_table(table: Mapping[str, torch.Tensor]) -> None:
+    """
+    Puts back parameters that have been replaced or made since.
+
+    :param table: a copy of what :func:`parameter_table` returned.
+    """
+    store = get_param_store()
+    for name, parameter in list(store._params.items()):
+        if table.get(name) is not parameter:
+            store._param_to_name.pop(parameter, None)
+            if name in table:
+                store._params[name] = table[name]
+                store._param_to_name[table[name]] = name
+            else:
+                del store._params[name], store._constraints[name]
+
+
 def is_plain_call() -> bool:
     """Whether no handler is around the code but those that collect parameters, as SVI does."""
     return all(isinstance(f, TraceMessenger) and f.param_only for f in _PYRO_STACK)

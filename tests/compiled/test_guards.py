@@ -15,10 +15,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 
 import pyro_rb
-from pyro_rb import STLTrace_ELBO
+from pyro_rb import R2G2_ELBO, STLTrace_ELBO
 from tests.compiled import models
 from tests.compiled.training import assert_equal, assert_replayed, train
 
@@ -248,6 +248,70 @@ def test_log():
         return model, guide, lambda i: ()
 
     assert_eager(make, "looks at the value|the length of the variable draws")
+
+
+def test_parameter_that_is_replaced_at_each_step():
+    """As the average that Pyro keeps of a baseline."""
+
+    def make():
+        def model(x):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            observe(z, x)
+
+        def guide(x):
+            p = pyro.param("p", torch.tensor(0.4), constraint=dist.constraints.unit_interval)
+            options = {"baseline": {"use_decaying_avg_baseline": True}}
+            pyro.sample("z", dist.Bernoulli(p), infer=options)
+
+        return model, guide, lambda i: (X,)
+
+    expected = train(TraceGraph_ELBO(), make)
+    loss = pyro_rb.compile(TraceGraph_ELBO(), "replay")
+    with pytest.warns(UserWarning, match="the parameter __baseline.* changes at each run"):
+        assert_equal(train(loss, make), expected)
+
+
+def test_sequential_plate():
+    def make():
+        def model(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for i in pyro.plate("data", len(x)):
+                pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+        return model, guide, lambda i: (X,)
+
+    assert_replayed(STLTrace_ELBO, make, 60, num_graphs=2)
+
+
+def test_generator_of_its_own():
+    def make():
+        generator = torch.Generator().manual_seed(0)
+
+        def model():
+            noise = torch.randn((), generator=generator)
+            observe(pyro.sample("z", dist.Normal(0.0, 1.0)) + noise)
+
+        return model, guide, lambda i: ()
+
+    assert_eager(make, "generator of its own")
+
+
+def test_rejection_sampling():
+    def make():
+        model, inner, args = models.conjugate()
+        return model, pyro_rb.RVRSGuide(model, inner), args
+
+    assert_eager(make, "looks at the value of a tensor", 5)
+
+
+def test_schedule_of_a_loss():
+    """What a loss counts goes on."""
+
+    def make_loss():
+        return R2G2_ELBO(num_steps=6)
+
+    loss = assert_replayed(make_loss, models.logistic, 14, num_graphs=2)
+    assert loss.state_dict()["steps_done"] == 14
 
 
 def test_tensor_changed_by_the_model():
