@@ -362,7 +362,20 @@ def set_parameter_table(table: Mapping[str, torch.Tensor]) -> None:
 
 def is_plain_call() -> bool:
     """Whether no handler is around the code but those that collect parameters, as SVI does."""
-    return all(isinstance(f, TraceMessenger) and f.param_only for f in _PYRO_STACK)
+    return all(map(_only_collects, _PYRO_STACK))
+
+
+def _only_collects(frame: Any) -> bool:
+    if isinstance(frame, TraceMessenger):
+        return bool(frame.param_only)
+    cls = type(frame)
+    is_plain = cls._process_message is Messenger._process_message
+    is_plain &= cls._postprocess_message is Messenger._postprocess_message
+    return is_plain and not any(hasattr(cls, name) for name in _ACTIVE)
+
+
+#: Methods of handlers that do something to a site.
+_ACTIVE = ("_pyro_sample", "_pyro_post_sample", "_pyro_subsample", "_pyro_post_subsample", "_pyro_param")
 
 
 @contextmanager
@@ -390,9 +403,8 @@ def announce_parameters(named: Mapping[str, torch.Tensor]) -> None:
     ['loc']
     """
     for frame in _PYRO_STACK:
-        trace = frame.trace  # type: ignore[attr-defined]
-        for name, parameter in named.items():
-            if name not in trace.nodes:
-                # As Pyro does for a parameter without a constraint.
-                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-                trace.add_node(name, type="param", name=name, value=parameter)
+        for name, parameter in named.items() if hasattr(frame, "_pyro_post_param") else ():
+            # As Pyro does for a parameter without a constraint.
+            parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+            msg = {"type": "param", "name": name, "value": parameter}
+            frame._pyro_post_param(msg)  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 
 import pyro_rb
-from pyro_rb import R2G2_ELBO, STLTrace_ELBO
+from pyro_rb import R2G2_ELBO, GradientGuard, NonFiniteError, STLTrace_ELBO
 from tests.compiled import models
 from tests.compiled.training import assert_equal, assert_replayed, train
 
@@ -576,3 +576,41 @@ def test_torch_too_old(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.1.0")
     with pytest.raises(ImportError, match="found 2.1.0"):
         pyro_rb.compile(Trace_ELBO())
+
+
+def test_gradient_guard():
+    """Is a handler that only collects parameters; it runs a copy eagerly to find the site."""
+    loss = pyro_rb.compile(Trace_ELBO(), "replay")
+    svi = SVI(model_of_argument, guide, pyro.optim.Adam({"lr": 0.1}), GradientGuard(loss))
+    for _ in range(6):
+        svi.step(X)
+    assert loss.num_graphs == 1
+
+    def bad(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("root", (0 * z).sqrt())
+
+    svi = SVI(bad, guide, pyro.optim.Adam({"lr": 0.1}), GradientGuard(loss))
+    with pytest.raises(NonFiniteError, match="site 'z'"):
+        svi.step(X)
+
+
+def test_module_with_an_optimizer_of_torch():
+    def run(loss):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model, guide, args = models.module()
+        elbo = loss(model, guide)
+        elbo(*args(0))
+        optim = torch.optim.Adam(elbo.parameters(), lr=0.01)
+        losses = []
+        for _ in range(10):
+            optim.zero_grad()
+            losses.append(elbo(*args(0)))
+            losses[-1].backward()
+            optim.step()
+        return torch.stack(losses)
+
+    loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0), "replay")
+    torch.testing.assert_close(run(loss), run(STLTrace_ELBO(control_variate_scale=1.0)))
+    assert loss.num_graphs == 1
