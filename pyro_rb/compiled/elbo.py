@@ -37,7 +37,8 @@ def compile(
     grad make steps eager.
 
     **When it is worse.** Capturing takes as long as a hundred steps or so, and Inductor 5 to
-    60 seconds for each shape; the step at which it compiles waits for it. Large networks gain little. Gradients are first order only.
+    60 seconds for each shape; the step at which it compiles waits for it. Large
+    networks gain little. Gradients are first order only.
 
     :param loss: An ELBO of Pyro or of pyro_rb.
     :param str backend: ``"inductor"``, the default, compiles the graph by Inductor, which

@@ -80,12 +80,15 @@ def _find_changed(graph: Graph, roots: Dict[Node, Node]) -> Set[Node]:
             continue
         schema = node.target._schema
         for value, argument in zip(node.args, schema.arguments):
-            if argument.alias_info is None or not isinstance(value, Node):
+            if argument.alias_info is None:
                 continue
-            roots[node] = roots[value]
-            if argument.alias_info.is_write:
-                if not (_is_random(node) and value.target in _FRESH):
-                    changed.add(roots[value])
+            for x in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(x, Node):
+                    continue
+                roots[node] = roots[x]
+                if argument.alias_info.is_write:
+                    if not (_is_random(node) and x.target in _FRESH):
+                        changed.add(roots[x])
         if node.target is aten.native_batch_norm.default:  # does not say what it changes
             changed.update(roots[x] for x in node.args[3:5] if isinstance(x, Node))
     return changed

@@ -3,7 +3,7 @@
 
 """The step of an optimizer as tensor operations, on the state that Pyro's optimizers keep."""
 
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
@@ -83,13 +83,15 @@ class Update:
         parameters: Sequence[torch.Tensor],
         grads: Sequence[torch.Tensor],
         tensors: Sequence[torch.Tensor],
-        is_good: torch.Tensor,
-        num_before: int,
+        is_good: Optional[torch.Tensor] = None,
+        num_before: int = 0,
     ) -> None:
         """
-        Makes a step, in place, if it ``is_good``.
+        Makes a step in place.
 
         :param tensors: in the place of :attr:`tensors`.
+        :param is_good: a condition; where it is false, nothing is changed. Defaults to None,
+            for true.
         :param int num_before: the steps before it in the graph.
         """
         *moments, numbers = tensors
@@ -99,25 +101,50 @@ class Update:
             decay = torch.tensor([g.get("lrd", 1.0) for g in self._groups], dtype=torch.float64)
             lr = lr * decay ** (num_before + 1)
         first, second = (1.0 - beta**steps for beta in self._betas)
-        size, root = lr / first, second.sqrt()
-        for i, (p, g) in enumerate(zip(parameters, grads)):
-            m, v = moments[2 * i : 2 * i + 2]
-            kind, group = type(self._optimizers[i]), self._groups[i]
-            (beta1, beta2), eps, decay_rate = group["betas"], group["eps"], group["weight_decay"]
-            if kind is ClippedAdam:
-                g = g.clamp(-group["clip_norm"], group["clip_norm"])
-            is_decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay")
-            value = p
-            if decay_rate and is_decoupled:
-                value = p * (1.0 - lr[i] * decay_rate).to(p)
-            elif decay_rate:
-                g = g + decay_rate * p
-            new_m = m.lerp(g, 1.0 - beta1) if kind is not ClippedAdam else m * beta1 + (1.0 - beta1) * g
-            centered = g - new_m if group.get("centered_variance") else g
-            new_v = (v * beta2).addcmul(centered, centered, value=1.0 - beta2)
-            if kind is ClippedAdam:
-                change = (size[i] * root[i]).to(p) * (new_m / (new_v.sqrt() + eps))
-            else:
-                change = size[i].to(p) * (new_m / (new_v.sqrt() / root[i].to(p) + eps))
-            for old, new in ((p, value - change), (m, new_m), (v, new_v)):
-                old.copy_(torch.where(is_good, new, old))
+        kinds: Dict[Any, List[int]] = {}
+        for i, p in enumerate(parameters):
+            kind = type(self._optimizers[i]), self._options[i], p.dtype, p.device
+            kinds.setdefault(kind, []).append(i)
+        for members in kinds.values():
+            old = [
+                [xs[i] for i in members] for xs in (parameters, moments[::2], moments[1::2])
+            ]
+            rates = [x.to(old[0][0])[members].unbind() for x in (lr, lr / first, second.sqrt())]
+            new = self._compute(members[0], [grads[i] for i in members], *old, *rates)
+            for olds, news in zip(old, new):
+                if is_good is not None:
+                    news = [torch.where(is_good, x, y) for x, y in zip(news, olds)]
+                torch._foreach_copy_(olds, news)
+
+    def _compute(
+        self, member: int, g: Any, p: Any, m: Any, v: Any, lr: Any, size: Any, root: Any
+    ) -> Tuple[Any, Any, Any]:
+        """
+        New parameters and moments, of parameters that have the options of a member. All are
+        lists.
+
+        :param size: learning rates over the corrections of the first moments.
+        :param root: roots of the corrections of the second moments.
+        """
+        group, kind = self._groups[member], type(self._optimizers[member])
+        (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
+        is_clipped = kind is ClippedAdam
+        if is_clipped:
+            g = torch._foreach_clamp_min(g, -group["clip_norm"])
+            g = torch._foreach_clamp_max(g, group["clip_norm"])
+        if decay and (kind is torch.optim.AdamW or group.get("decoupled_weight_decay")):
+            p = torch._foreach_sub(p, torch._foreach_mul(torch._foreach_mul(p, decay), lr))
+        elif decay:
+            g = torch._foreach_add(g, p, alpha=decay)
+        m = torch._foreach_lerp(m, g, 1.0 - beta1)
+        centered = torch._foreach_sub(g, m) if group.get("centered_variance") else g
+        v = torch._foreach_mul(v, beta2)
+        v = torch._foreach_addcmul(v, centered, centered, 1.0 - beta2)
+        scale = torch._foreach_sqrt(v)
+        if is_clipped:  # has eps before the correction
+            size = torch._foreach_mul(size, root)
+        else:
+            scale = torch._foreach_div(scale, root)
+        scale = torch._foreach_add(scale, eps)
+        change = torch._foreach_mul(torch._foreach_div(m, scale), size)
+        return torch._foreach_sub(p, change), m, v
