@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
@@ -15,7 +16,8 @@ from pyro_rb.infer.util import get_torch_generators, set_torch_generators
 
 class FusedSteps:
     """
-    Steps of SVI as one graph: loss, gradient, and the update of the parameters in place.
+    Steps of SVI as one graph: loss, gradient, and the update of the parameters in place. A
+    single step that is replayed is two graphs, so that the loss can be looked at in between.
 
     :param graph: the loss and its gradient.
     :param optim: Pyro's optimizer, which has made a step of all parameters.
@@ -37,8 +39,22 @@ class FusedSteps:
         if len(graph.named) != len(ours):
             raise NotImplementedError("a parameter that is not in the param store")
         self.update = Update(optim, self._parameters)
-        self._module = self._trace(graph, args)
+        self._is_split = num_steps == 1 and not graph.is_compiled
+        self._module = self._trace_update() if self._is_split else self._trace(graph, args)
         self._run: Callable[..., Any] = as_function(self._module)
+
+    def _trace_update(self) -> torch.fx.GraphModule:
+        num = len(self._parameters)
+
+        def run(*inputs: torch.Tensor) -> Tuple[()]:
+            self.update.apply(inputs[:num], inputs[num : 2 * num], inputs[2 * num :])
+            return ()
+
+        inputs = [*self._parameters, *self._parameters, *self.update.tensors]
+        with torch.no_grad():
+            module = trace(run, [x.detach().clone() for x in inputs])
+        simplify(module)
+        return module
 
     def _trace(self, graph: Graph, args: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
         places = {id(x): i for i, x in enumerate(self._fixed)}
@@ -104,7 +120,7 @@ class FusedSteps:
         self.update.prepare()
         generators = get_torch_generators()
         saved = self._save() if self._changed or self.num_steps > 1 else None
-        losses: List[float] = self._call(args).tolist()
+        losses = self._make_split(graph, args) if self._is_split else self._call(args).tolist()
         if losses[-1] != losses[-1]:
             if saved is not None:
                 self._restore(saved)
@@ -113,6 +129,15 @@ class FusedSteps:
         self.update.finish(self.num_steps)
         graph.count_steps(self.num_steps)
         return losses
+
+    def _make_split(self, graph: Graph, args: Sequence[torch.Tensor]) -> List[float]:
+        step = graph(args)
+        loss = step.loss.item()
+        if loss == loss and (step.held is None or step.held):
+            with torch.no_grad():
+                self._run(*self._parameters, *step.grads, *self.update.tensors)
+            return [loss]
+        return [math.nan]
 
     def _call(self, args: Sequence[torch.Tensor]) -> Any:
         with torch.no_grad():

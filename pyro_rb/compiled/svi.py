@@ -121,7 +121,7 @@ class CompiledSVI(SVI):
                 fused = self._steps[graph][num_steps] = FusedSteps(
                     graph, self.optim, num_steps, tensors
                 )
-                if program.backend == "inductor":
+                if graph.is_compiled:
                     fused.compile(tensors)
             except (NotImplementedError, RuntimeError) as e:
                 self._why_loop = str(e)
