@@ -49,7 +49,7 @@ def compile(
     :return: a loss for :class:`~pyro.infer.svi.SVI` or
         :class:`~pyro_rb.compiled.svi.CompiledSVI`.
     :raises ValueError: naming the argument, if it is none of these.
-    :raises ImportError: if PyTorch is too old.
+    :raises ImportError: if PyTorch is older than 2.13, with which this was tried.
     :warns UserWarning: once for each reason why steps are eager.
 
     Example::

@@ -11,7 +11,7 @@ from typing import Any, Callable, Sequence
 import torch
 
 #: The oldest version of PyTorch that this was tried with.
-FLOOR = (2, 6)
+FLOOR = (2, 13)
 
 _OPTIONS = {
     # The draws are those of the eager loss, in its order.
