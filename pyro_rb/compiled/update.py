@@ -65,6 +65,11 @@ class Update:
         moments = [s[name] for s in self._states for name in ("exp_avg", "exp_avg_sq")]
         return [*moments, self._numbers]
 
+    @property
+    def largest_rate(self) -> float:
+        """Of the learning rates."""
+        return max(float(group["lr"]) for group in self._groups)
+
     def prepare(self) -> None:
         """Tells the graph learning rates and numbers of steps, before it is run."""
         rates = [float(group["lr"]) for group in self._groups]
