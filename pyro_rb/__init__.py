@@ -3,6 +3,8 @@
 
 """Gradient estimators with less variance for stochastic variational inference in Pyro."""
 
+from typing import Any
+
 from pyro_rb.diagnostics import (
     Comparison,
     GradientGuard,
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "CompiledSVI",
     "DReG_ELBO",
     "GradientGuard",
     "NonFiniteError",
@@ -40,5 +43,15 @@ __all__ = [
     "check_unbiased",
     "compare",
     "compare_guides",
+    "compile",
     "measure_noise",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What needs much of PyTorch is imported when it is asked for.
+    if name in ("CompiledSVI", "compile"):
+        import pyro_rb.compiled
+
+        return getattr(pyro_rb.compiled, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,7 +46,7 @@ def test_each_name_of_the_api_has_an_example(name):
 
 
 def test_all_that_is_exported_is_in_the_api():
-    exported = [vars(pyro_rb)[name] for name in pyro_rb.__all__]
+    exported = [getattr(pyro_rb, name) for name in pyro_rb.__all__]
     text = API.read_text(encoding="utf-8")
     lacking = [v.__name__ for v in exported if v.__module__ not in MODULES and v.__name__ not in text]
     assert not lacking

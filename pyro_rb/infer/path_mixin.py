@@ -3,6 +3,7 @@
 
 """What losses with path gradients share."""
 
+import copy
 import math
 import numbers
 import textwrap
@@ -14,6 +15,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Protocol,
     Sequence,
     Tuple,
     Union,
@@ -25,7 +27,7 @@ from pyro_rb.infer.learned_state import LearnedStateMixin
 from pyro_rb.infer.parameters import CallParameters
 from pyro_rb.infer.report import Report, Summary
 from pyro_rb.infer.util import is_replayed
-from pyro_rb.ops.control_variate import AdaptiveScale
+from pyro_rb.ops.control_variate import AdaptiveScale, Moments
 from pyro_rb.ops.graph import Node, first_leaf, share_leaves
 from pyro_rb.ops.quiet_grad import quiet_grad
 
@@ -62,6 +64,24 @@ def check_num_particles(num_particles: Any, name: str, option: str) -> None:
         )
 
 
+class Recorder(Protocol):
+    """Takes the place of what is learned, while the operations of a step are captured."""
+
+    #: Whether it is a step of which is learned.
+    learns: bool
+
+    def give(self, moments: Moments) -> torch.Tensor:
+        """The scale that was learned, as a tensor."""
+
+    def note(
+        self,
+        parameters: Sequence[torch.Tensor],
+        path: Sequence[torch.Tensor],
+        score: Sequence[torch.Tensor],
+    ) -> None:
+        """What is learned of."""
+
+
 class PathGradientMixin(LearnedStateMixin):
     """
     Base class, to be named before the one of Pyro: taps the draws of the guide, has scales
@@ -71,18 +91,33 @@ class PathGradientMixin(LearnedStateMixin):
     #: Says in the report how a site is treated that is left to Pyro.
     otherwise: str
     control_variate_scale: Union[float, str]
+    #: While the operations of a step are captured.
+    _recorder: Optional[Recorder] = None
 
     def _init_scales(self, control_variate_scale: Any) -> None:
         self.control_variate_scale = check_scale(control_variate_scale)
         self._adaptive = AdaptiveScale()
         self._parameters: Optional[CallParameters] = None
         #: Of the last particle, for each site with a path gradient.
-        self._scales: Dict[str, float] = {}
+        self._scales: Dict[str, Any] = {}
         self._latest: Optional[Summary] = None
         self._why_not_learned = ""
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_parameters": None}
+
+    def _settled(self, recorder: Recorder) -> "PathGradientMixin":
+        """A copy whose steps do the same and find out nothing."""
+        settled = copy.copy(self)
+        settled._recorder = recorder
+        return settled
+
+    def _count_steps(self, num_steps: int) -> None:
+        """Is told of steps that were made in another way."""
+
+    def _phase(self, num_steps: int) -> Any:
+        """What so many next steps are to be alike in; None if one of them has to be eager."""
+        return ()
 
     def _get_learned(self) -> Dict[str, Any]:
         return {"control_variates": self._adaptive.state_dict()}
@@ -154,6 +189,10 @@ class PathGradientMixin(LearnedStateMixin):
             for name, leaf in leaf_of.items()
             if leaf is not None
         }
+        if self._recorder is not None:
+            give = self._recorder.give
+            self._scales.update((n, give(moments[n]) if n in moments else 0.0) for n in log_q)
+            return share_leaves(log_q, stop) if self._recorder.learns and may_learn else []
         # Any one parameter will do: all of a site's had the same scale last. Without a
         # parameter there is no score.
         self._scales.update((n, moments[n].scale if n in moments else 0.0) for n in log_q)
@@ -190,6 +229,8 @@ class PathGradientMixin(LearnedStateMixin):
         except RuntimeError as e:
             # Code that was compiled, or checkpoints, may allow for one pass only, the user's.
             # Where the graph itself is at fault, that pass says so.
+            if self._recorder is not None:
+                raise
             self._adaptive.postpone(everything)
             self._why_not_learned = f"; c is not learned: {textwrap.shorten(str(e), 120)}"
             return
@@ -200,15 +241,20 @@ class PathGradientMixin(LearnedStateMixin):
             used = [p for p, pair in zip(parameters, parts) if pair]
             if used:
                 path, score = zip(*filter(None, parts))
+                if self._recorder is not None:
+                    self._recorder.note(used, path, score)
+                    continue
                 self._adaptive.find(used, self._parameters.name).update(path, score)
 
 
 def _split(
-    total: Optional[torch.Tensor], score: Optional[torch.Tensor], rest: float
+    total: Optional[torch.Tensor], score: Optional[torch.Tensor], rest: Any
 ) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
     """Path gradient and score, where ``total`` is the former plus ``rest`` times the latter."""
     if total is None and score is None:
         return None
+    if isinstance(rest, torch.Tensor):
+        rest = rest.to(total if score is None else score)
     if score is None:
         score = torch.zeros_like(total)  # type: ignore[arg-type]
     if total is None:

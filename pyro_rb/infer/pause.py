@@ -35,8 +35,20 @@ class Pause:
     @property
     def is_on(self) -> bool:
         """Whether the next run is not watched."""
-        n = self._num_idle + 1
-        return n > NUM_LOOKS and n & (n - 1) != 0 and n % 1024 != 0
+        return not self._is_watched(self._num_idle + 1)
+
+    def looks_within(self, num_runs: int) -> bool:
+        """Whether one of the next runs is watched, though those before had nothing."""
+        first = self._num_idle + 1
+        return first > 1 and any(map(self._is_watched, range(first, first + num_runs)))
+
+    def skip(self, num_runs: int) -> None:
+        """Counts runs that were as the last one."""
+        self._num_idle += num_runs if self._num_idle else 0
+
+    @staticmethod
+    def _is_watched(n: int) -> bool:
+        return n <= NUM_LOOKS or n & (n - 1) == 0 or n % 1024 == 0
 
     def note(self, structure: Hashable, is_watched: bool, is_used: bool) -> None:
         """

@@ -24,7 +24,7 @@ from pyro_rb.infer.particle_baseline import Draw, compute_scores
 from pyro_rb.infer.path_mixin import Groups, check_num_particles
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.run_mixin import RunMixin
-from pyro_rb.infer.surrogate import path_terms
+from pyro_rb.infer.surrogate import is_exactly, path_terms, rest_of
 from pyro_rb.infer.util import site_values
 from pyro_rb.infer.weights import compute_elbo, weigh, without_value
 from pyro_rb.ops.projection import SOLVERS
@@ -219,12 +219,12 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         terms = path_terms(log_q, path, self._scales)
         for name in path.values:
             parts, term = guide_trace.nodes[name]["score_parts"], terms.get(name, 0.0)
-            rest = 1.0 - self._scales.get(name, 1.0)
             if name not in names:  # analytic
                 term = term + parts.entropy_term.sum()
-                rest -= 1.0 if name in log_q else 0.0
-            if rest:
-                term = term + rest * log_q[name]
+            if name in log_q:
+                whole = 1.0 if name in names else 0.0
+                if not is_exactly(self._scales[name], whole):
+                    term = term + rest_of(self._scales[name], log_q[name], whole)
             guide_trace.nodes[name]["score_parts"] = parts._replace(entropy_term=term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
@@ -259,11 +259,11 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
             log_q = {n: weighted.log_q[n] for n in names if n in weighted.log_q}
             groups = self._choose_scales(log_q, run)
             # The scores of all others are left out, as their mean is zero.
-            scales = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
+            scales: Dict[str, Any] = {**dict.fromkeys(weighted.log_q, 1.0), **self._scales}
             for name, term in log_q.items():
-                rest = (0.0 if name in run.joint else 1.0) - scales[name]
-                if rest:
-                    surrogate = surrogate - without_value(rest * term)
+                whole = 0.0 if name in run.joint else 1.0
+                if not is_exactly(scales[name], whole):
+                    surrogate = surrogate - without_value(rest_of(scales[name], term, whole))
             for term in path_terms(weighted.log_q, run.path, scales).values():
                 surrogate = surrogate - without_value(term)
             self._learn_scales(groups, log_q, -surrogate, terms[:2])

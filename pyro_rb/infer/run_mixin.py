@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
 import math
 import queue
 from contextlib import contextmanager
@@ -84,6 +85,28 @@ class RunMixin(PathGradientMixin):
         self._steps_done = learned["steps_done"]
         self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
 
+    def _settled(self, recorder: Any) -> Any:
+        settled: Any = super()._settled(recorder)
+        settled._rows, settled._pause = self._rows.settled(), copy.deepcopy(self._pause)
+        return settled
+
+    @property
+    def _num_runs(self) -> int:
+        """Of a step."""
+        return 1 if self.vectorize_particles else self.num_particles
+
+    def _count_steps(self, num_steps: int) -> None:
+        self._steps_done += num_steps
+        self._pause.skip(num_steps * self._num_runs)
+
+    def _is_over(self, num_steps: int = 0) -> bool:
+        return self.num_steps is not None and self._steps_done + num_steps >= self.num_steps
+
+    def _phase(self, num_steps: int) -> Any:
+        if self._pause.looks_within(num_steps * self._num_runs):
+            return None
+        return self._is_over(num_steps - 1), self._pause.is_on
+
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
     ) -> Iterator[Tuple[Trace, Trace]]:
@@ -102,10 +125,9 @@ class RunMixin(PathGradientMixin):
             # Before the handlers, so that each particle has draws of its own.
             guide = self._vectorized_num_particles(guide)  # type: ignore[attr-defined]
             model = self._vectorized_num_particles(model)  # type: ignore[attr-defined]
-        num_runs = 1 if self.vectorize_particles else self.num_particles
-        for particle in range(num_runs):
+        for particle in range(self._num_runs):
             path = PathGradient(self._obstacle())
-            is_last = particle == num_runs - 1
+            is_last = particle == self._num_runs - 1
 
             def make(starts: Optional[Any], *watches: Messenger) -> Tuple[Trace, Trace]:
                 watched = [w(fn) for w, fn in zip(watches, (model, guide))] or [model, guide]
@@ -186,7 +208,7 @@ class RunMixin(PathGradientMixin):
         """Why nothing is to be projected; empty if it is."""
         if not self._makes_gradients:
             return "no gradient"
-        if self.num_steps is not None and self._steps_done >= self.num_steps:
+        if self._is_over():
             return f"schedule (num_steps={self.num_steps})"
         return ""
 

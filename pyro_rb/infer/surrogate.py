@@ -11,16 +11,30 @@ score has a baseline has ``c = 1``: its score has mean zero, but what its densit
 on to earlier draws is needed for the noise to vanish at the optimum.
 """
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Union
 
 import torch
 
 from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import PathGradient
 
+#: Of a score. A tensor of no dims in a graph that is used again, where it is learned.
+Scale = Union[float, torch.Tensor]
+
+
+def is_exactly(scale: Scale, value: float) -> bool:
+    """Whether a scale is known to have a value."""
+    return not isinstance(scale, torch.Tensor) and scale == value
+
+
+def rest_of(scale: Scale, term: torch.Tensor, whole: float) -> torch.Tensor:
+    """``whole - scale`` times a term."""
+    rest = whole - scale
+    return (rest.to(term) if isinstance(rest, torch.Tensor) else rest) * term
+
 
 def path_terms(
-    log_q: Mapping[str, torch.Tensor], path: PathGradient, scales: Mapping[str, float]
+    log_q: Mapping[str, torch.Tensor], path: PathGradient, scales: Mapping[str, Scale]
 ) -> Dict[str, torch.Tensor]:
     """
     :param log_q: the log density of each site, weighted, a scalar.
@@ -28,12 +42,15 @@ def path_terms(
     :param scales: of the score of each of the sites.
     :return: ``<sum of c dl/dz, z>`` for each tapped draw.
     """
-    log_q = {n: term for n, term in log_q.items() if term.requires_grad and scales[n]}
+    log_q = {
+        n: term for n, term in log_q.items() if term.requires_grad and not is_exactly(scales[n], 0.0)
+    }
     if not log_q:
         return {}
     weights = None
-    if any(scales[name] != 1.0 for name in log_q):
-        weights = [torch.full_like(term, scales[name]) for name, term in log_q.items()]
+    if not all(is_exactly(scales[name], 1.0) for name in log_q):
+        weights = [torch.ones_like(term) * scales[name] for name, term in log_q.items()]
+        weights = [weight.to(term) for weight, term in zip(weights, log_q.values())]
     draws = path.values
     partials: Any
     with path.closed():

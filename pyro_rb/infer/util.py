@@ -5,11 +5,23 @@
 The one place that touches Pyro's private names.
 """
 
+import weakref
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Tuple,
+)
 
 import torch
-from pyro import poutine
+from pyro import get_param_store, poutine
 from pyro.distributions import MaskedDistribution
 from pyro.infer.traceenum_elbo import (
     _check_tmc_elbo_constraint,
@@ -343,3 +355,76 @@ def set_torch_generators(states: Any) -> None:
     torch.set_rng_state(state)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def parameter_table() -> Dict[str, torch.Tensor]:
+    """The unconstrained parameters in the param store, by name; not a copy."""
+    table: Dict[str, torch.Tensor] = get_param_store()._params
+    return table
+
+
+def set_parameter_table(table: Mapping[str, torch.Tensor]) -> None:
+    """
+    Puts back parameters that have been replaced or made since.
+
+    :param table: a copy of what :func:`parameter_table` returned.
+    """
+    store = get_param_store()
+    for name, parameter in list(store._params.items()):
+        if table.get(name) is not parameter:
+            store._param_to_name.pop(parameter, None)
+            if name in table:
+                store._params[name] = table[name]
+                store._param_to_name[table[name]] = name
+            else:
+                del store._params[name], store._constraints[name]
+
+
+def is_plain_call() -> bool:
+    """Whether no handler is around the code but those that collect parameters, as SVI does."""
+    return all(map(_only_collects, _PYRO_STACK))
+
+
+def _only_collects(frame: Any) -> bool:
+    if isinstance(frame, TraceMessenger):
+        return bool(frame.param_only)
+    cls = type(frame)
+    is_plain = cls._process_message is Messenger._process_message
+    is_plain &= cls._postprocess_message is Messenger._postprocess_message
+    return is_plain and not any(hasattr(cls, name) for name in _ACTIVE)
+
+
+#: Methods of handlers that do something to a site.
+_ACTIVE = ("_pyro_sample", "_pyro_post_sample", "_pyro_subsample", "_pyro_post_subsample", "_pyro_param")
+
+
+@contextmanager
+def without_handlers() -> Iterator[None]:
+    """Within, code runs as if there were no handler around it."""
+    saved = _PYRO_STACK[:]
+    _PYRO_STACK.clear()
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = saved
+
+
+def announce_parameters(named: Mapping[str, torch.Tensor]) -> None:
+    """
+    Tells handlers that collect parameters that these were used, as their statements would.
+
+    :param named: unconstrained parameters that are in the param store.
+
+    >>> import pyro, torch
+    >>> loc = pyro.param("loc", torch.zeros(()))
+    >>> with pyro.poutine.trace(param_only=True) as capture:
+    ...     announce_parameters({"loc": loc.unconstrained()})
+    >>> list(capture.trace.nodes)
+    ['loc']
+    """
+    for frame in _PYRO_STACK:
+        for name, parameter in named.items() if hasattr(frame, "_pyro_post_param") else ():
+            # As Pyro does for a parameter without a constraint.
+            parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+            msg = {"type": "param", "name": name, "value": parameter}
+            frame._pyro_post_param(msg)  # type: ignore[attr-defined]

@@ -1,0 +1,159 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+
+from pyro_rb.compiled.graph import Graph
+from pyro_rb.compiled.replay import as_function
+from pyro_rb.compiled.simplify import simplify
+from pyro_rb.compiled.torch_private import compile_graph, trace
+from pyro_rb.compiled.update import Update
+from pyro_rb.infer.util import get_torch_generators, set_torch_generators
+
+
+class FusedSteps:
+    """
+    Steps of SVI as one graph: loss, gradient, and the update of the parameters in place. A
+    single step that is replayed is two graphs, so that the loss can be looked at in between.
+
+    :param graph: the loss and its gradient.
+    :param optim: Pyro's optimizer, which has made a step of all parameters.
+    :param int num_steps: the number of steps in the graph.
+    :param args: the tensors among the arguments of a step.
+    :raises NotImplementedError: naming what there is no update for.
+    """
+
+    def __init__(
+        self, graph: Graph, optim: Any, num_steps: int, args: Sequence[torch.Tensor]
+    ) -> None:
+        self.num_steps = num_steps
+        self._fixed, self._changed = graph.captured.fixed, graph.captured.changed
+        self._parameters = graph.captured.parameters
+        ours = {id(p) for p in self._parameters}
+        for name, p in graph.named.items():
+            if id(p) not in ours:
+                raise NotImplementedError(f"no gradient of {name}")
+        if len(graph.named) != len(ours):
+            raise NotImplementedError("a parameter that is not in the param store")
+        self.update = Update(optim, self._parameters)
+        self._is_split = num_steps == 1 and not graph.is_compiled
+        self._module = self._trace_update() if self._is_split else self._trace(graph, args)
+        self._run: Callable[..., Any] = as_function(self._module)
+
+    def _trace_update(self) -> torch.fx.GraphModule:
+        num = len(self._parameters)
+
+        def run(*inputs: torch.Tensor) -> Tuple[()]:
+            self.update.apply(inputs[:num], inputs[num : 2 * num], inputs[2 * num :])
+            return ()
+
+        inputs = [*self._parameters, *self._parameters, *self.update.tensors]
+        with torch.no_grad():
+            module = trace(run, [x.detach().clone() for x in inputs])
+        simplify(module)
+        return module
+
+    def _trace(self, graph: Graph, args: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+        places = {id(x): i for i, x in enumerate(self._fixed)}
+        captured, update = graph.captured, self.update
+        num_args, num_fixed = len(args), len(self._fixed)
+
+        def run(*inputs: torch.Tensor) -> Tuple[torch.Tensor]:
+            fixed, state = inputs[num_args:][:num_fixed], inputs[num_args + num_fixed :]
+            parameters = [fixed[places[id(p)]] for p in captured.parameters]
+            losses: List[torch.Tensor] = []
+            is_good: Any = True
+            for k in range(self.num_steps):
+                loss, held, *rest = captured.module(*inputs[:num_args], *fixed)
+                # After a step that must be made again, no other is made.
+                is_good = (loss == loss) & is_good if held is None else (loss == loss) & held & is_good
+                update.apply(parameters, rest[: len(parameters)], state, is_good, k)
+                losses.append(torch.where(is_good, loss.double(), torch.nan))
+            return (torch.stack(losses),)
+
+        inputs = [x.detach().clone() for x in [*args, *self._fixed, *update.tensors]]
+        generators = get_torch_generators()
+        with torch.no_grad():
+            module = trace(run, inputs)
+        set_torch_generators(generators)
+        simplify(module)
+        return module
+
+    def compile(self, args: Sequence[torch.Tensor]) -> None:
+        """
+        By Inductor.
+
+        :raises RuntimeError: if the result is not what it is without.
+        """
+        compiled = compile_graph(self._module, [*args, *self._fixed, *self.update.tensors])
+        self.update.prepare()
+        before = self._save()
+        self._call(args)
+        expected = self._save()
+        self._restore(before)
+        self._run, replay = compiled, self._run
+        self._call(args)
+        found = self._save()
+        self._restore(before)
+        for i, (a, b) in enumerate(zip(found[0], expected[0])):
+            # Adam makes whole steps of gradients that are nothing but rounding.
+            is_parameter = i < len(self._parameters)
+            atol = 3 * self.update.largest_rate if is_parameter else 1e-5
+            if not torch.allclose(a, b, rtol=1e-3, atol=atol, equal_nan=True):
+                self._run = replay
+                raise RuntimeError("the compiled update differs from the one that is replayed")
+
+    def is_free(self) -> bool:
+        """Whether no gradient of something else waits for the update."""
+        for p in self._parameters:
+            if p.grad is not None:
+                if p.grad.any():
+                    return False
+                p.grad = None
+        return True
+
+    def __call__(self, graph: Graph, args: Sequence[torch.Tensor]) -> Optional[List[float]]:
+        """
+        :return: the losses, or None if nothing was done, as a loss is not a number, say.
+        """
+        graph.learning.take_scales()
+        self.update.prepare()
+        generators = get_torch_generators()
+        saved = self._save() if self._changed or self.num_steps > 1 else None
+        losses = self._make_split(graph, args) if self._is_split else self._call(args).tolist()
+        if losses[-1] != losses[-1]:
+            if saved is not None:
+                self._restore(saved)
+            set_torch_generators(generators)
+            return None
+        self.update.finish(self.num_steps)
+        graph.count_steps(self.num_steps)
+        return losses
+
+    def _make_split(self, graph: Graph, args: Sequence[torch.Tensor]) -> List[float]:
+        step = graph(args)
+        loss = step.loss.item()
+        if loss == loss and (step.held is None or step.held):
+            with torch.no_grad():
+                self._run(*self._parameters, *step.grads, *self.update.tensors)
+            return [loss]
+        return [math.nan]
+
+    def _call(self, args: Sequence[torch.Tensor]) -> Any:
+        with torch.no_grad():
+            return self._run(*args, *self._fixed, *self.update.tensors)[0]
+
+    def _tensors(self) -> List[torch.Tensor]:
+        return [*self._parameters, *self._changed, *self.update.tensors]
+
+    def _save(self) -> Tuple[List[torch.Tensor], Any]:
+        return [x.detach().clone() for x in self._tensors()], get_torch_generators()
+
+    def _restore(self, saved: Tuple[List[torch.Tensor], Any]) -> None:
+        with torch.no_grad():
+            for x, value in zip(self._tensors(), saved[0]):
+                x.copy_(value)
+        set_torch_generators(saved[1])

@@ -1,0 +1,135 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+from pyro import get_param_store
+
+from pyro_rb.compiled.capture import Captured, has_hooks
+from pyro_rb.compiled.reach import Reachable
+from pyro_rb.compiled.replay import as_function
+from pyro_rb.compiled.settle import Learning
+from pyro_rb.compiled.torch_private import compile_graph
+from pyro_rb.infer.util import announce_parameters, parameter_table
+
+
+class Step(NamedTuple):
+    """What a step found."""
+
+    loss: torch.Tensor
+    #: Whether all that the graph takes for granted was true, or None if nothing was.
+    held: Optional[torch.Tensor]
+    #: By parameter of the graph.
+    grads: Sequence[torch.Tensor]
+    #: What the loss learns of.
+    learned: Sequence[torch.Tensor]
+
+
+class Gradient(NamedTuple):
+    """A loss, and what is to be added to the ``.grad`` of parameters."""
+
+    loss: Any
+    parameters: Sequence[torch.Tensor]
+    grads: Sequence[torch.Tensor]
+
+
+class Graph:
+    """
+    A captured loss, and what must be as it was for it to be valid.
+
+    :param captured: the loss and its gradient.
+    :param reach: what model and guide can reach.
+    :param learning: what the loss learns.
+    """
+
+    def __init__(self, captured: Captured, reach: Reachable, learning: Learning) -> None:
+        self.captured = captured
+        self.reach = reach
+        self.calls = 0
+        self.next_check = 0
+        self.is_compiled = False
+        self.learning = learning
+        self._run: Callable = as_function(captured.module)
+        #: In the param store, by name; all that were announced by a step.
+        self.named: Mapping[str, torch.Tensor] = {}
+        self._kinds = [_kind(x) for x in captured.fixed]
+
+    def note_parameters(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Is told the parameters that the eager loss announced."""
+        self.named = dict(named)
+
+    def why_invalid(self) -> Optional[str]:
+        """What has changed since it was captured, or None."""
+        table = parameter_table()
+        for name, parameter in self.named.items():
+            if table.get(name) is not parameter:
+                return f"the parameter {name}"
+        for tensor, kind in zip(self.captured.fixed, self._kinds):
+            if _kind(tensor) != kind:
+                return "the shape, type, device, hooks or requires_grad of a tensor"
+        return self.reach.changed()
+
+    def count_steps(self, num_steps: int, learned: Sequence[torch.Tensor] = ()) -> None:
+        """Counts steps at which nothing was compared."""
+        self.calls += num_steps
+        self.learning.count_steps(num_steps, learned)
+
+    def __call__(self, args: Sequence[torch.Tensor]) -> Step:
+        with torch.no_grad():
+            loss, held, *rest = self._run(*args, *self.captured.fixed)
+        num_grads = len(self.captured.parameters)
+        return Step(loss, held, rest[:num_grads], rest[num_grads:])
+
+    def announce(self) -> None:
+        """Tells handlers around the loss, such as ``SVI.step``, which parameters were used."""
+        announce_parameters(self.named)
+
+    def compile(self, args: Sequence[torch.Tensor]) -> None:
+        """By Inductor."""
+        self._run = compile_graph(self.captured.module, [*args, *self.captured.fixed])
+        self.is_compiled = True
+
+
+def _kind(x: torch.Tensor) -> Any:
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, has_hooks(x)
+
+
+def difference(
+    step: Step, parameters: Sequence[torch.Tensor], eager: Gradient, is_exact: bool
+) -> str:
+    """
+    What is different between a step of a graph and one of the eager loss with the same random
+    numbers; empty if nothing is, but for rounding.
+
+    :param parameters: of the graph.
+    :param is_exact: whether the operations are the same.
+    """
+    found = {id(p): (p, g) for p, g in zip(parameters, step.grads)}
+    expected = {id(p): (p, g) for p, g in zip(eager.parameters, eager.grads)}
+    largest = max([_size(g) for g in eager.grads], default=0.0)
+    expected_loss = torch.as_tensor(eager.loss, dtype=step.loss.dtype, device=step.loss.device)
+    pairs: List[Any] = [("the loss", 1.0, step.loss, expected_loss)]
+    for key in {**expected, **found}:
+        p, g = expected.get(key) or found[key]
+        other = torch.zeros_like(g)
+        name = get_param_store().param_name(p) or "a parameter that is not in the param store"
+        both = [pair[1] if pair else other for pair in (found.get(key), expected.get(key))]
+        pairs.append((f"the gradient of {name}", 1e-2 * largest, *both))
+    eps = max([torch.finfo(g.dtype).eps for g in eager.grads], default=1e-7)
+    tolerance = eps ** (0.75 if is_exact else 0.6)
+    for name, least, a, b in pairs:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{name} has another shape or type"
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return f"{name} is not finite at the same places"
+        error = _size(a - b)
+        if error > tolerance * (_size(b) + least):
+            return f"{name} is off by {error:.3g} of {_size(b):.3g}"
+    return ""
+
+
+def _size(x: torch.Tensor) -> float:
+    if not x.numel():
+        return 0.0
+    return float(x.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max())

@@ -1,0 +1,286 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The graphs of one loss, model and guide: when they are made, when they are compared with the
+eager loss, and when they are given up.
+"""
+
+import warnings
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+
+import torch
+from pyro import poutine
+from torch.nn.parallel import DistributedDataParallel
+
+from pyro_rb.compiled.call import describe, with_tensors
+from pyro_rb.compiled.capture import capture
+from pyro_rb.compiled.graph import Gradient, Graph, difference
+from pyro_rb.compiled.reach import Reachable
+from pyro_rb.compiled.settle import Learning
+from pyro_rb.compiled.state import State
+from pyro_rb.compiled.watch import NotCapturable
+from pyro_rb.infer.util import (
+    get_torch_generators,
+    is_plain_call,
+    parameter_table,
+    set_parameter_table,
+    set_torch_generators,
+    without_handlers,
+)
+
+MAX_GRAPHS = 8
+MAX_UNSTABLE = 3
+ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
+
+
+class Program:
+    """
+    :param elbo: the eager loss.
+    :param model: its model.
+    :param guide: its guide.
+    :param str backend: ``"inductor"`` or ``"replay"``.
+    :param int check_every: the steps between comparisons, in the long run.
+    """
+
+    def __init__(
+        self, elbo: Any, model: Any, guide: Any, backend: str, check_every: int
+    ) -> None:
+        self.elbo, self.model, self.guide = elbo, model, guide
+        self.backend, self.check_every = backend, check_every
+        #: Why steps are eager; empty if they are not.
+        self.reason = ""
+        self._graphs: Dict[Tuple, List[Graph]] = {}
+        self._pending: Set[Tuple] = set()
+        self._unstable = 0
+        self._warned: Set[str] = set()
+
+    @property
+    def graphs(self) -> List[Graph]:
+        return [graph for graphs in self._graphs.values() for graph in graphs]
+
+    def find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
+        """
+        :return: the loss and its gradient, or None if the eager loss is to be called.
+        """
+        if self.reason:
+            return None
+        if not is_plain_call():
+            self._warn("a handler is around the loss, such as poutine.block")
+            return None
+        try:
+            return self._find(args, kwargs)
+        except NotCapturable as e:
+            self._give_up(str(e))
+            return None
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self._graphs.clear()
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            name = type(self.elbo).__name__
+            warnings.warn(f"{name} is not compiled, its steps are eager: {reason}.", stacklevel=5)
+
+    def ready(
+        self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]
+    ) -> Optional[Tuple[Graph, List[torch.Tensor]]]:
+        """
+        :return: a graph that may make the next steps, without any that is eager, and the
+            tensors among the arguments; None if there is none.
+        """
+        if self.reason or not is_plain_call():
+            return None
+        try:
+            key, tensors = self._describe(args, kwargs)
+        except NotCapturable:
+            return None
+        graphs = self._graphs.get(key, [])
+        if any(graph.learning.is_due(num_steps) for graph in graphs):
+            return None
+        if self._phase(num_steps) != self._phase():
+            return None
+        for graph in graphs:
+            if not graph.learning.learns and graph.why_invalid() is None:
+                is_checked = graph.calls + num_steps >= graph.next_check
+                return None if is_checked else (graph, tensors)
+        return None
+
+    def _phase(self, num_steps: int = 1) -> Any:
+        """What the next steps are to be alike in; None if one of them is to be eager."""
+        return self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else ()
+
+    def _describe(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Tuple, List[torch.Tensor]]:
+        key, tensors = describe((args, kwargs))
+        key += (
+            self._phase(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_default_dtype(),
+            torch.is_autocast_enabled(),
+        )
+        return key, tensors
+
+    def _find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
+        if self._phase() is None:
+            return None
+        key, tensors = self._describe(args, kwargs)
+        graphs = self._graphs.setdefault(key, [])
+        learns = any(graph.learning.is_due(1) for graph in graphs)
+        why = None
+        for graph in graphs:
+            if graph.learning.learns != learns:
+                continue
+            why = graph.why_invalid()
+            if why is None:
+                return self._run(graph, args, kwargs, tensors)
+        if key not in self._pending:
+            # An eager step makes parameters, and finds out the nesting of plates.
+            self._pending.add(key)
+            return None
+        self._pending.remove(key)
+        if sum(graph.learning.learns == learns for graph in self.graphs) >= MAX_GRAPHS:
+            why = why or "the shape or value of an argument"
+            raise NotCapturable(
+                f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
+                "Pad the last minibatch or leave it out"
+            )
+        graph = self._capture(args, kwargs, tensors, learns)
+        found, is_good = self._check(graph, args, kwargs, tensors)
+        if is_good:
+            graphs.append(graph)
+        return found
+
+    def _run(
+        self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
+    ) -> Optional[Gradient]:
+        if graph.calls + 1 >= graph.next_check:
+            graph.calls += 1
+            return self._check(graph, args, kwargs, tensors)[0]
+        graph.learning.take_scales()
+        generators = get_torch_generators()
+        changed = [(x, x.clone()) for x in graph.captured.changed]
+        step = graph(tensors)
+        loss = step.loss.item()
+        if loss != loss or not (step.held is None or step.held):
+            # The eager loss says where, or does without what was taken for granted.
+            set_torch_generators(generators)
+            for x, value in changed:
+                x.copy_(value)
+            return None
+        graph.count_steps(1, step.learned)
+        graph.announce()
+        return Gradient(loss, graph.captured.parameters, step.grads)
+
+    def _reach(self) -> Reachable:
+        return Reachable({"the model": self.model, "the guide": self.guide}, self.elbo)
+
+    def _capture(
+        self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool
+    ) -> Graph:
+        reach = self._reach()
+        if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
+            raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
+        state = State(reach.buffers())
+        table = dict(parameter_table())
+        learning = Learning(self.elbo, learns)
+        elbo = learning.settle(self.elbo)
+
+        def run(*inputs: torch.Tensor) -> Any:
+            call_args, call_kwargs = with_tensors((args, kwargs), iter(inputs))
+            return elbo.loss_and_grads(self.model, self.guide, *call_args, **call_kwargs)
+
+        try:
+            with without_handlers():
+                captured = capture(run, tensors, learning.outputs)
+        finally:
+            state.restore()
+            set_parameter_table(table)
+        return Graph(captured, reach, learning)
+
+    def _check(
+        self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
+    ) -> Tuple[Gradient, bool]:
+        """Makes an eager step, and compares the graph with it."""
+        buffers = [*graph.reach.buffers(), *graph.captured.changed]
+        before = State(buffers)
+        graph.learning.take_scales()
+        table = dict(parameter_table())
+        result, named = self._eager(args, kwargs)
+        after = State(buffers)
+        graph.note_parameters(named)
+        changed = graph.why_invalid()
+        for name, parameter in named.items():
+            if table.get(name) is not parameter:
+                changed = f"the parameter {name}"
+        if before.random_python() != after.random_python():
+            self._give_up(
+                "model or guide draw random numbers by Python's random or by NumPy, "
+                f"which a graph does not. {ADVICE}"
+            )
+        elif changed is not None:
+            # A guide that is set up at its first run is done with that.
+            self._unstable += 1
+            if self._unstable >= MAX_UNSTABLE:
+                self._give_up(f"{changed} changes at each run. {ADVICE}")
+        else:
+            self._compare(graph, tensors, result, before, after)
+            if self.backend == "inductor" and not self.reason and not graph.is_compiled:
+                self._compile(graph, tensors, result, before, after)
+            graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
+        return result, changed is None and not self.reason
+
+    def _eager(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Gradient, Dict[str, Any]]:
+        """The loss and gradient of an eager step, and the parameters that it announced."""
+        table = parameter_table()
+        modules = self._reach().modules
+        candidates = [*table.values(), *(p for m in modules for p in m.parameters())]
+        parameters = list({id(p): p for p in candidates}.values())
+        kept = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            with poutine.trace(param_only=True) as announced:
+                loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+        finally:
+            for p, grad in zip(parameters, kept):
+                p.grad = grad
+        named = {name: table.get(name) for name in announced.trace.nodes}
+        if None in named.values():
+            raise NotCapturable(
+                "A parameter is not in the param store. Expected "
+                "pyro.settings.set(module_local_params=False)"
+            )
+        return Gradient(loss, *zip(*pairs)) if pairs else Gradient(loss, (), ()), named
+
+    def _compare(
+        self, graph: Graph, tensors: Sequence[Any], result: Gradient, before: State, after: State
+    ) -> None:
+        before.restore()
+        try:
+            step = graph(tensors)
+            problem = difference(step, graph.captured.parameters, result, not graph.is_compiled)
+            if not problem:
+                problem = after.compare()
+        except RuntimeError as e:
+            problem = str(e)
+        finally:
+            after.restore()
+        if problem:
+            self._give_up(
+                f"its graph and the eager loss differ for the same random numbers: {problem}. "
+                f"Something that is no argument differs from step to step. {ADVICE}"
+            )
+
+    def _compile(self, graph: Graph, tensors: Sequence[Any], *results: Any) -> None:
+        try:
+            graph.compile(tensors)
+        except Exception as e:  # no C++ compiler, say
+            self.backend = "replay"
+            self._warn(f"Inductor failed, so that the graph is replayed: {type(e).__name__}: {e}")
+            return
+        self._compare(graph, tensors, *results)

@@ -1,0 +1,98 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The one place that touches PyTorch's private names for capturing and compiling graphs.
+"""
+
+import copy
+from typing import Any, Callable, Sequence
+
+import torch
+
+#: The oldest version of PyTorch that this was tried with.
+FLOOR = (2, 13)
+
+_OPTIONS = {
+    # The draws are those of the eager loss, in its order.
+    "fallback_random": True,
+    "reorder_for_peak_memory": False,
+    # Shapes and strides are known to be those that the graph was made for.
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+
+
+def check_version() -> None:
+    """
+    :raises ImportError: naming the version, if PyTorch is too old.
+    """
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < FLOOR:
+        raise ImportError(
+            f"pyro_rb.compile needs torch {FLOOR[0]}.{FLOOR[1]} or later, and found "
+            f"{torch.__version__}. Update torch, or use the loss as it is."
+        )
+
+
+def trace(fn: Callable, inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """Runs ``fn``, and returns its operations, of those of autograd too, as one graph."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn)(*inputs)
+
+
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is the result of operations in the graph that is being captured."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
+
+    mode = get_proxy_mode()
+    return mode is not None and has_proxy_slot(tensor, mode.tracer)
+
+
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether a tracked tensor is the same at each run: made of numbers in the code only."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    assert mode is not None
+    waiting = [get_proxy_slot(tensor, mode.tracer).proxy.node]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr":
+            if any(user.target != torch.ops.aten.lift_fresh_copy.default for user in node.users):
+                return False
+        elif node.op != "call_function":
+            return False
+        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return False
+        new = [x for x in node.all_input_nodes if x not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    return True
+
+
+def outside_of_graph() -> Any:
+    """Within, operations are not recorded."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def bare(operation: Any) -> Callable:
+    """What an operation calls in the end."""
+    found: Callable = getattr(operation, "_op", operation)
+    return found
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
+    """Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them."""
+    import torch._inductor.config
+
+    options = {k: v for k, v in _OPTIONS.items() if hasattr(torch._inductor.config, k)}
+    with torch.no_grad():
+        compiled: Callable = torch._inductor.compile(
+            copy.deepcopy(graph), list(inputs), options=options
+        )
+    return compiled

@@ -1,0 +1,155 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The step of an optimizer as tensor operations, on the state that Pyro's optimizers keep."""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.optim import is_scheduler
+
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW, ClippedAdam)
+#: Options that have no update here.
+_OFF = ("amsgrad", "maximize", "differentiable", "capturable")
+
+
+class Update:
+    """
+    The optimizers of some parameters, one for each, as Pyro has them.
+
+    :param optim: a :class:`~pyro.optim.optim.PyroOptim` that has made a step of each.
+    :param parameters: unconstrained.
+    :raises NotImplementedError: naming the optimizer or option that there is no update for.
+    """
+
+    def __init__(self, optim: Any, parameters: Sequence[torch.Tensor]) -> None:
+        self._optim = optim
+        self._parameters = list(parameters)
+        self._objects = [optim.optim_objs[p] for p in parameters]
+        self._optimizers = [o.optimizer if is_scheduler(o) else o for o in self._objects]
+        self._groups = [optimizer.param_groups[0] for optimizer in self._optimizers]
+        self._states = [o.state[p] for o, p in zip(self._optimizers, parameters)]
+        for p, optimizer, group in zip(parameters, self._optimizers, self._groups):
+            name = type(optimizer).__name__
+            if type(optimizer) not in _ADAMS:
+                raise NotImplementedError(name)
+            used = [option for option in _OFF if group.get(option)]
+            if used or optim.grad_clip.get(p) is not None:
+                raise NotImplementedError(f"{name} with {', '.join(used) or 'clip_args'}")
+            if p.is_complex() or not optimizer.state[p]:
+                raise NotImplementedError(f"{name} without state, or of a complex parameter")
+        self._options = self._read_options()
+        self._betas = torch.tensor([g["betas"] for g in self._groups], dtype=torch.float64).T
+        #: Learning rate and number of steps so far, by parameter: [2, parameters].
+        self._numbers = torch.zeros(2, len(parameters), dtype=torch.float64)
+
+    def _read_options(self) -> List[Tuple]:
+        names = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
+        return [tuple(map(group.get, names)) for group in self._groups]
+
+    def is_valid(self) -> bool:
+        """Whether the optimizers, their options and states are those that it was made for."""
+        objects = self._optim.optim_objs
+        same = [objects.get(p) is o for p, o in zip(self._parameters, self._objects)]
+        kept = zip(self._optimizers, self._parameters, self._states)
+        return (
+            all(same)
+            and all(o.state.get(p) is s for o, p, s in kept)
+            and self._options == self._read_options()
+        )
+
+    @property
+    def tensors(self) -> List[torch.Tensor]:
+        """What the graph reads and changes in place, other than the parameters."""
+        moments = [s[name] for s in self._states for name in ("exp_avg", "exp_avg_sq")]
+        return [*moments, self._numbers]
+
+    @property
+    def largest_rate(self) -> float:
+        """Of the learning rates."""
+        return max(float(group["lr"]) for group in self._groups)
+
+    def prepare(self) -> None:
+        """Tells the graph learning rates and numbers of steps, before it is run."""
+        rates = [float(group["lr"]) for group in self._groups]
+        steps = [float(state["step"]) for state in self._states]
+        self._numbers.copy_(torch.tensor([rates, steps], dtype=torch.float64))
+
+    def finish(self, num_steps: int) -> None:
+        """Tells the optimizers what the graph has done."""
+        for group, state in zip(self._groups, self._states):
+            state["step"] += num_steps
+            if "lrd" in group:
+                group["lr"] *= group["lrd"] ** num_steps
+
+    def apply(
+        self,
+        parameters: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        is_good: Optional[torch.Tensor] = None,
+        num_before: int = 0,
+    ) -> None:
+        """
+        Makes a step in place.
+
+        :param tensors: in the place of :attr:`tensors`.
+        :param is_good: a condition; where it is false, nothing is changed. Defaults to None,
+            for true.
+        :param int num_before: the steps before it in the graph.
+        """
+        *moments, numbers = tensors
+        lr, steps = numbers.unbind()
+        steps = steps + (num_before + 1)
+        if any("lrd" in group for group in self._groups):
+            decay = torch.tensor([g.get("lrd", 1.0) for g in self._groups], dtype=torch.float64)
+            lr = lr * decay ** (num_before + 1)
+        first, second = (1.0 - beta**steps for beta in self._betas)
+        kinds: Dict[Any, List[int]] = {}
+        for i, p in enumerate(parameters):
+            kind = type(self._optimizers[i]), self._options[i], p.dtype, p.device
+            kinds.setdefault(kind, []).append(i)
+        for members in kinds.values():
+            old = [
+                [xs[i] for i in members] for xs in (parameters, moments[::2], moments[1::2])
+            ]
+            rates = [x.to(old[0][0])[members].unbind() for x in (lr, lr / first, second.sqrt())]
+            new = self._compute(members[0], [grads[i] for i in members], *old, *rates)
+            for olds, news in zip(old, new):
+                if is_good is not None:
+                    news = [torch.where(is_good, x, y) for x, y in zip(news, olds)]
+                torch._foreach_copy_(olds, news)
+
+    def _compute(
+        self, member: int, g: Any, p: Any, m: Any, v: Any, lr: Any, size: Any, root: Any
+    ) -> Tuple[Any, Any, Any]:
+        """
+        New parameters and moments, of parameters that have the options of a member. All are
+        lists.
+
+        :param size: learning rates over the corrections of the first moments.
+        :param root: roots of the corrections of the second moments.
+        """
+        group, kind = self._groups[member], type(self._optimizers[member])
+        (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
+        is_clipped = kind is ClippedAdam
+        if is_clipped:
+            g = torch._foreach_clamp_min(g, -group["clip_norm"])
+            g = torch._foreach_clamp_max(g, group["clip_norm"])
+        if decay and (kind is torch.optim.AdamW or group.get("decoupled_weight_decay")):
+            p = torch._foreach_sub(p, torch._foreach_mul(torch._foreach_mul(p, decay), lr))
+        elif decay:
+            g = torch._foreach_add(g, p, alpha=decay)
+        m = torch._foreach_lerp(m, g, 1.0 - beta1)
+        centered = torch._foreach_sub(g, m) if group.get("centered_variance") else g
+        v = torch._foreach_mul(v, beta2)
+        v = torch._foreach_addcmul(v, centered, centered, 1.0 - beta2)
+        scale = torch._foreach_sqrt(v)
+        if is_clipped:  # has eps before the correction
+            size = torch._foreach_mul(size, root)
+        else:
+            scale = torch._foreach_div(scale, root)
+        scale = torch._foreach_add(scale, eps)
+        change = torch._foreach_mul(torch._foreach_div(m, scale), size)
+        return torch._foreach_sub(p, change), m, v

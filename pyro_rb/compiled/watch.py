@@ -1,0 +1,195 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What must not happen while a graph is captured: that Python looks at a number that differs
+from step to step.
+"""
+
+import linecache
+import os
+import sys
+from typing import Any, Dict, List, Tuple
+
+import pyro
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_rb
+from pyro_rb.compiled.torch_private import is_constant, is_tracked, outside_of_graph
+
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
+    for module in (torch, pyro, pyro_rb)
+)
+_PYRO_RB = _LIBRARIES[2]
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_CAPTURE = _OWN + "capture.py"
+_LOOKS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__"),
+        *("__index__", "__complex__", "__contains__"),
+    )
+}
+
+
+class NotCapturable(Exception):
+    """Says why a loss cannot be captured."""
+
+
+def find_user_line() -> str:
+    """
+    Where in code that is none of the libraries' the program is, below :func:`capture`; else
+    where it is in theirs.
+    """
+    frame: Any = sys._getframe(1)
+    where = ""
+    while frame is not None and frame.f_code.co_filename != _CAPTURE:
+        filename = frame.f_code.co_filename
+        is_user = not filename.startswith((*_LIBRARIES, "<"))
+        if is_user or not (where or filename.startswith((_OWN, _LIBRARIES[0], "<"))):
+            line = linecache.getline(filename, frame.f_lineno).strip()
+            where = f" at {filename}:{frame.f_lineno}: {line}"
+        if is_user:
+            break
+        frame = frame.f_back
+    return where
+
+
+def _refuse(what: str) -> Any:
+    raise NotCapturable(
+        f"{what}{find_user_line()}. What depends on it cannot change in a captured graph. "
+        "Expected tensor operations only, such as torch.where"
+    )
+
+
+class Watch(TorchFunctionMode):
+    """
+    Keeps losses from reading their own values, as they do for the loss that they return, and
+    refuses all other looks at numbers that differ from step to step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Scalars that the graph takes to be true.
+        self.assumed: List[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
+    ) -> Any:
+        if func in _LOOKS and args and is_tracked(args[0]):
+            if is_constant(args[0]):  # such as the index of a sequential plate
+                with outside_of_graph():
+                    return func(*args, **(kwargs or {}))
+            return self._look(func, args[0], sys._getframe(1).f_code)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, func: Any, tensor: torch.Tensor, code: Any) -> Any:
+        if code.co_filename.startswith(_LIBRARIES):
+            if code.co_name in ("warn_if_nan", "warn_if_inf"):
+                return False  # the value of the graph is looked at
+            if func is torch.Tensor.item and code.co_name == "torch_item" or _is_loss(code):
+                # In the precision of the number that it stands for.
+                if func is torch.Tensor.item:
+                    return tensor.detach().double()
+                if func is torch.Tensor.tolist and tensor.dim() == 1:
+                    return list(tensor.detach().double().unbind())
+            if func is torch.Tensor.__bool__ and (
+                code.co_filename.startswith(_PYRO_RB) or code.co_name == "compute_expectation"
+            ):
+                return assume(tensor, self.assumed)
+        return _refuse(f"It looks at the value of a tensor, by {func.__name__}(),")
+
+
+def assume(tensor: torch.Tensor, assumed: List[torch.Tensor]) -> bool:
+    """The value of a condition, which is noted as what the graph takes for granted."""
+    with outside_of_graph():
+        value = bool(tensor)
+    assumed.append((tensor if value else ~tensor).bool().reshape(()))
+    return value
+
+
+def _find_caller() -> str:
+    """The file of the code, other than PyTorch's, that called an operation."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        filename: str = frame.f_code.co_filename
+        if not filename.startswith((_LIBRARIES[0], _OWN, _PYRO_RB + "ops" + os.sep, "<")):
+            return filename
+        frame = frame.f_back
+    return ""
+
+
+def _is_loss(code: Any) -> bool:
+    return code.co_filename.endswith(("_elbo.py", "importance_bound.py"))
+
+
+class Operations(TorchDispatchMode):
+    """
+    Notes which tensors of others are used and changed, and refuses operations whose shapes
+    depend on values.
+    """
+
+    def __init__(self, assumed: List[torch.Tensor]) -> None:
+        super().__init__()
+        self._assumed = assumed
+        #: Tensors that are changed in place, and copies of what they were.
+        self.changed: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Tensors of others, by their memory.
+        self._others: Dict[int, torch.Tensor] = {}
+        #: Tensors that autograd may add a gradient to, and the gradient that they had.
+        self.leaves: Dict[int, Tuple[torch.Tensor, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            _refuse("It draws random numbers from a generator of its own")
+        tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
+        for x in tensors:
+            if not is_tracked(x):
+                self._others.setdefault(_memory(x), x)
+                if x.requires_grad and x.is_leaf and id(x) not in self.leaves:
+                    self.leaves[id(x)] = x, x.grad
+                    x.grad = None
+        if func._schema.is_mutable or func is torch.ops.aten.native_batch_norm.default:
+            self._save(func, args)
+        if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
+            indices = args[1] if "index" in func.__name__ else [torch.ones((), dtype=torch.bool)]
+            masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                _refuse("A shape depends on values")
+        if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
+            is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
+            if is_condition and _find_caller().startswith(_PYRO_RB):
+                return assume(tensors[0], self._assumed)
+            _refuse("It looks at the value of a tensor")
+        return func(*args, **kwargs)
+
+    def _save(self, func: Any, args: Tuple) -> None:
+        arguments = func._schema.arguments
+        written = [x for x, a in zip(args, arguments) if a.alias_info and a.alias_info.is_write]
+        if func is torch.ops.aten.native_batch_norm.default:  # does not say what it changes
+            written = list(args[3:5])
+        for x in _flat(written):
+            if not isinstance(x, torch.Tensor):
+                continue
+            other = self._others.get(_memory(x))
+            if other is not None and id(other) not in self.changed:
+                with outside_of_graph():
+                    self.changed[id(other)] = other, other.detach().clone()
+
+
+def _memory(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+
+
+def _flat(value: Any) -> List[Any]:
+    if isinstance(value, (list, tuple)):
+        return [x for item in value for x in _flat(item)]
+    if isinstance(value, dict):
+        return [x for item in value.values() for x in _flat(item)]
+    return [value]

@@ -1,0 +1,240 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""CompiledSVI makes the steps that SVI makes, with the update of the optimizer in the graph."""
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch.optim import Adam
+
+import pyro_rb
+from pyro_rb import CompiledSVI, RaoBlackwellTopK_ELBO, STLTrace_ELBO
+from tests.compiled import models
+
+OPTIMIZERS = {
+    "adam": lambda: pyro.optim.Adam({"lr": 0.03, "betas": (0.8, 0.99)}),
+    "decay": lambda: pyro.optim.Adam({"lr": 0.03, "weight_decay": 0.1}),
+    "adamw": lambda: pyro.optim.AdamW({"lr": 0.03, "weight_decay": 0.1}),
+    "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.03, "clip_norm": 0.5, "lrd": 0.98}),
+    "centered": lambda: pyro.optim.ClippedAdam(
+        {"lr": 0.03, "centered_variance": True, "weight_decay": 0.01}
+    ),
+    "by name": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if "scale" in name else 0.01}),
+    "schedule": lambda: pyro.optim.ExponentialLR(
+        {"optimizer": Adam, "optim_args": {"lr": 0.03}, "gamma": 0.5}
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def dtype():
+    torch.set_default_dtype(torch.float64)
+
+
+def replayed(loss=None):
+    return pyro_rb.compile(loss or Trace_ELBO(), "replay")
+
+
+def parameters():
+    return {k: p.detach().clone() for k, p in pyro.get_param_store().named_parameters()}
+
+
+def make(kind, optim, loss, case=models.conjugate, **options):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model, guide, args = case()
+    svi = kind(model, guide, optim, loss, **options)
+    return svi, [x.double() for x in args(0)]
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equal_to_svi(name):
+    def run(kind, loss):
+        optim = OPTIMIZERS[name]()
+        svi, args = make(kind, optim, loss)
+        losses = []
+        for i in range(100):
+            losses.append(svi.step(*args))
+            if name == "schedule" and i % 30 == 29:
+                optim.step()
+        state = optim.get_state()
+        return losses, parameters(), state, svi
+
+    expected, actual = run(SVI, Trace_ELBO()), run(CompiledSVI, replayed())
+    assert_close(actual[:2], expected[:2])
+    assert_close(strip(actual[2]), strip(expected[2]))
+    assert actual[3]._steps
+
+
+def strip(state):
+    """Without what does not compare: parameter groups hold options."""
+    states = [s.get("optimizer", s) for s in state.values()]
+    return [
+        ({k: float(v) if k == "step" else v for k, v in s["state"][0].items()}, s["param_groups"][0]["lr"])
+        for s in states
+    ]
+
+
+@pytest.mark.parametrize("make_loss", [STLTrace_ELBO, RaoBlackwellTopK_ELBO, lambda: Trace_ELBO(2)])
+def test_losses(make_loss):
+    case = models.mixture if make_loss is RaoBlackwellTopK_ELBO else models.conjugate
+
+    def run(kind, loss):
+        svi, args = make(kind, pyro.optim.Adam({"lr": 0.02}), loss, case)
+        return [svi.step(*args) for _ in range(70)], parameters()
+
+    assert_close(run(CompiledSVI, replayed(make_loss())), run(SVI, make_loss()))
+
+
+@pytest.mark.parametrize("unroll", [1, 4])
+@pytest.mark.parametrize("name", ["adam", "clipped"])
+def test_run(unroll, name):
+    svi, args = make(SVI, OPTIMIZERS[name](), STLTrace_ELBO())
+    expected = torch.tensor([svi.step(*args) for _ in range(97)]), parameters()
+    svi, args = make(CompiledSVI, OPTIMIZERS[name](), replayed(STLTrace_ELBO()), unroll=unroll)
+    losses = svi.run(97, *args, progress_bar=False)
+    assert_close((losses, parameters()), expected)
+    assert {n for steps in svi._steps.values() for n in steps} == {1, unroll}
+
+
+def test_checkpoint(tmp_path):
+    """What follows after loading is what followed before, bit by bit."""
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed())
+    svi.run(30, *args, progress_bar=False)
+    svi.optim.save(tmp_path / "optim")
+    pyro.get_param_store().save(tmp_path / "store")
+    random = torch.get_rng_state()
+    # The first steps of the other are eager, and round otherwise.
+    expected = svi.run(20, *args, progress_bar=False)
+
+    pyro.clear_param_store()
+    model, guide, _ = models.conjugate()
+    other = CompiledSVI(model, guide, OPTIMIZERS["adam"](), replayed())
+    pyro.get_param_store().load(tmp_path / "store")
+    other.optim.load(tmp_path / "optim")
+    torch.set_rng_state(random)
+    assert_close(other.run(20, *args, progress_bar=False), expected)
+
+
+def test_ctrl_c(monkeypatch):
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed())
+    step, count = svi.step, []
+
+    def stop(*args):
+        count.append(1)
+        if len(count) > 20:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(svi, "step", stop)
+    losses = svi.run(100, *args, progress_bar=False)
+    assert losses.shape == (20,)
+    state = svi.optim.get_state()["m"]["state"][0]
+    assert float(state["step"]) == 20
+
+
+def test_progress_bar(capsys):
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed())
+    svi.run(5, *args)
+    assert "5/5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "optim, match",
+    [
+        (lambda: pyro.optim.SGD({"lr": 0.01}), "Pyro's loop over them makes it: SGD"),
+        (lambda: pyro.optim.Adam({"lr": 0.01, "amsgrad": True}), "Adam with amsgrad"),
+        (lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 1.0}), "Adam with clip_args"),
+    ],
+)
+def test_optimizers_without_update(optim, match):
+    def run(kind, loss):
+        svi, args = make(kind, optim(), loss)
+        return [svi.step(*args) for _ in range(12)], parameters()
+
+    expected = run(SVI, Trace_ELBO())
+    with pytest.warns(UserWarning, match=match) as caught:
+        assert_close(run(CompiledSVI, replayed()), expected)
+    assert len(caught) == 1
+
+
+def test_gradient_of_something_else():
+    """What is in .grad before the step belongs to it."""
+
+    def run(kind, loss):
+        svi, args = make(kind, OPTIMIZERS["adam"](), loss)
+        losses = []
+        for i in range(15):
+            if i % 4 == 3:
+                pyro.param("m").square().sum().backward()
+            losses.append(svi.step(*args))
+        return losses, parameters()
+
+    assert_close(run(CompiledSVI, replayed()), run(SVI, Trace_ELBO()))
+
+
+def test_options_that_are_changed():
+    def run(kind, loss):
+        optim = OPTIMIZERS["adam"]()
+        svi, args = make(kind, optim, loss)
+        losses = []
+        for i in range(15):
+            if i == 7:
+                for torch_optim in optim.optim_objs.values():
+                    torch_optim.param_groups[0].update(lr=0.1, eps=0.1)
+            losses.append(svi.step(*args))
+        return losses, parameters()
+
+    assert_close(run(CompiledSVI, replayed()), run(SVI, Trace_ELBO()))
+
+
+def test_step_that_is_not_a_number():
+    """Nothing is updated by it, and the eager loss raises what it raises."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
+            pyro.sample("x", pyro.distributions.Normal(z * x.log(), 1.0), obs=x)
+
+    _, guide, _ = models.conjugate()
+    svi = CompiledSVI(model, guide, OPTIMIZERS["adam"](), replayed())
+    for _ in range(5):
+        svi.step(torch.ones(4))
+    before = parameters()
+    with pytest.raises(ValueError, match="invalid values"):
+        svi.step(-torch.ones(4))
+    assert_close(parameters(), before)
+
+
+def test_running_means():
+    def run(kind, loss):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model, guide, args = models.autoencoder(with_norm=True)
+        svi = kind(model, guide, OPTIMIZERS["adam"](), loss)
+        losses = [svi.step(*args(i)) for i in range(20)]
+        # The bias before the normalization has no gradient but rounding.
+        return losses, [b.double() for b in model.encoder.buffers()]
+
+    actual, expected = run(CompiledSVI, replayed()), run(SVI, Trace_ELBO())
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluate_loss():
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed())
+    svi.run(5, *args, progress_bar=False)
+    pyro.set_rng_seed(0)
+    loss = svi.evaluate_loss(*args)
+    pyro.set_rng_seed(0)
+    assert loss == Trace_ELBO().loss(svi.model, svi.guide, *args)
+
+
+def test_unroll_must_be_positive():
+    with pytest.raises(ValueError, match="Invalid unroll: 0"):
+        make(CompiledSVI, OPTIMIZERS["adam"](), replayed(), unroll=0)
