@@ -74,7 +74,7 @@ def compile(
 
 class CompiledELBO(ELBO):
     """
-    What :func:`compile` returns. Attributes that it has not are those of the loss inside.
+    What :func:`~pyro_rb.compiled.elbo.compile` returns. Attributes that it has not are those of the loss inside.
 
     >>> from pyro.infer import Trace_ELBO
     >>> compile(Trace_ELBO(num_particles=3), "replay").num_particles

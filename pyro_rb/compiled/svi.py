@@ -17,7 +17,7 @@ class CompiledSVI(SVI):
     """
     :class:`~pyro.infer.svi.SVI` whose whole step is one graph: loss, gradient and optimizer.
 
-    The steps are those of ``SVI`` with the loss that :func:`compile` makes, and what is said
+    The steps are those of ``SVI`` with the loss that :func:`~pyro_rb.compiled.elbo.compile` makes, and what is said
     there holds here; the update by the optimizer is in the graph as well. The state of the
     optimizer stays where Pyro keeps it: ``optim.get_state``, ``set_state``, ``save`` and
     ``load``, and schedulers of PyTorch, work as before.
@@ -27,13 +27,13 @@ class CompiledSVI(SVI):
     that is used gets no gradient, Pyro's own loop over the parameters makes the update, which
     is slower; a warning says so.
 
-    **When it is worse.** As :func:`compile`. One more graph is compiled, and one for each
+    **When it is worse.** As :func:`~pyro_rb.compiled.elbo.compile`. One more graph is compiled, and one for each
     number of steps in a graph.
 
     :param model: As in ``SVI``.
     :param guide: As in ``SVI``.
     :param optim: As in ``SVI``, a :class:`~pyro.optim.optim.PyroOptim`.
-    :param loss: An ELBO, or one that :func:`compile` returned, whose backend is used.
+    :param loss: An ELBO, or one that :func:`~pyro_rb.compiled.elbo.compile` returned, whose backend is used.
     :param int unroll: The number of steps in one graph in :meth:`run`, ``>= 1``. Compiling 10
         takes several times as long as 1, and saves time on small models only. Defaults to 1.
     :raises ValueError: if ``unroll`` is no positive integer.
