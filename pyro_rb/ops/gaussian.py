@@ -122,6 +122,10 @@ def prior_path(
 
     :param parts: location and scale of the draw, ``mean`` and ``excess`` as in
         :func:`entropy_path`, in the shape of the prior.
+
+    >>> loc, scale = torch.tensor([1.0], requires_grad=True), torch.tensor([2.0])
+    >>> prior_path([loc, scale, torch.tensor([0.5]), torch.zeros(1)], torch.zeros(1), torch.ones(1))
+    tensor([-2.], grad_fn=<AddBackward0>)
     """
     loc, scale, mean, excess = parts
     with torch.no_grad():

@@ -269,6 +269,11 @@ def find_means_of_map(
     As :func:`project_map`, with the mean square of each element of the result.
 
     :param bool with_squares: as in :func:`find_means`.
+
+    >>> rows = torch.tensor([[1.0, 1.0]])
+    >>> mean, square = find_means_of_map(lambda e: rows @ e, torch.tensor([3.0, 1.0]), with_squares=True)
+    >>> mean  # the sum is known
+    tensor([2., 2.])
     """
     with torch.enable_grad():
         leaf = torch.zeros_like(eps).requires_grad_()

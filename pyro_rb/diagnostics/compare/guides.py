@@ -191,6 +191,11 @@ def import_khat() -> Callable[[np.ndarray], float]:
     """
     :returns: What computes the shape of the tail from log weights.
     :raises ImportError: If arviz is missing.
+
+    **Example**
+
+    >>> import_khat()(np.linspace(-1.0, 1.0, 200)) < LARGE_KHAT
+    True
     """
     try:
         with warnings.catch_warnings():
