@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from pyro.infer import SVI
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyro_rb.compiled.elbo import CompiledELBO, compile
 from pyro_rb.compiled.fused import FusedSteps
