@@ -200,12 +200,12 @@ def _draw(
     rows = moved[: len(own)]
     columns = math.prod(moved[len(own) :])
     uniform = torch.rand(rows + [columns], dtype=cdf.dtype, device=cdf.device)
-    cdf = cdf.reshape(rows + [-1])
+    cdf = cdf.reshape(rows + [cdf.shape[-1]])
     most = cdf.shape[-1] - 1  # a table with nan leads outside
     index = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=most)
     other = index[..., :0]
     if distinct:
-        by_draw = rows + [-1, num_samples]
+        by_draw = rows + [columns // num_samples, num_samples]
         previous = index.reshape(by_draw)[..., -2]
         end = cdf.gather(-1, previous)
         start = cdf.gather(-1, (previous - 1).clamp(min=0)).masked_fill(previous == 0, 0.0)

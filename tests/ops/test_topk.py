@@ -286,6 +286,16 @@ def test_pairs_where_there_are_no_two():
     assert (slots.category[0] <= 1).all() and (slots.category[1] == 0).all() and slots.category[2, 1] == 1
 
 
+@pytest.mark.parametrize(
+    "shape, batch", [((0, 6), (0,)), ((6,), (0,)), ((1, 6), (4, 1)), ((3, 1, 6), (3, 5)), ((6,), ())]
+)
+@pytest.mark.parametrize("k, n, adaptive", [(1, 2, False), (2, 1, True), (0, 2, False), (1, 1, True)])
+def test_shapes_of_pairs(shape, batch, k, n, adaptive):
+    slots = select_slots(random_table(*shape), k, n, adaptive, batch_shape=batch, distinct=True, has_loo=True)
+    assert all(x.shape == (*batch, k + n) for x in slots)
+    torch.testing.assert_close(slots.log_weight.exp().sum(-1), torch.ones(batch))
+
+
 def test_only_elements_with_two_draws_have_pairs():
     # All three are drawn; two are; one is.
     logits = torch.tensor([[0.0] * 6, [1.5, 0, 0, 0, 0, 0], [3.0, 2.5, 0, 0, 0, 0]])
