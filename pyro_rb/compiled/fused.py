@@ -11,7 +11,7 @@ from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.simplify import simplify
 from pyro_rb.compiled.torch_private import compile_graph, trace
 from pyro_rb.compiled.update import Update
-from pyro_rb.infer.util import get_torch_generators, set_torch_generators
+from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 
 
 class FusedSteps:

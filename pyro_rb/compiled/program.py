@@ -20,12 +20,11 @@ from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
 from pyro_rb.compiled.watch import NotCapturable
+from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 from pyro_rb.infer.util import (
-    get_torch_generators,
     is_plain_call,
     parameter_table,
     set_parameter_table,
-    set_torch_generators,
     without_handlers,
 )
 

@@ -7,7 +7,7 @@ from typing import Any, Sequence
 
 import torch
 
-from pyro_rb.infer.util import get_generators, set_generators
+from pyro_rb.infer.generators import get_generators, set_generators
 
 
 class State:

@@ -30,15 +30,8 @@ from typing import (
 import torch
 from pyro.poutine import Trace
 
-from pyro_rb.infer.util import (
-    PARTICLES,
-    Cost,
-    Ordinal,
-    compute_costs,
-    get_torch_generators,
-    sample_sites,
-    set_torch_generators,
-)
+from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
+from pyro_rb.infer.util import PARTICLES, Cost, Ordinal, compute_costs, sample_sites
 from pyro_rb.ops.provenance import Provenance
 from pyro_rb.poutine import ProvenanceMessenger
 

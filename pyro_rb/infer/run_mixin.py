@@ -14,6 +14,12 @@ from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
+from pyro_rb.infer.generators import (
+    get_generators,
+    get_torch_generators,
+    set_generators,
+    set_torch_generators,
+)
 from pyro_rb.infer.hint import hint_at_shapes
 from pyro_rb.infer.outside_plates import OutsidePlates, Terms, needs_weights
 from pyro_rb.infer.path_mixin import PathGradientMixin
@@ -22,14 +28,10 @@ from pyro_rb.infer.row_check import RowCheck
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.util import (
     check_traces,
-    get_generators,
-    get_torch_generators,
     get_traces,
     is_guide_messenger,
     prune,
     sample_sites,
-    set_generators,
-    set_torch_generators,
     shapes,
 )
 from pyro_rb.infer.weights import Baselines, set_apart

@@ -7,12 +7,12 @@ from typing import Callable, Dict, Optional, Sequence, Tuple, TypeVar
 
 import torch
 
+from pyro_rb.infer.generators import get_generators, set_generators
 from pyro_rb.infer.rvrs_proposals import Proposer
 from pyro_rb.infer.rvrs_sampler import Accepted, RejectionSamplingError, sample
 from pyro_rb.infer.rvrs_signature import Structure, StructureChanged, shapes
 from pyro_rb.infer.rvrs_structure import find_structure, look, unstable
 from pyro_rb.infer.rvrs_threshold import ThresholdMixin
-from pyro_rb.infer.util import get_generators, set_generators
 
 Result = TypeVar("Result")
 

@@ -45,8 +45,6 @@ from pyro.util import (
     check_if_enumerated,
     check_model_guide_match,
     check_site_shape,
-    get_rng_state,
-    set_rng_state,
 )
 
 from pyro_rb.ops.importance import unsqueeze_right
@@ -311,50 +309,6 @@ def check_traces(
             _check_tmc_elbo_constraint(model_trace, guide_trace)
         else:
             check_if_enumerated(guide_trace)
-
-
-def get_generators() -> Any:
-    """The states of all generators of random numbers that Pyro and PyTorch use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return get_rng_state(), cuda
-
-
-def set_generators(states: Any) -> None:
-    """
-    Sets what :func:`get_generators` returned.
-
-    >>> states = get_generators()
-    >>> x = torch.rand(3)
-    >>> set_generators(states)
-    >>> torch.equal(torch.rand(3), x)
-    True
-    """
-    state, cuda = states
-    set_rng_state(state)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
-
-
-def get_torch_generators() -> Any:
-    """The states of PyTorch's generators only, which takes a few microseconds."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda
-
-
-def set_torch_generators(states: Any) -> None:
-    """
-    Sets what :func:`get_torch_generators` returned.
-
-    >>> states = get_torch_generators()
-    >>> x = torch.rand(3)
-    >>> set_torch_generators(states)
-    >>> torch.equal(torch.rand(3), x)
-    True
-    """
-    state, cuda = states
-    torch.set_rng_state(state)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 def parameter_table() -> Dict[str, torch.Tensor]:
