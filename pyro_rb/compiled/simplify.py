@@ -6,10 +6,12 @@ Less operations with the same results, bit by bit.
 """
 
 import operator
-from typing import Any, Dict, Set
+from typing import Any, Dict, Iterable, Iterator, Set
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+
+from pyro_rb.compiled.torch_private import written
 
 aten = torch.ops.aten
 _SAME_MEMORY = {aten.detach.default, aten.alias.default}
@@ -78,20 +80,22 @@ def _find_changed(graph: Graph, roots: Dict[Node, Node]) -> Set[Node]:
         if node.target is operator.getitem:
             roots[node] = roots[node.args[0]]
             continue
-        schema = node.target._schema
-        for value, argument in zip(node.args, schema.arguments):
-            if argument.alias_info is None:
-                continue
-            for x in value if isinstance(value, (list, tuple)) else [value]:
-                if not isinstance(x, Node):
-                    continue
-                roots[node] = roots[x]
-                if argument.alias_info.is_write:
-                    if not (_is_random(node) and x.target in _FRESH):
-                        changed.add(roots[x])
-        if node.target is aten.native_batch_norm.default:  # does not say what it changes
-            changed.update(roots[x] for x in node.args[3:5] if isinstance(x, Node))
+        for value, argument in zip(node.args, node.target._schema.arguments):
+            if argument.alias_info is not None:
+                for x in _nodes([value]):
+                    roots[node] = roots[x]
+        for x in _nodes(written(node.target, node.args)):
+            if not (_is_random(node) and x.target in _FRESH):
+                changed.add(roots[x])
     return changed
+
+
+def _nodes(values: Iterable[Any]) -> Iterator[Node]:
+    """Of arguments, some of which may be lists."""
+    for value in values:
+        yield from (
+            x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Node)
+        )
 
 
 def _does_nothing(node: Node) -> bool:

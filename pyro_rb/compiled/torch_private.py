@@ -6,7 +6,7 @@ The one place that touches PyTorch's private names for capturing and compiling g
 """
 
 import copy
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, List, Sequence
 
 import torch
 
@@ -78,6 +78,14 @@ def outside_of_graph() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def written(operation: Any, args: Sequence[Any]) -> List[Any]:
+    """Those of the arguments of an operation that it changes in place."""
+    if operation is torch.ops.aten.native_batch_norm.default:  # does not say so
+        return list(args[3:5])
+    infos = [argument.alias_info for argument in operation._schema.arguments]
+    return [x for x, info in zip(args, infos) if info is not None and info.is_write]
 
 
 def bare(operation: Any) -> Callable:

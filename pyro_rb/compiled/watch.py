@@ -17,7 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_rb
-from pyro_rb.compiled.torch_private import is_constant, is_tracked, outside_of_graph
+from pyro_rb.compiled.torch_private import (
+    is_constant,
+    is_tracked,
+    outside_of_graph,
+    written,
+)
 
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
@@ -155,8 +160,7 @@ class Operations(TorchDispatchMode):
                 if x.requires_grad and x.is_leaf and id(x) not in self.leaves:
                     self.leaves[id(x)] = x, x.grad
                     x.grad = None
-        if func._schema.is_mutable or func is torch.ops.aten.native_batch_norm.default:
-            self._save(func, args)
+        self._save(written(func, args))
         if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
             indices = args[1] if "index" in func.__name__ else [torch.ones((), dtype=torch.bool)]
             masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
@@ -169,12 +173,9 @@ class Operations(TorchDispatchMode):
             _refuse("It looks at the value of a tensor")
         return func(*args, **kwargs)
 
-    def _save(self, func: Any, args: Tuple) -> None:
-        arguments = func._schema.arguments
-        written = [x for x, a in zip(args, arguments) if a.alias_info and a.alias_info.is_write]
-        if func is torch.ops.aten.native_batch_norm.default:  # does not say what it changes
-            written = list(args[3:5])
-        for x in _flat(written):
+    def _save(self, values: List[Any]) -> None:
+        """Copies tensors of others that are about to be changed."""
+        for x in _flat(values):
             if not isinstance(x, torch.Tensor):
                 continue
             other = self._others.get(_memory(x))
