@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from pyro.optim import PyroOptim
@@ -85,6 +85,7 @@ class Training:
     """One training: its parameters, optimizer, loss and random numbers, to be taken up again."""
 
     def __init__(self, problem: Problem, loss: Any, optim: Any, learning_rate: float, seed: int) -> None:
+        self.problem = problem
         self.sampler = problem.sampler(copy.deepcopy(loss))
         options = {**(optim.pt_optim_args if isinstance(optim.pt_optim_args, dict) else {}), "lr": learning_rate}
         self.optim = PyroOptim(optim.pt_optim_constructor, options, optim.pt_clip_args)
@@ -155,17 +156,8 @@ def race(
     begin = Training(problem, make_loss(reference), optim, 1.0, 0)
     curves = []
     for name in names:
-        best, rate, error = math.inf, learning_rates[0], None
-        for learning_rate in learning_rates:
-            begin.train(0.0)  # back to the start
-            run = Training(problem, made[name], optim, learning_rate, 0)
-            run.train(seconds / 4)
-            value, error = run.evaluate(judge, NUM_EVALUATIONS), run.error or error
-            if value < best:
-                best, rate = value, learning_rate
-            bar.update("training")
-        curves.append(Curve(name, rate, error=None if best < math.inf else error))
-    begin.train(0.0)
+        rate, error = choose_learning_rate(begin, made[name], optim, seconds / 4, judge, bar, learning_rates)
+        curves.append(Curve(name, rate, error=error))
     runs = {
         curve.name: [
             Training(problem, made[curve.name], optim, curve.learning_rate, seed + 1) for seed in range(num_seeds)
@@ -189,6 +181,36 @@ def race(
                 curve.error = next((run.error for run in listed if run.error), None)
     begin.train(0.0)
     return _judged(curves, seconds)
+
+
+def choose_learning_rate(
+    begin: Training,
+    loss: Any,
+    optim: PyroOptim,
+    seconds: float,
+    judge: Any,
+    bar: TimedBar,
+    learning_rates: Sequence[float],
+) -> Tuple[float, Optional[str]]:
+    """
+    Trains with each learning rate from the same start, which is where it ends.
+
+    :param Training begin: One that has made no step.
+    :param float seconds: For each.
+    :param judge: What evaluates.
+    :returns: The best of them, and why none is good, if so.
+    """
+    best, rate, error = math.inf, learning_rates[0], None
+    for learning_rate in learning_rates:
+        begin.train(0.0)  # back to the start
+        run = Training(begin.problem, loss, optim, learning_rate, 0)
+        run.train(seconds)
+        value, error = run.evaluate(judge, NUM_EVALUATIONS), run.error or error
+        if value < best:
+            best, rate = value, learning_rate
+        bar.update("training")
+    begin.train(0.0)
+    return rate, None if best < math.inf else error
 
 
 def _judged(curves: List[Curve], seconds: float) -> Race:
