@@ -250,13 +250,13 @@ def leave_one_out_baseline(
     top_weight = (weight * is_top).sum(dim, keepdim=True)
     top_mean = (grad * is_top).sum(dim, keepdim=True) / top_weight.clamp(min=tiny)
     samples = (grad * is_sampled).sum(dim, keepdim=True) - grad
+    draws = is_sampled.sum(dim, keepdim=True) - 1
     if share is not None:
         # The mean of the others, times the weight of the slot and their number.
-        draws = is_sampled.sum(dim, keepdim=True) - 1
         other_weight = (weight * is_sampled).sum(dim, keepdim=True) - weight
         pair = share * grad + (1.0 - share) * samples * weight / other_weight.clamp(min=tiny)
         samples = torch.where((share > 0) & (draws == 1), pair, samples)
-    others = is_sampled.sum(dim, keepdim=True) - 1 + (top_weight > 0).long()
+    others = draws + (top_weight > 0).long()
     baseline = (samples + weight * top_mean) / others.clamp(min=1)
     return torch.where(is_sampled & (others > 0), baseline, torch.zeros_like(baseline))
 
