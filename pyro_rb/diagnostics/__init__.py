@@ -5,9 +5,14 @@ import pyro_rb.diagnostics.show  # noqa: F401
 from pyro_rb.diagnostics.check.bias_check import BiasCheck
 from pyro_rb.diagnostics.check.unbiased import check_unbiased
 from pyro_rb.diagnostics.compare.candidates import choose_losses
-from pyro_rb.diagnostics.compare.compare import ComparisonInterrupted, compare
+from pyro_rb.diagnostics.compare.compare import compare
 from pyro_rb.diagnostics.compare.guides import compare_guides
-from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
+from pyro_rb.diagnostics.compare.report import (
+    Comparison,
+    ComparisonInterrupted,
+    LossResult,
+    StateResult,
+)
 from pyro_rb.diagnostics.guard.bad_number import BadNumber
 from pyro_rb.diagnostics.guard.guard import BadStep, GradientGuard, NonFiniteError
 from pyro_rb.diagnostics.noise.noise import NoiseEstimate, measure_noise

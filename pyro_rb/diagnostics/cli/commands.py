@@ -17,8 +17,12 @@ from pyro_rb.diagnostics.check.unbiased import check_unbiased
 from pyro_rb.diagnostics.cli.examples import EXAMPLES
 from pyro_rb.diagnostics.cli.load import load_call, load_guide, load_model, to_device
 from pyro_rb.diagnostics.cli.options import check_options
-from pyro_rb.diagnostics.compare.compare import ComparisonInterrupted, compare
-from pyro_rb.diagnostics.compare.report import Comparison, finite
+from pyro_rb.diagnostics.compare.compare import compare
+from pyro_rb.diagnostics.compare.report import (
+    Comparison,
+    ComparisonInterrupted,
+    finite,
+)
 from pyro_rb.diagnostics.fit.fit import fit
 from pyro_rb.diagnostics.noise.noise import measure_noise
 from pyro_rb.diagnostics.run.losses import make_loss
@@ -106,6 +110,7 @@ def _compare(options: argparse.Namespace) -> int:
                     rel_error=options.rel_error,
                     max_seconds=options.max_seconds,
                     train=options.train,
+                    steps=options.steps,
                     progress=not options.no_progress,
                     **job,
                 )

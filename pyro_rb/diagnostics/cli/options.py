@@ -80,6 +80,8 @@ def _add_compare_options(add: Callable) -> None:
         "with the reference; several numbers say when to measure")  # fmt: skip
     add("--train", metavar="SECONDS", type=float, nargs="?", const=5.0, default=0.0, help="also train with the best "
         "losses for so long each (5), with several seeds and learning rates")  # fmt: skip
+    add("--steps", metavar="N", type=int, help="for how many steps a compilation is to pay; 0: compile nothing (10000; "
+        "0 with --losses)")  # fmt: skip
     add("--learning-rate", metavar="RATE", type=float, help="of Adam in training (0.01)")
     add("--num-samples", metavar="N", type=int, default=300, help="gradients of each loss (300)")
     add("--burn-in", metavar="N", type=int, default=100, help="gradients drawn before (100)")
@@ -142,7 +144,7 @@ def check_options(options: argparse.Namespace) -> None:
         for name in ("guide", "args"):
             if given[name] is not None:
                 raise ValueError(f"--{name} needs --model")
-    at_least: Dict[str, float] = {"num_samples": 2, "burn_in": 0, "train_steps": 0, "max_steps": 1}
+    at_least: Dict[str, float] = {"num_samples": 2, "burn_in": 0, "train_steps": 0, "steps": 0, "max_steps": 1}
     for name, least in at_least.items():
         values: Any = given.get(name)
         if values is not None and _smallest(values) < least:

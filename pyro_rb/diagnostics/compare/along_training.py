@@ -110,6 +110,16 @@ class Study:
                 raise
             self.error = str(error) if isinstance(error, ValueError) else one_line(error)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was asked for is measured."""
+        return bool(self.states) and not self.interrupted and not self.error
+
+    def made(self) -> Dict[str, Any]:
+        """New losses by name, the reference first: what a loss has learned belongs to one state."""
+        made = {self.reference: make_loss(self.reference), **make_losses(self.losses)}
+        return {**made, self.reference: make_loss(self.reference)}
+
     def windows(self) -> List[TrainingWindow]:
         """The losses of training, summed up."""
         size = max(1, -(-len(self.training) // NUM_WINDOWS))
@@ -132,9 +142,7 @@ class Study:
         self.bar.update("step")
 
     def _measure(self, step: int, states_left: int) -> None:
-        # New copies at each state: what a loss has learned belongs to one state.
-        made = {self.reference: make_loss(self.reference), **make_losses(self.losses)}
-        made[self.reference] = make_loss(self.reference)
+        made = self.made()
         # Other random numbers at each state, so that each tests bias anew.
         at = (self.seed + step) % 2**32
         tensors = list(self.problem.parameters.values())
@@ -186,9 +194,7 @@ class Study:
     def _memory(self, name: str, seed: int, is_late: bool) -> Optional[int]:
         # If it is late, two more steps of each loss would be too much; they differ little.
         if not (is_late and name in self._memories):
-            made = make_losses(self.losses)
-            sampler = self.problem.sampler(made[name] if name in made else make_loss(name))
-            self._memories[name] = _memory(sampler, seed)
+            self._memories[name] = _memory(self.problem.sampler(self.made()[name]), seed)
         return self._memories[name]
 
     def _blame(self, seed: int) -> str:

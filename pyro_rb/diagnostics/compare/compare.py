@@ -4,11 +4,8 @@
 """Which loss gives the best gradients for the time it takes? :func:`compare` measures it."""
 
 import copy
-import operator
-import time
 from typing import Any, Callable, List, Mapping, Optional, Sequence, Union
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
@@ -17,21 +14,28 @@ from pyro.optim import PyroOptim
 import pyro_rb
 from pyro_rb.diagnostics.compare.along_training import MOST_STEPS, Study
 from pyro_rb.diagnostics.compare.candidates import Choice, Chooser, has_elbo
+from pyro_rb.diagnostics.compare.compiled import (
+    MOST_COMPILED,
+    USUAL_STEPS,
+    CompiledTime,
+    time_best,
+)
 from pyro_rb.diagnostics.compare.guides import (
     GuideComparison,
     compare_guides,
     import_khat,
 )
-from pyro_rb.diagnostics.compare.measure import Plan
+from pyro_rb.diagnostics.compare.measure import list_steps, make_plan
 from pyro_rb.diagnostics.compare.race import (
     LEARNING_RATES,
     NUM_POINTS,
     NUM_SEEDS,
+    Race,
     race,
     trained_tensors,
 )
 from pyro_rb.diagnostics.compare.recommend import LEAST_SAMPLES, recommend
-from pyro_rb.diagnostics.compare.report import Comparison
+from pyro_rb.diagnostics.compare.report import Comparison, ComparisonInterrupted
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import Losses, make_loss, make_losses
 from pyro_rb.diagnostics.run.messages import one_line, recorded_warnings
@@ -41,8 +45,6 @@ from pyro_rb.diagnostics.stats.mean_test import z_threshold
 
 #: So many losses are trained, beside the reference.
 MOST_RACERS = 4
-#: How long to go on for a relative error at most, where nothing else is said.
-DEFAULT_SECONDS = 600.0
 
 
 def compare(
@@ -64,6 +66,7 @@ def compare(
     max_seconds: Optional[float] = None,
     train: Union[bool, float] = False,
     guides: Optional[Mapping[str, Callable]] = None,
+    steps: Optional[int] = None,
 ) -> Comparison:
     """
     Compares losses on a model and guide: is the gradient unbiased, how large is its
@@ -130,6 +133,10 @@ def compare(
     :param dict guides: Other guides by name, to be trained beside this one for equal time (that of
         ``train``, or 5 seconds), which answers whether the guide is good enough. ``result.guides`` has
         their ELBO and k-hat, see :func:`~pyro_rb.diagnostics.compare.guides.compare_guides`.
+    :param int steps: How many steps you intend to train for. Steps of the loss that is recommended are also timed
+        as :class:`~pyro_rb.compiled.svi.CompiledSVI` makes them, and of the second if it is close; the time for
+        compilation, 5 to 60 seconds for each, is spread over so many. 0: nothing is compiled. Default: 10000, or
+        0 if you name the losses.
     :returns: A :class:`~pyro_rb.diagnostics.compare.report.Comparison`: prints as a table, shows as
         one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
     :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
@@ -157,9 +164,12 @@ def compare(
     num_samples, num_burn_in = integer("num_samples", num_samples), integer("num_burn_in", num_burn_in)
     if train_steps is None and num_samples < LEAST_SAMPLES and rel_error is None:
         train_steps = 0  # too few for advice
-    steps = None if train_steps is None else _steps(train_steps)
+    states = None if train_steps is None else list_steps(train_steps)
+    num_steps = (USUAL_STEPS if losses is None else 0) if steps is None else integer("steps", steps)
+    if num_steps < 0:
+        raise ValueError(f"steps: expected 0 or more, got {steps}")
     seed = integer("seed", seed)
-    plan = _plan(num_samples, num_burn_in, rel_error, max_seconds)
+    plan = make_plan(num_samples, num_burn_in, rel_error, max_seconds)
     if optim is None:
         optim = PyroOptim(torch.optim.Adam, {"lr": 0.01})
     if not isinstance(optim, PyroOptim):
@@ -187,9 +197,11 @@ def compare(
         choice = Choice(reference or chooser.reference(), [], {})
         if losses is None:
             choice = chooser.choose(reference)
-        num_states, last = (2, MOST_STEPS) if steps is None else (len(steps), steps[-1])
+        num_states, last = (2, MOST_STEPS) if states is None else (len(states), states[-1])
         counts = {"round": (num_samples + num_burn_in) * num_states, "step": last}
         guess = {"step": 1 / (1 + len(choice.losses if losses is None else make_losses(losses)))}
+        if num_steps:
+            counts["compilation"], guess["compilation"] = MOST_COMPILED, 300.0
         if seconds:
             counts["training"] = (MOST_RACERS + 1) * (len(LEARNING_RATES) + NUM_SEEDS * NUM_POINTS)
         tensors = trained_tensors(problem)
@@ -201,7 +213,7 @@ def compare(
                 losses=choice.losses if losses is None else losses,
                 scored=bool(chooser.sites.scored),
                 exact=has_elbo(choice.reference) and chooser.is_exact(),
-                steps=steps,
+                steps=states,
                 optim=copy.deepcopy(optim),
                 plan=plan,
                 seed=seed,
@@ -210,20 +222,24 @@ def compare(
                 warned=warned,
             )
             study.run()
-            found_race = None
-            if seconds and study.states and not study.interrupted and not study.error:
-                with torch.no_grad():
-                    for tensor, value in zip(tensors, start):
-                        tensor.copy_(value)
-                made = {choice.reference: make_loss(choice.reference), **make_losses(study.losses)}
-                best = [one.name for one in recommend(study.states).ranking][:MOST_RACERS]
-                bar.start()
-                try:
-                    found_race = race(problem, choice.reference, best, made, optim, seconds, bar)
-                except KeyboardInterrupt:
-                    study.interrupted = True
-                except Exception as error:
-                    study.error = f"training by all losses failed: {one_line(error)}"
+            times: List[CompiledTime] = []
+            found_race: Optional[Race] = None
+            doing = "timing compiled steps"
+            try:
+                if num_steps and study.is_whole:
+                    time_best(problem, study.states, study.made(), optim, times, bar)
+                doing = "training by all losses"
+                if seconds and study.is_whole:
+                    with torch.no_grad():
+                        for tensor, value in zip(tensors, start):
+                            tensor.copy_(value)
+                    best = [one.name for one in recommend(study.states).ranking][:MOST_RACERS]
+                    bar.start()
+                    found_race = race(problem, choice.reference, best, study.made(), optim, seconds, bar)
+            except KeyboardInterrupt:
+                study.interrupted = True
+            except Exception as error:
+                study.error = f"{doing} failed: {one_line(error)}"
 
     if not study.states:
         raise ComparisonInterrupted(None)
@@ -250,6 +266,7 @@ def compare(
             "rel_error": rel_error,
             "max_seconds": max_seconds,
             "seed": seed,
+            "steps": num_steps,
             "failure_rate": failure_rate,
             "bias_threshold": study.threshold,
             "optim": f"{_describe(optim.pt_optim_constructor)}({optim.pt_optim_args})",
@@ -267,24 +284,12 @@ def compare(
         interrupted=study.interrupted,
         error=study.error,
         race=found_race,
+        compiled=times,
         guides=found_guides,
     )
     if study.interrupted:
         raise ComparisonInterrupted(result)
     return result
-
-
-class ComparisonInterrupted(KeyboardInterrupt):
-    """
-    The user has pressed Ctrl-C in :func:`compare`.
-
-    :param Comparison partial: What was measured until then, in ``partial``; None if that is
-        nothing.
-    """
-
-    def __init__(self, partial: Optional[Comparison]) -> None:
-        super().__init__("the comparison was interrupted")
-        self.partial = partial
 
 
 def _explanations(study: Study, jacobians: List[str]) -> List[str]:
@@ -296,37 +301,6 @@ def _explanations(study: Study, jacobians: List[str]) -> List[str]:
         for name, loss in make_losses(study.losses).items()
         if name in biased and jacobians and isinstance(loss, TraceMeanField_ELBO)
     ]
-
-
-def _plan(
-    num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
-) -> Plan:
-    if num_samples < 2 or num_burn_in < 0:
-        raise ValueError(
-            "expected num_samples >= 2 and num_burn_in >= 0, "
-            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
-        )
-    for name, value in (("rel_error", rel_error), ("max_seconds", max_seconds)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a number > 0, got {value!r}")
-    if max_seconds is None and rel_error is not None:
-        max_seconds = DEFAULT_SECONDS
-    deadline = None if max_seconds is None else time.perf_counter() + max_seconds
-    return Plan(num_samples, num_burn_in, rel_error, deadline)
-
-
-def _steps(train_steps: Union[int, Sequence[int]]) -> List[int]:
-    given: Any = train_steps
-    is_one = not isinstance(given, (Sequence, np.ndarray))
-    try:
-        listed = [operator.index(n) for n in ([given] if is_one else list(given))]
-    except TypeError:
-        listed = []
-    if not listed or min(listed) < 0:
-        raise ValueError(
-            f"train_steps: expected an integer >= 0 or a list of such, got {train_steps!r}"
-        )
-    return sorted({0, listed[0] // 2, listed[0]} if is_one else set(listed))
 
 
 def _describe(function: Any) -> str:

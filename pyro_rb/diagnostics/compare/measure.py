@@ -4,11 +4,14 @@
 """Measures several losses side by side at one state of the parameters."""
 
 import math
+import operator
 import signal
 import threading
 import time
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
+
+import numpy as np
 
 from pyro_rb.diagnostics.compare.measurement import Draw, Gauge
 from pyro_rb.diagnostics.run.bar import TimedBar
@@ -20,6 +23,8 @@ from pyro_rb.diagnostics.run.sampler import draw_seeds
 NUM_BLOCKS = 20
 # Where an error is asked for, it is looked at whenever there are so many times more draws.
 GROWTH = 1.5
+#: How long to go on for a relative error at most, where nothing else is said.
+DEFAULT_SECONDS = 600.0
 
 
 class Plan(NamedTuple):
@@ -165,3 +170,43 @@ def _no_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
         if pending:
             usual(*pending[0])
+
+
+def make_plan(
+    num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
+) -> Plan:
+    """:raises ValueError: If a number is out of range."""
+    if num_samples < 2 or num_burn_in < 0:
+        raise ValueError(
+            "expected num_samples >= 2 and num_burn_in >= 0, "
+            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
+        )
+    for name, value in (("rel_error", rel_error), ("max_seconds", max_seconds)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    if max_seconds is None and rel_error is not None:
+        max_seconds = DEFAULT_SECONDS
+    deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+    return Plan(num_samples, num_burn_in, rel_error, deadline)
+
+
+def list_steps(train_steps: Union[int, Sequence[int]]) -> List[int]:
+    """
+    After how many training steps to measure.
+
+    **Example**
+
+    >>> list_steps(100), list_steps([10, 5])
+    ([0, 50, 100], [5, 10])
+    """
+    given: Any = train_steps
+    is_one = not isinstance(given, (Sequence, np.ndarray))
+    try:
+        listed = [operator.index(n) for n in ([given] if is_one else list(given))]
+    except TypeError:
+        listed = []
+    if not listed or min(listed) < 0:
+        raise ValueError(
+            f"train_steps: expected an integer >= 0 or a list of such, got {train_steps!r}"
+        )
+    return sorted({0, listed[0] // 2, listed[0]} if is_one else set(listed))

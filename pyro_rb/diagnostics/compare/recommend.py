@@ -205,7 +205,12 @@ def _ranking(states: Sequence[Any], usable: Dict[str, List[Any]]) -> List[Ranked
         time = sum(weight * time for weight, (time, _) in zip(weights, pairs))
         error = math.hypot(*(weight * error for weight, (_, error) in zip(weights, pairs)))
         found.append(Ranked(name, time, error, [time for time, _ in pairs]))
-    found.sort(key=lambda one: one.time)
+    return ranked_by_time(found)
+
+
+def ranked_by_time(found: Sequence[Ranked]) -> List[Ranked]:
+    """The best first, and how far the others are behind it."""
+    found = sorted(found, key=lambda one: one.time)
     for one in found[1:]:
         one.difference = one.time - found[0].time
         one.difference_error = math.hypot(one.error, found[0].error)

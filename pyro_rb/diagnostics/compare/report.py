@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Dict, List, Optional
 
+from pyro_rb.diagnostics.compare.compiled import CompiledTime, with_compiled
 from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import Recommendation, recommend
@@ -146,6 +147,8 @@ class Comparison:
     :param str error: What has ended it early, if something has failed.
     :param Race race: Training with the best losses, if it was asked for.
     :param GuideComparison guides: Training of other guides, if it was asked for.
+    :param list compiled: A :class:`~pyro_rb.diagnostics.compare.compiled.CompiledTime` for each loss and backend
+        that was tried.
 
     **Example**
 
@@ -179,11 +182,13 @@ class Comparison:
     error: Optional[str] = None
     race: Optional[Race] = None
     guides: Optional[GuideComparison] = None
+    compiled: List[CompiledTime] = field(default_factory=list)
 
     @property
     def recommendation(self) -> Recommendation:
         """Which loss to take, in one sentence, see :mod:`~pyro_rb.diagnostics.compare.recommend`."""
-        return recommend(self.states)
+        advice = recommend(self.states)
+        return with_compiled(advice, self.compiled, self.settings["steps"]) if self.compiled else advice
 
     def to_dict(self) -> Dict[str, Any]:
         """
@@ -229,6 +234,19 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return self.view.section(self)
+
+
+class ComparisonInterrupted(KeyboardInterrupt):
+    """
+    The user has pressed Ctrl-C in :func:`~pyro_rb.diagnostics.compare.compare.compare`.
+
+    :param Comparison partial: What was measured until then, in ``partial``; None if that is
+        nothing.
+    """
+
+    def __init__(self, partial: Optional[Comparison]) -> None:
+        super().__init__("the comparison was interrupted")
+        self.partial = partial
 
 
 def finite(value: Any) -> Any:

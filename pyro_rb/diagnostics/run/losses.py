@@ -177,29 +177,40 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
     return made
 
 
-def usage(name: str) -> Optional[str]:
+def usage(name: str, backend: Optional[str] = None) -> Optional[str]:
     """
     What to write in a script for a loss that is known by its name; None for one that is not
     of Pyro or pyro_rb.
+
+    :param str backend: How its steps are compiled. Default: not at all.
 
     **Example**
 
     >>> print(usage("STLTrace_ELBO:num_particles=2"))
     from pyro_rb import STLTrace_ELBO; SVI(model, guide, optim, loss=STLTrace_ELBO(num_particles=2))
+    >>> print(usage("STLTrace_ELBO", "inductor"))
+    from pyro_rb import CompiledSVI, STLTrace_ELBO; CompiledSVI(model, guide, optim, loss=STLTrace_ELBO())
     """
     try:
         loss = make_loss(name)
     except ValueError:
         return None
     class_name = name.partition(":")[0]
-    room = type(loss).__module__.split(".")[0]
-    imports, guide = f"from {'pyro.infer' if room == 'pyro' else room} import {class_name}", "guide"
+    names, guide = [class_name], "guide"
     if isinstance(loss, ConfigEnumerate_ELBO):
-        class_name, guide = "TraceEnum_ELBO", "config_enumerate(guide)"
-        imports = "from pyro.infer import TraceEnum_ELBO, config_enumerate"
+        names, guide = ["TraceEnum_ELBO", "config_enumerate"], "config_enumerate(guide)"
+    ours = [] if backend is None else ["CompiledSVI"] if backend == "inductor" else ["CompiledSVI", "compile"]
+    if type(loss).__module__.startswith("pyro_rb.infer"):
+        imports = f"from pyro_rb import {', '.join([*ours, *names])}"
+    else:
+        imports = f"from pyro.infer import {', '.join(names)}"
+        imports += f"; from pyro_rb import {', '.join(ours)}" if ours else ""
     _, positional, keywords = _parse(name)
     given = [*map(_text, positional), *(f"{key}={_text(keywords[key])}" for key in keywords)]
-    return f"{imports}; SVI(model, {guide}, optim, loss={class_name}({', '.join(given)}))"
+    made = f"{names[0]}({', '.join(given)})"
+    if "compile" in ours:
+        made = f"compile({made}, {_text(backend)})"
+    return f"{imports}; {'CompiledSVI' if ours else 'SVI'}(model, {guide}, optim, loss={made})"
 
 
 def loss_name(loss: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
+from pyro_rb.diagnostics.compare.compiled import CompiledTime
 from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
@@ -50,11 +51,30 @@ def text(comparison: Comparison) -> str:
 
 
 def trained(comparison: Comparison) -> Iterator[Tuple[str, List[str], List[List[str]]]]:
-    """What training has shown, of losses and of guides: a sentence, headers and rows."""
+    """What was tried out beside the gradients, if it was: a sentence, headers and rows of each."""
+    if comparison.compiled:
+        yield "A step of SVI, with the update of the parameters, and compiled:", *_compiled_rows(comparison.compiled)
     if comparison.race is not None:
         yield str(comparison.race), *_race_rows(comparison.race)
     if comparison.guides is not None:
         yield str(comparison.guides), *_guide_rows(comparison.guides)
+
+
+def _compiled_rows(times: Sequence[CompiledTime]) -> Tuple[List[str], List[List[str]]]:
+    rows = []
+    for one in times:
+        if one.error is not None:
+            rows.append([one.name, one.backend, "-", "-", "-", "-", _shortened(one.error)])
+            continue
+        ms = [f"{1e3 * seconds:.3g}" for seconds in (one.eager_seconds, one.seconds)]
+        pays = "never" if one.pays_from is None else f"{one.pays_from} steps"
+        faster = f"{one.eager_seconds / one.seconds:.1f}"
+        rows.append([one.name, one.backend, *ms, faster, f"{one.setup_seconds:.2g} s", pays])
+    return ["loss", "backend", "eager, ms", "compiled, ms", "times as fast", "compilation", "pays from"], rows
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, 60, placeholder=" ...")
 
 
 def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:

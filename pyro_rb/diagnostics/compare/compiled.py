@@ -1,0 +1,225 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a step takes when it is compiled, and whether that pays: :func:`time_compiled`, :func:`with_compiled`."""
+
+import copy
+import math
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+
+from pyro_rb.compiled.elbo import compile
+from pyro_rb.compiled.svi import CompiledSVI
+from pyro_rb.diagnostics.compare.recommend import (
+    WORTHWHILE,
+    Ranked,
+    Recommendation,
+    ranked_by_time,
+    recommend,
+)
+from pyro_rb.diagnostics.run.bar import TimedBar
+from pyro_rb.diagnostics.run.losses import usage
+from pyro_rb.diagnostics.run.messages import one_line
+from pyro_rb.diagnostics.run.parameters import current_args
+from pyro_rb.diagnostics.run.problem import Problem
+from pyro_rb.diagnostics.run.sites import settle_plates
+
+#: For how many steps a compilation is to pay, where nothing is said.
+USUAL_STEPS = 10_000
+#: So many losses are compiled, of those that need less than so many times the time of the loss recommended.
+MOST_COMPILED, CLOSE = 2, 2.0
+#: A graph that takes more than this share of the time of a step when it is replayed is not handed to Inductor:
+#: then the operations take the time, and not Python.
+WORTH_COMPILING = 0.85
+#: Steps until all is compiled, and those that are timed, at most, and the seconds for these.
+MOST_WARM_UP, NUM_TIMED, MOST_SECONDS = 40, 60, 3.0
+
+
+@dataclass
+class CompiledTime:
+    """
+    A loss under :class:`~pyro_rb.compiled.svi.CompiledSVI`.
+
+    :param str name: The loss.
+    :param str backend: ``"inductor"`` or ``"replay"``.
+    :param float eager_seconds: Median time of a step of :class:`~pyro.infer.svi.SVI`.
+    :param float seconds: That of a step of ``CompiledSVI``.
+    :param float setup_seconds: The time until it is compiled, once for a script.
+    :param str error: Why it is not compiled; the times are then those of eager steps.
+    """
+
+    name: str
+    backend: str
+    eager_seconds: float = math.nan
+    seconds: float = math.nan
+    setup_seconds: float = 0.0
+    error: Optional[str] = None
+
+    def share(self, num_steps: int) -> float:
+        """
+        The time of so many steps, with the compilation, over that of eager steps.
+
+        **Example**
+
+        >>> CompiledTime("Trace_ELBO", "inductor", 4e-3, 2e-4, 10.0).share(10000)
+        0.3
+        """
+        if self.error is not None:
+            return 1.0
+        return round((self.setup_seconds / num_steps + self.seconds) / self.eager_seconds, 12)
+
+    @property
+    def pays_from(self) -> Optional[int]:
+        """
+        The number of steps from which it pays; None if it never does.
+
+        **Example**
+
+        >>> CompiledTime("Trace_ELBO", "inductor", 4e-3, 2e-4, 10.0).pays_from
+        2632
+        """
+        saved = self.eager_seconds - self.seconds
+        return math.ceil(self.setup_seconds / saved) if self.error is None and saved > 0 else None
+
+
+def time_best(
+    problem: Problem,
+    states: Sequence[Any],
+    made: Mapping[str, Any],
+    optim: PyroOptim,
+    times: List[CompiledTime],
+    bar: TimedBar,
+) -> None:
+    """
+    Times the loss that is recommended, if one is, and the best of the others if it is close; unless time is over.
+
+    :param list states: A :class:`~pyro_rb.diagnostics.compare.report.StateResult` for each state.
+    :param dict made: Losses by name.
+    :param list times: To which the times are added.
+    """
+    if any(state.stopped == "max_seconds" for state in states):
+        return
+    advice = recommend(states)
+    ranked = {one.name: one.time for one in advice.ranking}
+    if advice.loss is not None:
+        others = [name for name in ranked if name != advice.loss and ranked[name] < CLOSE * ranked[advice.loss]]
+        bar.start()
+        for name in [advice.loss, *others][:MOST_COMPILED]:
+            times += time_compiled(problem, name, made[name], optim)
+            bar.update("compilation")
+
+
+def time_compiled(problem: Problem, name: str, loss: Any, optim: PyroOptim) -> List[CompiledTime]:
+    """
+    Times whole steps, with the update of the parameters, eager and compiled in turns. The graph is replayed first;
+    Inductor comes after it if that shows that Python takes the time.
+
+    :param Problem problem: Model and guide, whose parameters are trained by this.
+    :param str name: The loss.
+    :param loss: An ELBO. It is copied.
+    :param optim: An optimizer. It is copied.
+    """
+    found: List[CompiledTime] = []
+    for backend in ("replay", "inductor"):
+        if found and (found[0].error or found[0].seconds > WORTH_COMPILING * found[0].eager_seconds):
+            break
+        one = CompiledTime(name, backend)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _time(one, problem, loss, optim)
+        except Exception as error:
+            one.error = one_line(error)
+        found.append(one)
+    return found
+
+
+def _time(one: CompiledTime, problem: Problem, loss: Any, optim: PyroOptim) -> None:
+    if not problem.any_site:
+        one.error = "neither model nor guide has a pyro.param site, without which SVI trains nothing"
+        return
+    svis = [_svi(SVI, problem, loss, optim), _svi(CompiledSVI, problem, loss, optim, one.backend)]
+    steps = [_timed(svi, problem) for svi in svis]
+    clock = time.perf_counter
+    program = svis[1].compiled.program(problem.model, problem.guide)
+    warm: List[float] = []
+    # The first step is eager, the second compiles the loss, the third the update. A loss may learn before.
+    while len(warm) < 4 or not any(graph.is_compiled or one.backend == "replay" for graph in program.graphs):
+        steps[0](clock)
+        warm.append(steps[1](clock))
+        if program.reason or len(warm) == MOST_WARM_UP:
+            one.error = program.reason or "nothing was compiled in so many steps"
+            return
+    if torch.get_num_threads() == 1 and next(iter(problem.parameters.values())).device.type == "cpu":
+        clock = time.process_time  # which other programs do not disturb
+    end = time.perf_counter() + MOST_SECONDS
+    times: List[Tuple[float, float]] = []
+    while len(times) < NUM_TIMED and (len(times) < 3 or time.perf_counter() < end):
+        times.append((steps[0](clock), steps[1](clock)))
+    one.eager_seconds, one.seconds = map(statistics.median, zip(*times))
+    one.setup_seconds = max(0.0, sum(warm) - len(warm) * one.seconds)
+
+
+def _svi(cls: Any, problem: Problem, loss: Any, optim: PyroOptim, backend: str = "") -> Any:
+    loss, optim = copy.deepcopy(loss), PyroOptim(optim.pt_optim_constructor, optim.pt_optim_args, optim.pt_clip_args)
+    settle_plates(loss, problem.traces)
+    return cls(problem.model, problem.guide, optim, compile(loss, backend) if backend else loss)
+
+
+def _timed(svi: Any, problem: Problem) -> Callable[[Callable[[], float]], float]:
+    def step(clock: Callable[[], float]) -> float:
+        start = clock()
+        svi.step(*current_args(problem.args), **problem.kwargs)
+        return clock() - start
+
+    return step
+
+
+def with_compiled(advice: Recommendation, times: Sequence[CompiledTime], num_steps: int) -> Recommendation:
+    """
+    Adds compiled losses to a ranking, and to the advice what they save.
+
+    :param Recommendation advice: By noise and by the time of eager steps. It is changed.
+    :param list times: Of the loss that is recommended, and maybe of others.
+    :param int num_steps: How many steps the user intends.
+    """
+    eager = {ranked.name: ranked for ranked in advice.ranking}
+    options = []
+    for one in times:
+        base = eager.get(one.name)
+        if base is not None and one.error is None:
+            share = one.share(num_steps)
+            by_state = [share * time for time in base.by_state]
+            label = f"{one.name}, {'compiled' if one.backend == 'inductor' else 'replayed'}"
+            options.append((one, Ranked(label, share * base.time, share * base.error, by_state)))
+    if not options or advice.loss is None:
+        return advice
+    advice.ranking = ranked_by_time([*advice.ranking, *(ranked for _, ranked in options)])
+    best, ranked = min(options, key=lambda pair: pair[1].time)
+    if ranked.time > (1 - WORTHWHILE) * eager[advice.loss].time:
+        pays = min([one.pays_from for one, _ in options if one.pays_from is not None], default=None)
+        if pays is not None and best.seconds < (1 - WORTHWHILE) * best.eager_seconds:
+            advice.caveats.append(f"Compiled steps pay from {pays} steps, more than the {num_steps} that are intended.")
+        return advice
+    if best.name != advice.loss:
+        advice.sentence += f" Compiled, {best.name} is ahead of it."
+        advice.loss = best.name
+    advice.usage = usage(best.name, best.backend)
+    advice.caveats.insert(0, _sentence(best, num_steps))
+    return advice
+
+
+def _sentence(one: CompiledTime, num_steps: int) -> str:
+    how = "" if one.backend == "inductor" else ", where the graph is replayed without a compiler,"
+    times = f"{1e3 * one.seconds:.2g} ms in place of {1e3 * one.eager_seconds:.2g} ms"
+    return (
+        f"With CompiledSVI{how} a step takes {times}, after {one.setup_seconds:.2g} s of compilation: "
+        f"{one.share(num_steps):.2g} of the time for {num_steps} steps, and it pays from step {one.pays_from} on."
+    )

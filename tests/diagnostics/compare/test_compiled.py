@@ -1,0 +1,147 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+from pyro_rb.diagnostics import compare
+from pyro_rb.diagnostics.compare import compiled
+from pyro_rb.diagnostics.compare.compiled import (
+    CompiledTime,
+    time_compiled,
+    with_compiled,
+)
+from pyro_rb.diagnostics.compare.recommend import Ranked, Recommendation
+from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.run.problem import prepared
+
+X = torch.tensor([0.3, -0.8, 1.4])
+ADAM = pyro.optim.Adam({"lr": 0.01})
+
+
+def model(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.fixture
+def replay_only(monkeypatch):
+    """Nothing is worth Inductor's seconds."""
+    monkeypatch.setattr(compiled, "WORTH_COMPILING", 0.0)
+
+
+def times_of(model, guide, args, loss="Trace_ELBO"):
+    with prepared(model, guide, args) as problem:
+        return time_compiled(problem, loss, make_loss(loss), ADAM)
+
+
+@pytest.mark.parametrize("loss", ["Trace_ELBO", "STLTrace_ELBO", "RaoBlackwell_ELBO", "TraceMeanField_ELBO"])
+def test_a_replayed_step_is_faster(loss, replay_only):
+    (found,) = times_of(model, AutoNormal(model), (X,), loss)
+    assert found.error is None and found.backend == "replay"
+    assert 0 < found.seconds < found.eager_seconds
+    assert found.setup_seconds > 0 and found.pays_from > 1
+    assert found.share(10**6) < 1 < found.share(1)
+
+
+def test_inductor_comes_after_replay():
+    replayed, inductor = times_of(model, AutoNormal(model), (X,))
+    assert (replayed.backend, inductor.backend) == ("replay", "inductor")
+    assert replayed.error is None and inductor.error is None
+    assert inductor.setup_seconds > replayed.setup_seconds
+
+
+def test_minibatches_are_drawn_anew(replay_only):
+    seen = []
+
+    def args():
+        seen.append(X + torch.rand(()))
+        return (seen[-1],)
+
+    (found,) = times_of(model, AutoNormal(model), args)
+    assert found.error is None and len(seen) > 20
+
+
+def test_a_model_that_cannot_be_captured():
+    def branches(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z > 0:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[0])
+
+    (found,) = times_of(branches, AutoNormal(branches), (X,))
+    assert "if z > 0" in found.error
+    assert found.share(10) == 1.0 and found.pays_from is None
+
+
+def test_a_guide_without_a_param_site():
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+    (found,) = times_of(model, Guide(), (X,))
+    assert "pyro.param" in found.error
+
+
+def advice(**times):
+    ranking = [Ranked(name, time, 0.01, [time, time]) for name, time in times.items()]
+    return Recommendation(min(times, key=times.get), "Take it.", [], ranking, "usage")
+
+
+def test_what_compilation_saves_is_counted_over_the_steps():
+    one = CompiledTime("STLTrace_ELBO", "inductor", 4e-3, 2e-4, 10.0)
+    found = with_compiled(advice(Trace_ELBO=1.0, STLTrace_ELBO=0.5), [one], 10000)
+    first = found.ranking[0]
+    assert first.name == "STLTrace_ELBO, compiled" and first.time == pytest.approx(0.5 * 0.3)
+    assert found.usage.endswith("CompiledSVI(model, guide, optim, loss=STLTrace_ELBO())")
+    assert found.caveats == [
+        "With CompiledSVI a step takes 0.2 ms in place of 4 ms, after 10 s of compilation: 0.3 of the time for "
+        "10000 steps, and it pays from step 2632 on."
+    ]
+    few = with_compiled(advice(Trace_ELBO=1.0, STLTrace_ELBO=0.5), [one], 100)
+    assert few.usage == "usage" and few.ranking[0].name == "STLTrace_ELBO"
+    assert few.caveats == ["Compiled steps pay from 2632 steps, more than the 100 that are intended."]
+
+
+def test_the_second_may_win_once_compiled():
+    slow = CompiledTime("STLTrace_ELBO", "inductor", 4e-3, 3e-3, 1.0)
+    fast = CompiledTime("RaoBlackwell_ELBO", "replay", 4e-3, 1e-3, 1.0)
+    found = with_compiled(advice(Trace_ELBO=1.0, STLTrace_ELBO=0.5, RaoBlackwell_ELBO=0.6), [slow, fast], 10000)
+    assert found.loss == "RaoBlackwell_ELBO"
+    assert 'compile(RaoBlackwell_ELBO(), "replay")' in found.usage
+
+
+def test_without_advice_nothing_is_added():
+    thin = Recommendation(None, "No advice.", [], [Ranked("Trace_ELBO", 1.0, 0.0, [1.0])])
+    assert with_compiled(thin, [CompiledTime("Trace_ELBO", "replay", 4e-3, 1e-3, 1.0)], 10000).usage is None
+
+
+def test_compare_times_what_it_recommends(replay_only):
+    guide = AutoNormal(model)
+    guide(X)
+    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
+    options = dict(args=(X,), num_samples=60, num_burn_in=5, train_steps=[5], progress=False)
+    result = compare(model, guide, ["TraceMeanField_ELBO"], steps=100_000, **options)
+    assert result.settings["steps"] == 100_000
+    assert [one.backend for one in result.compiled] == ["replay"] * len(result.compiled)
+    assert result.compiled[0].name == compare(model, guide, ["TraceMeanField_ELBO"], **options).recommendation.loss
+    assert "CompiledSVI" in result.recommendation.usage and "replayed" in result.table()
+    assert "times as fast" in result.table() and "times as fast" in result.to_html()
+    assert json.loads(json.dumps(result.to_dict()))["compiled"][0]["backend"] == "replay"
+    for name, value in pyro.get_param_store().items():
+        assert torch.equal(value, before[name])
+
+
+def test_steps_are_checked():
+    with pytest.raises(ValueError, match="steps: expected 0 or more, got -1"):
+        compare(model, AutoNormal(model), args=(X,), steps=-1)
