@@ -31,7 +31,11 @@ from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import rounding_error, z_threshold
-from pyro_rb.diagnostics.stats.progress import noise_share, steps_ratio
+from pyro_rb.diagnostics.stats.progress import (
+    noise_share,
+    root_sum_of_squares,
+    steps_ratio,
+)
 from pyro_rb.diagnostics.stats.projections import Projector
 from pyro_rb.diagnostics.stats.stopping import StopRule
 
@@ -240,9 +244,10 @@ class Study:
             signal = coordinates.sums(exact.square())
         for gauge, row in zip(gauges, results):
             if not row.error:
-                row.steps_ratio, row.steps_ratio_error = steps_ratio(
+                row.steps_ratio, row.steps_ratio_blocks = steps_ratio(
                     gauge.blocks(), first.blocks(), signal, coordinates.sizes
                 )
+                row.steps_ratio_error = root_sum_of_squares(row.steps_ratio_blocks)
         share = noise_share(first.blocks(), signal, coordinates.sizes)
         self.states.append(StateResult(step, results, count, stopped, share))
 

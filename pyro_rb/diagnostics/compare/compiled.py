@@ -19,7 +19,6 @@ from pyro_rb.compiled.elbo import compile
 from pyro_rb.compiled.svi import CompiledSVI
 from pyro_rb.diagnostics.compare.recommend import (
     WORTHWHILE,
-    Ranked,
     Recommendation,
     ranked_by_time,
     recommend,
@@ -195,10 +194,8 @@ def with_compiled(advice: Recommendation, times: Sequence[CompiledTime], num_ste
     for one in times:
         base = eager.get(one.name)
         if base is not None and one.error is None:
-            share = one.share(num_steps)
-            by_state = [share * time for time in base.by_state]
             label = f"{one.name}, {'compiled' if one.backend == 'inductor' else 'replayed'}"
-            options.append((one, Ranked(label, share * base.time, share * base.error, by_state)))
+            options.append((one, base.scaled(label, one.share(num_steps))))
     if not options or advice.loss is None:
         return advice
     advice.ranking = ranked_by_time([*advice.ranking, *(ranked for _, ranked in options)])

@@ -38,9 +38,10 @@ often a loss that ends lower, in the same time.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 from pyro_rb.diagnostics.run.losses import usage
+from pyro_rb.diagnostics.stats.progress import root_sum_of_squares
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
 
 #: Below this many gradients a standard error of a variance means little.
@@ -65,8 +66,10 @@ class Ranked:
     :param float time: Over all states.
     :param float error: Its standard error.
     :param float difference: ``time`` less that of the best.
-    :param float difference_error: Its standard error.
+    :param float difference_error: Its standard error. Most of the errors of both is common to them, as all losses
+        see the same random numbers.
     :param list by_state: The same at each state.
+    :param list parts: What each block of draws adds to ``error``, and last what the time of a step adds.
     """
 
     name: str
@@ -75,6 +78,12 @@ class Ranked:
     by_state: List[float]
     difference: float = 0.0
     difference_error: float = 0.0
+    parts: List[float] = field(default_factory=list, repr=False)
+
+    def scaled(self, name: str, share: float) -> "Ranked":
+        """The same for another name, where all takes this share of the time."""
+        times = [share * time for time in self.by_state]
+        return Ranked(name, share * self.time, share * self.error, times, parts=[share * x for x in self.parts])
 
 
 @dataclass
@@ -201,10 +210,15 @@ def _ranking(states: Sequence[Any], usable: Dict[str, List[Any]]) -> List[Ranked
     weights = [cost / sum(costs) for cost in costs]
     found = []
     for name, rows in usable.items():
-        pairs = [_time(row) for row in rows]
-        time = sum(weight * time for weight, (time, _) in zip(weights, pairs))
-        error = math.hypot(*(weight * error for weight, (_, error) in zip(weights, pairs)))
-        found.append(Ranked(name, time, error, [time for time, _ in pairs]))
+        by_state = [row.time_ratio * row.steps_ratio for row in rows]
+        parts: List[float] = []
+        clock = 0.0
+        for row, weight in zip(rows, [0.0 if row.reference else weight for row, weight in zip(rows, weights)]):
+            parts += [weight * row.time_ratio * x for x in row.steps_ratio_blocks or [row.steps_ratio_error]]
+            clock = math.hypot(clock, weight * row.time_ratio_error * row.steps_ratio)
+        time = sum(weight * time for weight, time in zip(weights, by_state))
+        error = root_sum_of_squares([*parts, clock])
+        found.append(Ranked(name, time, error, by_state, parts=[*parts, clock]))
     return ranked_by_time(found)
 
 
@@ -213,16 +227,15 @@ def ranked_by_time(found: Sequence[Ranked]) -> List[Ranked]:
     found = sorted(found, key=lambda one: one.time)
     for one in found[1:]:
         one.difference = one.time - found[0].time
-        one.difference_error = math.hypot(one.error, found[0].error)
+        one.difference_error = _difference_error(one, found[0])
     return found
 
 
-def _time(row: Any) -> Tuple[float, float]:
-    """For the same precision at one state, over that of the reference, and its standard error."""
-    value = row.time_ratio * row.steps_ratio
-    if row.reference:
-        return value, 0.0
-    return value, math.hypot(row.time_ratio * row.steps_ratio_error, row.time_ratio_error * row.steps_ratio)
+def _difference_error(a: Ranked, b: Ranked) -> float:
+    if len(a.parts) != len(b.parts) or not a.parts:
+        return math.hypot(a.error, b.error)
+    *blocks, (clock, other) = zip(a.parts, b.parts)
+    return root_sum_of_squares([*(x - y for x, y in blocks), clock, other])
 
 
 def _rows(states: Sequence[Any], name: str) -> Optional[List[Any]]:
@@ -237,7 +250,7 @@ def _rows(states: Sequence[Any], name: str) -> Optional[List[Any]]:
 def _simplest(candidates: Sequence[Ranked], best: Ranked) -> Ranked:
     """The first that is about as good as the best."""
     for one in candidates:
-        about = max(2 * math.hypot(one.error, best.error), SAME * best.time)
+        about = max(2 * _difference_error(one, best), SAME * best.time)
         if one.time <= min(best.time + about, 1 - WORTHWHILE):
             return one
     return best

@@ -48,6 +48,7 @@ class LossResult:
     :param float steps_ratio: The steps for the same progress over those of the reference,
         see :func:`~pyro_rb.diagnostics.stats.progress.steps_ratio`.
     :param float steps_ratio_error: Its standard error.
+    :param list steps_ratio_blocks: What each block of draws adds to that error.
     :param float loss: Mean value of the loss.
     :param float loss_error: Its standard error.
     :param float loss_deviation: The standard deviation of one value of the loss.
@@ -78,6 +79,7 @@ class LossResult:
     cost_ratio: Optional[float] = None
     steps_ratio: Optional[float] = None
     steps_ratio_error: Optional[float] = None
+    steps_ratio_blocks: List[float] = field(default_factory=list)
     loss: Optional[float] = None
     loss_error: Optional[float] = None
     loss_deviation: Optional[float] = None

@@ -4,7 +4,7 @@
 """How much the noise of a gradient slows training down: tensors in, numbers out."""
 
 import math
-from typing import Sequence, Tuple
+from typing import Iterable, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 
 def steps_ratio(
     blocks: Tensor, base_blocks: Tensor, signal: Tensor, sizes: Sequence[int]
-) -> Tuple[float, float]:
+) -> Tuple[float, List[float]]:
     r"""
     The steps that a loss needs for the same progress, over those of a reference: the mean
     over coordinates of
@@ -30,14 +30,16 @@ def steps_ratio(
     :param ~torch.Tensor base_blocks: The same of the reference.
     :param ~torch.Tensor signal: ``[J]``: the squared length of the mean gradient.
     :param list sizes: The number of coordinates of each parameter.
-    :returns: The ratio and its standard error by the delta method, in which the signal is
-        taken as known. Parameters on which nothing depends are left out.
+    :returns: The ratio, and what each block adds to its error by the delta method, in which the signal is
+        taken as known: :func:`root_sum_of_squares` of it is the standard error, and that of the difference of two
+        losses' that of their difference, as both see the same random numbers. Parameters on which nothing
+        depends are left out.
 
     **Example**
 
     >>> import torch
-    >>> steps_ratio(torch.tensor([[1.], [3.]]), torch.tensor([[8.], [8.]]), torch.tensor([0.]), [5])
-    (0.25, 0.125)
+    >>> steps_ratio(torch.tensor([[1.], [3.]]), torch.tensor([[8.], [8.]]), torch.tensor([0.]), [5])[0]
+    0.25
     """
     count = min(len(blocks), len(base_blocks))
     blocks, base_blocks = blocks[:count].double(), base_blocks[:count].double()
@@ -45,16 +47,27 @@ def steps_ratio(
     base = signal.double() + base_blocks.mean(0)
     used = (second > 0) | (base > 0)
     if not used.any():
-        return 1.0, 0.0
+        return 1.0, []
     weights = torch.tensor(sizes, dtype=torch.double, device=blocks.device)[used]
     weights = weights / weights.sum()
     ratios = second[used] / base[used]
     ratio = (weights * ratios).sum().item()
     if count < 2 or not math.isfinite(ratio):
-        return ratio, math.nan
+        return ratio, [math.nan]
     residual = (blocks[:, used] - ratios * base_blocks[:, used] + signal[used] * (1 - ratios)) / base[used]
-    spread = (residual @ weights).square().sum() / (count * (count - 1))
-    return ratio, spread.sqrt().item()
+    return ratio, (residual @ weights / math.sqrt(count * (count - 1))).tolist()
+
+
+def root_sum_of_squares(values: Iterable[float]) -> float:
+    """
+    The length of a vector; NaN if an entry is.
+
+    **Example**
+
+    >>> root_sum_of_squares([3.0, 4.0])
+    5.0
+    """
+    return math.sqrt(sum(value * value for value in values))
 
 
 def noise_share(base_blocks: Tensor, signal: Tensor, sizes: Sequence[int]) -> float:

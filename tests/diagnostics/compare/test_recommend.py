@@ -44,6 +44,19 @@ def test_ranking():
     assert found[2].difference_error == pytest.approx(found[0].error)
 
 
+def test_the_error_of_a_difference_is_paired():
+    """Blocks of draws that are good for one loss are good for the other."""
+    blocks = [0.03, -0.04]
+    other = good("B_ELBO", steps_ratio=0.5, steps_ratio_error=0.05, steps_ratio_blocks=blocks, time_ratio_error=0.0)
+    one = good(steps_ratio_error=0.05, steps_ratio_blocks=blocks, time_ratio_error=0.0)
+    reference = state(other, one)
+    reference.losses[0].steps_ratio_blocks = [0.0, 0.0]
+    found = recommend([reference]).ranking
+    assert found[1].error == pytest.approx(0.06)
+    assert found[1].difference_error == pytest.approx(0.0, abs=1e-12)
+    assert found[2].difference_error == pytest.approx(0.06)
+
+
 def test_no_advice_from_before_training():
     found = recommend([state(good(), step=0)])
     assert found.loss is None and "at one state only, before training" in found.sentence

@@ -6,9 +6,17 @@ import math
 import pytest
 import torch
 
-from pyro_rb.diagnostics.stats.progress import noise_share, steps_ratio
+from pyro_rb.diagnostics.stats.progress import noise_share, root_sum_of_squares
+from pyro_rb.diagnostics.stats.progress import steps_ratio as steps_ratio_blocks
 
 BASE = torch.tensor([4.0, 100.0]).expand(6, 2)
+SIGNAL = torch.tensor([0.2, 0.0])
+
+
+def steps_ratio(*args):
+    """With its standard error."""
+    ratio, blocks = steps_ratio_blocks(*args)
+    return ratio, root_sum_of_squares(blocks)
 
 
 def test_each_coordinate_counts_the_same():
@@ -59,3 +67,19 @@ def test_standard_error_is_that_of_repetition():
 
 def test_one_block():
     assert math.isnan(steps_ratio(BASE[:1], BASE[:1], torch.zeros(2), [1, 1])[1])
+
+
+def test_most_of_the_error_is_common_to_losses_with_the_same_draws():
+    generator = torch.Generator().manual_seed(0)
+
+    def repeat():
+        common = torch.rand(20, 2, generator=generator)
+        listed = [share * common.square() + 0.01 * torch.rand(20, 2, generator=generator) for share in (0.30, 0.33)]
+        ratios = [steps_ratio_blocks(blocks, common, SIGNAL, [3, 1]) for blocks in listed]
+        difference = root_sum_of_squares(x - y for x, y in zip(ratios[0][1], ratios[1][1]))
+        return ratios[0][0] - ratios[1][0], difference, root_sum_of_squares(ratios[0][1])
+
+    differences, errors, alone = zip(*[repeat() for _ in range(400)])
+    spread = torch.tensor(differences).std().item()
+    assert sum(errors) / 400 == pytest.approx(spread, rel=0.15)
+    assert sum(errors) < 0.5 * sum(alone)
