@@ -2,36 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Does a long training run bear out what ``pyro_rb.compare`` recommends?
+Does training bear out what ``pyro_rb.compare`` recommends?
 
-For each model: the comparison runs by its defaults, along 1000 training steps. Then models are
-trained by every loss that it has measured and not called biased, for the same CPU time, from the
-same start, by Adam: at the first seed at each of three learning rates, as a loss with less noise
-may take larger steps; at the others at that of the comparison, and at the better one of the other
-two. All runs of a seed take turns. The objective itself is noted along time, with the same random numbers
-for all, and by enumeration where there are discrete sites::
+For each of fourteen kinds of model the comparison runs by its defaults: it measures the losses that apply before and
+after a short training, and recommends one. It then trains with the reference and the four losses that it ranks
+highest, for equal CPU time from the same start, in turns, with three seeds, each with its own learning rate, the best
+of four: ``compare(model, guide, train=seconds)``::
 
     python examples/recommendations.py --out docs/source/_static/recommend
-    python examples/recommendations.py --out docs/source/_static/recommend --again advice
-    python examples/recommendations.py --models schools vae
+    python examples/recommendations.py --out docs/source/_static/recommend --models survival network
 
-``result.json`` is written after each seed of a model; what is in it already is not run again,
-unless ``--again advice`` or ``--again training`` asks for it.
+``result.json`` is written after each model; a model that is in it already is run again only if it is named.
 
-**The verdict.** What counts for a run is the mean objective over the last quarter of its time, at
-the better of the loss's two learning rates. Losses are compared seed by seed. One beats another if
-it is better by more than 3 standard errors of these differences (seeds are few), and by more
-than 0.01 nats.
+**The verdict.** One loss beats another if it ends lower by more than 3 standard errors of the differences seed by
+seed (seeds are few), and by more than 0.01 nats.
 
-* *not borne out*: the reference beats the loss that was recommended; or it is the reference
-  that was recommended, and another loss beats it;
-* *not the best*: it beats the reference, or is no worse, but another loss beats it;
-* *borne out*: it beats the reference, and no loss beats it; or it is the reference, and is the best;
-* *within noise*: none of these;
+* *right*: no loss beats the one that was recommended;
+* *harmless*: a loss beats it, but the reference does not;
+* *wrong*: the reference beats it;
 * *no advice*: the comparison said that its evidence is too thin.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import tempfile
@@ -43,330 +36,158 @@ import pyro
 import torch
 from recommend_models import CASES
 from tabulate import tabulate
-from tqdm import tqdm
 
 from pyro_rb import compare
-from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.show.palette import STYLES
 from utils.results import cell, make_panels, write_table
-from utils.training import Run
 
-FACTORS = {"third": 1 / 3, "same": 1.0, "triple": 3.0}  # of the learning rate
 STANDARD_ERRORS, TOLERANCE = 3.0, 0.01  # nats
-ADVICE = ("step", "noise_share", "num_samples")
-MEASURED = (
-    "name", "error", "biased", "variance_ratio", "time_ratio", "time_ratio_error", "steps_ratio", "steps_ratio_error",
-    "tail_share", "seconds",
-)  # fmt: skip
 
 
-def ask(case, args):
-    """What the comparison recommends, and the measurements that this rests on."""
+def ask(name, args):
+    """What the comparison recommends, and what training shows."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    model, guide = case.make()
+    case = CASES[name]()
     start = time.process_time()
     result = compare(
-        model,
-        guide,
-        case.losses,
-        case.args,
-        train_steps=args.train_steps,
+        case.model,
+        case.guide,
+        args=case.args,
         num_samples=args.num_samples,
         num_burn_in=args.num_burn_in,
-        optim=pyro.optim.Adam({"lr": case.lr}),
+        train_steps=args.train_steps,
         reference=case.reference,
+        title=case.title,
+        train=args.seconds * case.seconds,
     )
     found = result.recommendation
+    print(f"\n{result.table()}\n")
     return {
+        "title": case.title,
         "loss": found.loss,
-        "sentence": found.sentence,
-        "caveats": found.caveats,
-        "progress_time": rounded(found.progress_time),
-        "progress_time_error": rounded(found.progress_time_error),
+        "sentence": str(found),
+        "times": {ranked.name: float(f"{ranked.time:.3g}") for ranked in found.ranking},
         "reference": result.settings["reference"],
+        "num_steps": result.states[-1].step,
         "seconds": round(time.process_time() - start, 1),
         "left_out": result.left_out,
-        "states": [
-            {**{key: getattr(state, key) for key in ADVICE}}
-            | {"losses": [rounded({key: getattr(row, key) for key in MEASURED}) for row in state.losses]}
-            for state in result.states
-        ],
+        "curves": [dataclasses.asdict(curve) for curve in result.race.curves],
+        "torch": torch.__version__,
     }
 
 
-def rounded(values):
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
-
-
-class TimedRun(Run):
-    """A run that goes on until a CPU time. ``error`` says why it broke off, if it did."""
-
-    def __init__(self, case, loss, factor, seed):
-        super().__init__(case.make, make_loss(loss), {"lr": factor * case.lr}, seed)
-        self.case, self.error, self.num_steps, self.objective = case, None, 0, []
-        with pyro.get_param_store().scope(self.store):
-            self.guide(*case.args)  # starts the same way, whatever the loss
-
-    def until(self, seconds):
-        pyro.set_rng_seed(1000 * self.seed + self.num_epochs)
-        with pyro.get_param_store().scope(self.store):
-            start, before = time.process_time(), self.seconds
-            while self.seconds < seconds and self.error is None:
-                try:
-                    self.svi.step(*self.case.args)
-                except (ValueError, RuntimeError) as error:
-                    self.error = " ".join(str(error).split())[:200]
-                self.num_steps += 1
-                self.seconds = before + time.process_time() - start
-        self.num_epochs += 1
-
-    def note(self, loss):
-        """Notes the objective; infinite if the run broke off."""
-        case, value = self.case, math.inf
-        if self.error is None:
-            pyro.set_rng_seed(0)
-            call = case.args if case.all_args is None else case.all_args
-            with torch.no_grad(), pyro.get_param_store().scope(self.store):
-                try:
-                    value = sum(loss.loss(self.model, self.guide, *call) for _ in range(case.draws)) / case.draws
-                except (ValueError, RuntimeError) as error:
-                    self.error = " ".join(str(error).split())[:200]
-        self.objective.append(value if math.isfinite(value) else math.inf)
-
-
-def train(case, losses, seed, times, rates, progress):
-    """
-    Trains from one seed by each loss, at each of its learning rates.
-
-    :param list times: CPU times at which the objective is noted.
-    :param dict rates: by loss, names of :data:`FACTORS`.
-    :return: by loss and rate, the objective at these times, the number of steps, and the error.
-    """
-    runs = {(loss, rate): TimedRun(case, loss, FACTORS[rate], seed) for loss in losses for rate in rates[loss]}
-    objective = make_loss(case.objective)
-    progress.reset(len(times) * len(runs))
-    for until in times:
-        for (loss, _), run in runs.items():
-            run.until(until)
-            run.note(objective)
-            progress.set_postfix_str(f"{loss}, seed {seed}", refresh=False)
-            progress.update()
-    results = {loss: {} for loss in losses}
-    for (loss, rate), run in runs.items():
-        curve = [float(f"{x:.9g}") for x in run.objective]
-        results[loss][rate] = {"steps": run.num_steps, "objective": curve, "error": run.error}
-    return results
-
-
-def note_times(seconds, num_notes):
-    """Half of them late: these make up what a run attains. The others are denser early."""
-    half = num_notes // 2
-    early = [0.75 * seconds * (i / half) ** 2 for i in range(half)]
-    return [round(t, 4) for t in [*early, *np.linspace(0.75 * seconds, seconds, num_notes - half)]]
-
-
-def end(run):
-    """What a run attains: the mean objective over the last quarter of the time."""
-    return float(np.mean(run["objective"][len(run["objective"]) // 2 :]))
-
-
-def promising(first):
-    """Two learning rates for the other seeds: that of the comparison, and the better of the others."""
+def ends(entry):
+    """The loss at the end for each seed, by name; those that have failed are infinitely bad."""
     return {
-        loss: ["same", min(("third", "triple"), key=lambda rate: end(by_rate[rate]))] for loss, by_rate in first.items()
+        curve["name"]: np.nan_to_num([seed[-1] for seed in curve["losses"]] or math.inf, nan=math.inf)
+        for curve in entry["curves"]
     }
-
-
-def best_rate(training, loss):
-    """Of the learning rates at which all seeds were run."""
-    runs = [by_loss[loss] for by_loss in training["seeds"].values()]
-    return min(runs[-1], key=lambda rate: np.mean([end(by_rate[rate]) for by_rate in runs]))
-
-
-def scores(training, tuned):
-    """The objective at the end for each seed, by loss, at its best rate or at that of the comparison."""
-    found = {}
-    for loss in next(iter(training["seeds"].values())):
-        rate = best_rate(training, loss) if tuned else "same"
-        found[loss] = np.array([end(by_loss[loss][rate]) for by_loss in training["seeds"].values()])
-    return found
 
 
 def difference(a, b):
-    """Mean of ``a - b`` over seeds, and its standard error; a run that broke off is infinitely bad."""
+    """Mean of ``a - b`` over seeds, and its standard error."""
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float(np.sign(np.isinf(a).sum() - np.isinf(b).sum())) * math.inf, 0.0
-    d = a - b
-    return float(d.mean()), float(d.std(ddof=1) / len(d) ** 0.5) if len(d) > 1 else math.inf
+    return float((a - b).mean()), float((a - b).std(ddof=1) / len(a) ** 0.5)
 
 
 def beats(a, b):
-    mean, error = difference(a, b)
-    return -mean > max(STANDARD_ERRORS * error, TOLERANCE)
+    mean, error = difference(b, a)
+    return mean > max(STANDARD_ERRORS * error, TOLERANCE)
 
 
-def judge(loss, reference, found):
+def judge(entry):
     """The verdict, as above."""
+    found, loss = ends(entry), entry["loss"]
     if loss is None:
         return "no advice"
     ahead = [name for name in found if name != loss and beats(found[name], found[loss])]
-    if reference in ahead or (loss == reference and ahead):
-        return "not borne out"
-    if ahead:
-        return "not the best"
-    is_best = loss == min(found, key=lambda name: found[name].mean())
-    return "borne out" if (is_best and loss == reference) or beats(found[loss], found[reference]) else "within noise"
+    if entry["reference"] in ahead:
+        return "wrong"
+    return "harmless" if ahead else "right"
 
 
-def time_to(level, times, curve):
-    """When a curve first comes down to a level, by linear interpolation; infinite if it never does."""
-    for i, value in enumerate(curve):
-        if value <= level:
-            if i == 0:
-                return times[0]
-            share = (curve[i - 1] - level) / (curve[i - 1] - value) if math.isfinite(curve[i - 1]) else 1.0
-            return times[i - 1] + share * (times[i] - times[i - 1])
-    return math.inf
-
-
-def best_curve(training, loss):
-    rate = best_rate(training, loss)
-    return np.mean([by_loss[loss][rate]["objective"] for by_loss in training["seeds"].values()], 0)
-
-
-def speed_up(training, loss, reference):
-    """Time that a loss needs for what the reference attains, over the time of the reference."""
-    times, level = training["times"], scores(training, True)[reference].mean()
-    needed = [time_to(level, times, best_curve(training, name)) for name in (loss, reference)]
-    return needed[0] / needed[1] if needed[1] > 0 else math.nan
-
-
-def signed(mean, error):
-    """For a table."""
-    if not math.isfinite(mean):
-        return "broke off"
-    if mean == error == 0:
-        return "0"
-    return cell(mean, error if math.isfinite(error) else math.nan, digits=1)
-
-
-def summarise(title, advice, training):
+def summarize(entry):
     """A row of the table."""
-    loss, reference = advice["loss"], advice["reference"]
-    found = scores(training, tuned=True)
-    same = scores(training, tuned=False)
-    taken = loss or reference
+    found, reference = ends(entry), entry["reference"]
+    taken = entry["loss"] or reference
     order = sorted(found, key=lambda name: found[name].mean())
-    best = order[0]
-    predicted = advice["progress_time"].get(taken)
+    behind = "" if order[0] == taken else cell(*difference(found[taken], found[order[0]]))
     return {
-        "model": title,
-        "recommended": short(loss) if loss else "none",
-        "time predicted, measured": f"{predicted:.2g}, {speed_up(training, taken, reference):.2g}",
-        "gain, nats": signed(*difference(found[reference], found[taken])),
+        "model": entry["title"],
+        "recommended": short(entry["loss"] or "none"),
+        "time predicted": f"{entry['times'][taken]:.2g}",
+        "gain, nats": "0" if taken == reference else cell(*difference(found[reference], found[taken])),
         "rank": f"{order.index(taken) + 1} of {len(order)}",
-        "behind the best, nats": "" if best == taken else signed(*difference(found[taken], found[best])),
-        "verdict": judge(loss, reference, found),
-        "at the same rate": judge(loss, reference, same),
+        "behind the best, nats": behind,
+        "the best": short(order[0]),
+        "verdict": judge(entry),
     }
 
 
 def short(name):
-    """Without arguments that all losses of a model share."""
-    for long, brief in (("TraceEnum_ELBO+config_enumerate", "TraceEnum_ELBO"), (",control_variate_scale=", ":")):
-        name = name.replace(long, brief)
-    parts = name.split(":")
-    return ":".join(part for part in parts if "particles" not in part)
+    """With fewer words for particles, and without arguments that all losses of a model share."""
+    parts = [part for part in name.replace(":", ",").split(",") if "nesting" not in part and "vectorize" not in part]
+    return ", ".join(part.replace("num_particles=", "particles ") for part in parts)
 
 
-def draw(models):
-    """The objective above the lowest value seen, against CPU time, at each loss's best rate."""
-    names = [short(loss) for entry in models.values() for loss in entry["losses"]]
+def draw(entries):
+    """The loss above the lowest value seen, against CPU time."""
+    names = [short(curve["name"]) for entry in entries for curve in entry["curves"]]
     dashes = [(color, marker, line) for line in ("-", "--") for color, marker in STYLES]
     styles = dict(zip(dict.fromkeys(names), dashes))
-    columns = min(2, len(models))
-    fig, panels = make_panels(-(-len(models) // columns), columns, size=(3.6, 2.4))
+    columns = min(2, len(entries))
+    fig, panels = make_panels(-(-len(entries) // columns), columns, size=(3.6, 2.4))
     handles = {}
-    for ax, (title, entry) in zip(panels, models.items()):
+    for ax, entry in zip(panels, entries):
+        means = {c["name"]: np.mean(c["losses"], 0) for c in entry["curves"] if c["losses"]}
+        lowest = min(mean.min() for mean in means.values())
+        for curve in entry["curves"]:
+            if curve["name"] in means:
+                color, marker, line = styles[short(curve["name"])]
+                style = dict(color=color, marker=marker, linestyle=line, markersize=4)
+                width = 3.0 if curve["name"] == entry["loss"] else 1.2
+                ax.plot(curve["seconds"], means[curve["name"]] - lowest, linewidth=width, **style)
+                handles.setdefault(short(curve["name"]), ax.plot([], [], **style)[0])
         ax.set_yscale("log", nonpositive="clip")
-        times, taken = entry["training"]["times"], entry["advice"]["loss"]
-        curves = {loss: best_curve(entry["training"], loss) for loss in entry["losses"]}
-        lowest = min(curve.min() for curve in curves.values())
-        for loss, curve in curves.items():
-            color, marker, line = styles[short(loss)]
-            style = dict(color=color, marker=marker, linestyle=line, markersize=4)
-            ax.plot(times[1:], curve[1:] - lowest, linewidth=3.0 if loss == taken else 1.2, **style)
-            handles.setdefault(short(loss), ax.plot([], [], **style)[0])
         # Where curves meet, what is left is noise.
-        ax.set_ylim(bottom=1e-3 * max(curve[1:].max() - lowest for curve in curves.values()))
+        ax.set_ylim(bottom=1e-3 * max(mean.max() - lowest for mean in means.values()))
         ax.set(xlabel="CPU time, s", ylabel="nats above the lowest")
-        ax.set_title(title, fontsize=8)
-    for ax in panels[len(models) :]:
+        ax.set_title(entry["title"], fontsize=8)
+    for ax in panels[len(entries) :]:
         ax.set_axis_off()
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=7)
     return fig
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
-
-
-def write_json(path, results):
-    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 
 def main(args):
     torch.set_num_threads(1)
     path = args.out / "result.json"
-    results = read(path)
-    results["settings"] = {
-        "train_steps": args.train_steps,
-        "num_samples": args.num_samples,
-        "factors": FACTORS,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    for name in args.models:
-        case = CASES[name]()
-        entry = results["models"].setdefault(name, {"title": case.title, "lr": case.lr})
-        if "advice" not in entry or args.again == "advice":
-            entry["advice"] = ask(case, args)
-            write_json(path, results)
-        losses = entry["losses"] = list(entry["advice"]["progress_time"])
-        if "training" not in entry or args.again == "training":
-            entry["training"] = {"times": note_times(case.seconds * args.seconds, args.num_notes), "seeds": {}}
-        done = entry["training"]["seeds"]
-        for seed in args.seeds:
-            if str(seed) not in done:
-                rates = promising(next(iter(done.values()))) if done else dict.fromkeys(losses, FACTORS)
-                with tqdm(desc=name, mininterval=0.5) as progress:
-                    done[str(seed)] = train(case, losses, seed, entry["training"]["times"], rates, progress)
-                write_json(path, results)
-    entries = [entry for entry in map(results["models"].get, CASES) if entry and "training" in entry]
-    rows = [summarise(entry["title"], entry["advice"], entry["training"]) for entry in entries]
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in args.models or [name for name in CASES if name not in results]:
+        results[name] = ask(name, args)
+        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    entries = [results[name] for name in CASES if name in results]
+    rows = [summarize(entry) for entry in entries]
     print(tabulate(rows, headers="keys"))
     write_table(args.out / "table.csv", rows)
-    figure = draw({entry["title"]: entry for entry in entries})
-    figure.savefig(args.out / "figure.png", dpi=120)
+    draw(entries).savefig(args.out / "figure.png", dpi=120)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES), metavar="MODEL")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", choices=CASES, metavar="MODEL", help=", ".join(CASES))
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU time of a run, a factor on that of the model")
-    parser.add_argument("--train-steps", type=int, default=1000, help="along which the comparison measures")
     parser.add_argument("--num-samples", type=int, default=300, help="gradients of each loss at each state")
-    parser.add_argument("--num-notes", type=int, default=16, help="of the objective along a run, half of them late")
     parser.add_argument("--num-burn-in", type=int, default=100)
-    parser.add_argument("--again", choices=["advice", "training"], help="do not take this from result.json")
+    parser.add_argument("--train-steps", type=int, help="before the losses are measured again (automatic)")
     parser.add_argument("--out", type=Path, help="folder of result.json, table.csv and figure.png")
     parser.add_argument("--smoke-test", action="store_true", help="one model and few steps, to a temporary place")
     parsed = parser.parse_args()
     if parsed.smoke_test:
-        parsed.models, parsed.seeds, parsed.seconds, parsed.num_notes = ["schools"], [0, 1], 0.01, 4
-        parsed.train_steps, parsed.num_samples, parsed.num_burn_in = 2, 4, 2
+        parsed.models, parsed.seconds, parsed.num_samples, parsed.num_burn_in = ["survival"], 0.02, 4, 2
+        parsed.train_steps = 2
     if parsed.smoke_test or parsed.out is None:
         with tempfile.TemporaryDirectory() as folder:
             parsed.out = Path(folder)
