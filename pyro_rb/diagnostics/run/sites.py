@@ -12,6 +12,8 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.util import site_is_subsample
 
+from pyro_rb.infer.run_mixin import RunMixin
+
 
 class Sites(NamedTuple):
     """
@@ -75,7 +77,7 @@ def settle_plates(loss: Any, traces: Tuple[poutine.Trace, poutine.Trace]) -> Non
     Tells a loss how deep the plates are nested, if it would guess. It would say so in the log, each
     time that one is made.
     """
-    guesses = isinstance(loss, TraceEnum_ELBO) or getattr(loss, "vectorize_particles", False)
+    guesses = isinstance(loss, (TraceEnum_ELBO, RunMixin)) or getattr(loss, "vectorize_particles", False)
     if guesses and loss.max_plate_nesting == math.inf:
         sites = [site for trace in traces for site in trace.nodes.values()]
         frames = [f for s in sites if s["type"] == "sample" for f in s["cond_indep_stack"]]
