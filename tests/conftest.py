@@ -12,9 +12,13 @@ Two environment variables change a run:
 
 import os
 
-import pyro
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: with more threads each, they wait for one another. Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pyro  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 SEED = int(os.environ.get("PYRO_RB_SEED", 0))
 DEVICE = os.environ.get("PYRO_RB_TEST_DEVICE")

@@ -5,7 +5,11 @@
 
 import argparse
 import os
+import platform
 from typing import Any, Callable, Dict, List, Tuple
+
+import pyro
+import torch
 
 from pyro_rb import __version__
 from pyro_rb.diagnostics.check.unbiased import METHODS
@@ -38,11 +42,27 @@ they are taken from the model's script: make_args(), args, or variables with the
 model's arguments."""
 
 
+def versions() -> str:
+    """
+    Of all that matters.
+
+    **Example**
+
+    >>> print(versions())  # doctest: +ELLIPSIS
+    pyro_rb ..., Python ..., PyTorch ..., Pyro ..., ...
+    """
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return (
+        f"pyro_rb {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}, "
+        f"Pyro {pyro.__version__}, {platform.system()}, {device}"
+    )
+
+
 def parse(argv: List[str]) -> argparse.Namespace:
     """The options of a command line; ``options.command`` is the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(PROGRAM, None, DESCRIPTION, EPILOG, formatter_class=formatter)
-    parser.add_argument("--version", action="version", version=f"pyro_rb {__version__}")
+    parser.add_argument("--version", action="version", version=versions(), help="what to say in a report of a bug")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (what, add_options) in COMMANDS.items():
         # Old habits: the general help of a command shows the examples, too.
