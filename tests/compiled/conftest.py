@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Steps are compiled with the versions of PyTorch with which that was tried; the rest of the package needs none of it."""
+"""Where PyTorch is too old for compiled steps, the rest of the package is tested."""
 
 from pyro_rb.compiled.torch_private import check_version
 

@@ -13,8 +13,14 @@ from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from pyro_rb.diagnostics.guard.bad_number import BadNumber, get_rng_state
-from pyro_rb.diagnostics.guard.finite import are_finite, grads_of, is_finite_loss
-from pyro_rb.diagnostics.guard.guarded_call import Call, FunctionLoss, SeenParameters
+from pyro_rb.diagnostics.guard.guarded_call import (
+    Call,
+    FunctionLoss,
+    SeenParameters,
+    are_finite,
+    grads_of,
+    is_finite_loss,
+)
 from pyro_rb.diagnostics.run.parameters import module_parameters
 from pyro_rb.infer.util import forget_parameters
 

@@ -3,11 +3,13 @@
 
 """
 What :class:`~pyro_rb.diagnostics.guard.guard.GradientGuard` has to know of a call of a loss: how to
-repeat it, and which parameters it used.
+repeat it, which parameters it used, and whether its numbers are finite.
 """
 
-from typing import Any, Callable, Dict, NamedTuple, Optional
+import math
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional
 
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -56,3 +58,31 @@ class SeenParameters(Messenger):
     def tensors(self) -> Dict[str, Tensor]:
         """Unconstrained, by name."""
         return {name: unconstrained(value) for name, value in self._values.items()}
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """
+    Whether all elements are finite. It is asked at each step, so it has to be quick.
+
+    >>> import torch
+    >>> are_finite([torch.ones(2), torch.tensor([1.0, float("inf")])])
+    False
+    """
+    tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    sums: Dict[torch.device, Tensor] = {}
+    for tensor in tensors:
+        total = tensor.detach().sum()
+        sums[tensor.device] = sums[tensor.device] + total if tensor.device in sums else total
+    # A sum of finite numbers may overflow: then each is looked at.
+    if all(math.isfinite(total.item()) for total in sums.values()):
+        return True
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def grads_of(parameters: Iterable[Tensor]) -> List[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def is_finite_loss(loss: Any) -> bool:
+    parts = loss if isinstance(loss, tuple) else (loss,)  # ReweightedWakeSleep has two
+    return all(math.isfinite(p.detach() if isinstance(p, Tensor) else p) for p in parts)

@@ -8,28 +8,28 @@ import os
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
 
 from pyro_rb.diagnostics.compare.report import Comparison
-from pyro_rb.diagnostics.show import plot_efficiency, plot_parameters, plot_training
+from pyro_rb.diagnostics.show import views
 from pyro_rb.diagnostics.show.palette import INK, Handles, Styles, literal
 
 
 class Kind(NamedTuple):
     """
     :param callable draw: Draws on the panels of one comparison.
-    :param callable num_panels: How many it needs.
+    :param callable num_panels: How many it needs. Default: one a state.
     :param callable height: Of a panel, in inches.
     """
 
     draw: Callable
-    num_panels: Callable[[Comparison], int]
+    num_panels: Callable[[Comparison], int] = lambda comparison: len(comparison.states)
     height: Callable[[Comparison], float] = lambda _: 3.4
 
 
 KINDS: Dict[str, Kind] = {
-    "efficiency": Kind(plot_efficiency.draw, plot_efficiency.num_panels),
-    "parameters": Kind(plot_parameters.draw, plot_parameters.num_panels, plot_parameters.height),
-    "training": Kind(plot_training.draw_ratios, lambda _: 2),
-    "elbo": Kind(plot_training.draw_loss, lambda _: 1),
-    "race": Kind(plot_training.draw_race, lambda _: 1),
+    "efficiency": Kind(views.draw_efficiency),
+    "parameters": Kind(views.draw_parameters, height=views.parameters_height),
+    "training": Kind(views.draw_ratios, lambda _: 2),
+    "elbo": Kind(views.draw_loss, lambda _: 1),
+    "race": Kind(views.draw_race, lambda _: 1),
 }
 
 

@@ -27,7 +27,7 @@ from pyro.optim import ClippedAdam, PyroOptim
 from torch import nn
 
 from pyro_rb import DReG_ELBO, GradientGuard, NonFiniteError, STLTrace_ELBO
-from pyro_rb.diagnostics.guard.finite import are_finite
+from pyro_rb.diagnostics.guard.guarded_call import are_finite
 
 # Pyro's own, which name no cause.
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered (NaN|.?inf)")

@@ -7,7 +7,7 @@ import pytest
 
 from pyro_rb.diagnostics.compare.report import LossResult, TrainingWindow
 from pyro_rb.diagnostics.show.plot import KINDS, check_plot_path, plot_comparisons
-from pyro_rb.diagnostics.show.plot_efficiency import SMALLEST
+from pyro_rb.diagnostics.show.views import SMALLEST
 from tests.diagnostics.compare.test_report import make_comparison, row
 
 
