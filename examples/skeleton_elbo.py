@@ -28,7 +28,7 @@ class LeaveOneOut_ELBO(Trace_ELBO):
     """
     :class:`~pyro.infer.trace_elbo.Trace_ELBO` with a leave-one-out baseline over particles, for each item of a plate.
 
-    **Requirements.** Those of ``Trace_ELBO``, with at least two particles: with one it is ``Trace_ELBO``. A site that is
+    **Requirements.** Those of ``Trace_ELBO``, and two particles or more: with one it is ``Trace_ELBO``. A site that is
     not in all particles, or has another shape in them, has no baseline.
 
     :param args: as of ``Trace_ELBO``.

@@ -223,7 +223,15 @@ def _ranking(states: Sequence[Any], usable: Dict[str, List[Any]]) -> List[Ranked
 
 
 def ranked_by_time(found: Sequence[Ranked]) -> List[Ranked]:
-    """The best first, and how far the others are behind it."""
+    """
+    The best first, and how far the others are behind it.
+
+    **Example**
+
+    >>> best, other = ranked_by_time([Ranked("B", 2.0, 0.1, [2.0]), Ranked("A", 1.0, 0.1, [1.0])])
+    >>> best.name, other.difference
+    ('A', 1.0)
+    """
     found = sorted(found, key=lambda one: one.time)
     for one in found[1:]:
         one.difference = one.time - found[0].time
