@@ -276,19 +276,42 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         for particle, terms in self._get_terms(model, guide, args, kwargs):
             if not terms.costs:
                 yield *self._differentiable_loss_particle(*terms[:2]), terms, []
-            elif torch.is_grad_enabled():
+                continue
+            self._check_objective()
+            if torch.is_grad_enabled():
                 loss, surrogate, draws = self._weighted_particle(terms)
                 yield loss, surrogate, terms, [(particle, draw) for draw in draws]
             else:
                 loss = -compute_elbo(terms)
                 yield torch_item(loss), loss, terms, []
 
+    @property
+    def _other_objective(self) -> Optional[type]:
+        """A class among the bases, of others, that changes the loss of a pair of traces."""
+        for cls in type(self).__mro__:
+            is_known = cls.__module__.startswith(("pyro_rb.", "pyro.infer."))
+            if "_differentiable_loss_particle" in vars(cls) and not is_known:
+                return cls
+        return None
+
+    def _check_objective(self) -> None:
+        other = self._other_objective
+        if other is not None:
+            raise NotImplementedError(
+                f"Found {type(self).__name__}, whose loss {other.__name__} changes, and sites with several "
+                f"values, whose loss does not pass through {other.__name__}. Expected STLTrace_ELBO or R2G2_ELBO "
+                f"among the bases, or infer={{'rao_blackwell': False}} at these sites."
+            )
+
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """:return: an estimate of the loss, minus the ELBO."""
         elbo: Any = 0.0
         for _, terms in self._get_terms(model, guide, args, kwargs):
             if terms.costs:
+                self._check_objective()
                 elbo += torch_item(compute_elbo(terms))
+            elif self._other_objective is not None:
+                elbo -= self._differentiable_loss_particle(*terms[:2])[0]
             else:
                 elbo += torch_item(terms.model_trace.log_prob_sum())
                 elbo -= torch_item(terms.guide_trace.log_prob_sum())
