@@ -64,6 +64,7 @@ class Problem:
         default = partial(RaoBlackwell_ELBO, max_plate_nesting=self.nesting)
         found = {"RaoBlackwell_ELBO": default}
         if "TraceEnum_ELBO" not in self.without:
+            found["RaoBlackwell_ELBO, budget 3"] = partial(default, budget=3)
             found["RaoBlackwell_ELBO, all values"] = partial(default, k=1000)  # no site has as many
         if "4 particles" in self.losses:
             particles = {"num_particles": 4, "vectorize_particles": True}

@@ -22,12 +22,14 @@ from pyro_rb.infer.gaussian_kl import JointTerms
 from pyro_rb.infer.outside_plates import Dependents, Terms
 from pyro_rb.infer.particle_baseline import Draw
 from pyro_rb.infer.util import PARTICLES, Ordinal, compute_baseline, sample_sites
+from pyro_rb.ops.antithetic import pair_score
 from pyro_rb.ops.topk import (
     Slots,
     leave_one_out_baseline,
     probe_baseline,
     score_coefficients,
 )
+from pyro_rb.poutine.topk_table import as_bits
 
 Group = Tuple[Ordinal, str]  # an ordinal and packed dims: costs of a group have one weight
 
@@ -46,13 +48,23 @@ class Baselines(NamedTuple):
         return has_others and is_single_draw(site) and not has_own_baseline(site)
 
     def any(self, site: Any) -> bool:
-        is_treated = self.kind is not None and "_topk" in site["infer"]
+        is_treated = _is_paired(site) or self.kind is not None and "_topk" in site["infer"]
         return is_treated or has_own_baseline(site) or self.over_particles(site)
 
 
 def _score_function(site: Any) -> Any:
-    """``log q`` of a site that has a score function, neither scaled nor masked."""
+    """
+    ``log q`` of a site that has a score function, neither scaled nor masked; for antithetic pairs
+    what takes its place.
+    """
+    if _is_paired(site):
+        dim, fn = site["infer"]["_enumerate_dim"], site["fn"]
+        return pair_score(site["value"], as_bits(fn).logits, dim, fn.event_dim)
     return site["score_parts"].score_function
+
+
+def _is_paired(site: Any) -> bool:
+    return site["infer"].get("_is_paired", False)
 
 
 def is_single_draw(site: Any) -> bool:
@@ -102,7 +114,7 @@ def _set_dice_factors(guide_trace: Trace) -> Dict[str, torch.Tensor]:
     """
     factors = {}
     for name, site in sample_sites(guide_trace):
-        score = _score_function(site)
+        score = site["score_parts"].score_function
         if not isinstance(score, torch.Tensor):
             continue
         slots = site["infer"].get("_topk")
@@ -193,6 +205,8 @@ def _coefficients(
     slots: Optional[Slots] = site["infer"].get("_topk")
     if slots is None:
         return grad if own is None else grad - own
+    if _is_paired(site):
+        return grad
     dim = site["infer"]["_enumerate_dim"]
     weight = slots.log_weight.exp()
     if own is None and baseline == "loo":

@@ -36,6 +36,7 @@ class TopKModelMessenger(UnseenEnumMessenger):
         if isinstance(msg["fn"], TorchDistributionMixin) and not site_is_subsample(msg):
             if self._guide.enumerated:
                 self._guide.check_product(msg["name"], msg["fn"].batch_shape)
+                self._guide.check_elements(msg["name"], msg["fn"])
             if any(msg["name"] == site.name for site in self._guide.enumerated):
                 msg["fn"] = GatherCategorical.of(msg["fn"])
         super()._pyro_sample(msg)

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 
+from pyro_rb.ops.antithetic import draw_pairs
 from pyro_rb.ops.topk import PROBE, Slots, select_slots
 from pyro_rb.poutine.draw_messenger import (
     Declined,
@@ -19,6 +20,7 @@ from pyro_rb.poutine.topk_table import (
     NoTable,
     Table,
     TableTooLarge,
+    as_bits,
     find_table,
 )
 
@@ -26,6 +28,21 @@ from pyro_rb.poutine.topk_table import (
 MAX_DIMS = 40
 #: Slots of all sites that a site might depend on, multiplied. No more are risked.
 MAX_JOINT = 2**20
+#: The same, of sites whose values are all summed by ``sum_up_to``; and times the sizes of plates and
+#: of the event of a site. Up to here, a step takes hardly longer than one with few slots.
+MAX_SUMMED, MAX_SUMMED_ELEMENTS = 256, 2**18
+
+
+class TooManySummed(Exception):
+    """
+    Says that some sites are not to be summed.
+
+    :param dict reasons: by their names.
+    """
+
+    def __init__(self, reasons: Dict[str, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
 
 
 class _Chosen(TorchDistribution):
@@ -49,6 +66,8 @@ class _Enumerated(NamedTuple):
     num_slots: int
     counters: Dict[str, int]  # of the sequential plates around it
     has_table: bool  # whether its values can be listed
+    is_summed: bool  # whether it would have less slots, were it not for sum_up_to
+    is_markov: bool  # whether it is inside of pyro.markov
     plates: List[str]  # the others around it
 
 
@@ -71,6 +90,8 @@ class TopK(Strategy):
     :param dict plain: names of sites that are to have a single draw whatever they say
         themselves, with the reasons.
     :param bool has_loo: whether costs have a leave-one-out baseline, which ``budget`` counts on.
+    :param dict never_summed: names of sites that ``sum_up_to`` does not apply to, with the reasons.
+    :raises TooManySummed: at a site, if all values of others were not to be summed.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
         followed; if the product of slots is too large.
 
@@ -88,8 +109,10 @@ class TopK(Strategy):
         num_draws: int = 1,
         plain: Optional[Mapping[str, str]] = None,
         has_loo: bool = False,
+        never_summed: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.options = options
+        self.never_summed = {} if never_summed is None else never_summed
         self.has_loo = has_loo
         self.num_draws = num_draws
         self.plain = {} if plain is None else plain
@@ -109,19 +132,25 @@ class TopK(Strategy):
         assert handler.first_available_dim is not None
         self.first_available_dim = handler.first_available_dim
         options, num_draws = self._find_options(msg), self._find_num_draws(msg)
+        is_paired = self._is_paired(msg, num_draws)
         try:
             table = self._find_table(msg)
         except Declined as e:
-            return self._draw_several(msg, handler, num_draws, str(e))
+            return self._draw_several(msg, handler, num_draws, is_paired, str(e))
         num_slots = options.num_slots + self.probe
-        if options.num_slots >= table.num_categories:
+        is_whole, note = options.num_slots >= table.num_categories, ""
+        is_summed = not (is_whole or table.is_truncated) and table.num_categories <= options.sum_up_to
+        if is_summed:
+            note = self._why_not_summed(msg, table.num_categories)
+            is_whole = is_summed = not note
+        if is_whole:
             num_slots = table.num_categories
         self._check(msg, num_slots)
         fn, slots, values = msg["fn"], None, None
         reason = f"{num_slots} of {table.num_categories} values"
         if table.is_truncated:
             reason += ", which have all but 1e-9 of the mass"
-        if options.num_slots < table.num_categories:
+        if not is_whole:
             is_adaptive = options.budget is not None
             k = options.num_slots - 1 if is_adaptive else options.k
             slots = select_slots(
@@ -141,28 +170,37 @@ class TopK(Strategy):
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
             values = table.values(index.reshape(shape))
-        self._enumerate(msg, handler, values, slots, num_slots, True)
-        return reason
+        self._enumerate(msg, handler, values, slots, num_slots, True, is_summed)
+        return reason + note
 
     def _draw_several(
-        self, msg: Any, handler: DrawMessenger, num_draws: int, reason: str
+        self, msg: Any, handler: DrawMessenger, num_draws: int, is_paired: bool, reason: str
     ) -> str:
-        """Independent draws along an enumeration dim, where there is no table."""
+        """
+        Draws along an enumeration dim, where there is no table.
+
+        :param is_paired: whether they are antithetic pairs. Else they are independent.
+        """
         fn = msg["fn"]
-        num_slots = num_draws + self.probe
+        num_slots = num_draws + (self.probe and not is_paired)
         if num_draws < 2 or fn.has_rsample:
             raise Declined(reason)
         self._check(msg, num_slots)
         with torch.no_grad():
-            values = fn.sample((num_slots,))
+            if is_paired:
+                values = draw_pairs(as_bits(fn).probs, num_draws // 2)
+            else:
+                values = fn.sample((num_slots,))
         # Laid out by element of the batch, so that each has a baseline of its own.
         shape = fn.batch_shape + (num_slots,)
         is_sampled = torch.arange(num_slots, device=values.device).expand(shape) < num_draws
         log_weight = torch.full(shape, -math.log(num_draws), device=values.device)
         log_weight = log_weight.masked_fill(~is_sampled, PROBE)
         slots = Slots(is_sampled, log_weight, torch.zeros_like(is_sampled), is_sampled)
-        self._enumerate(msg, handler, values, slots, num_slots, False)
-        return f"{num_draws} draws: {reason}"
+        self._enumerate(msg, handler, values, slots, num_slots)
+        msg["infer"]["_is_paired"] = is_paired
+        kind = "antithetic draws" if is_paired else "draws"
+        return f"{num_draws} {kind}: {reason}"
 
     def _find_num_draws(self, msg: Any) -> int:
         asked = msg["infer"].get("draws", self.num_draws)
@@ -170,6 +208,31 @@ class TopK(Strategy):
             raise ValueError(
                 f"Invalid infer={{'draws': {asked!r}}} at guide site '{msg['name']}'. Expected "
                 "an int >= 1."
+            )
+        return asked
+
+    def _is_paired(self, msg: Any, num_draws: int) -> bool:
+        """Whether draws are to be antithetic pairs, where there are several."""
+        asked, is_possible = msg["infer"].get("antithetic"), as_bits(msg["fn"]) is not None
+        has_own_baseline = bool(msg["infer"].get("baseline"))
+        if asked is None:
+            # Of more draws, a leave-one-out baseline may be better.
+            return is_possible and num_draws == 2 and self.has_loo and not has_own_baseline
+        if not isinstance(asked, bool):
+            raise ValueError(
+                f"Invalid infer={{'antithetic': {asked!r}}} at guide site '{msg['name']}'. "
+                "Expected True or False."
+            )
+        if asked and not (is_possible and num_draws % 2 == 0):
+            raise ValueError(
+                f"Found infer={{'antithetic': True}} at guide site '{msg['name']}', of type "
+                f"{type(msg['fn']).__name__} with draws={num_draws}. Expected a Bernoulli, or one "
+                "with to_event(), and an even number of draws."
+            )
+        if asked and has_own_baseline:
+            raise ValueError(
+                f"Found infer={{'antithetic': True, 'baseline': ...}} at guide site '{msg['name']}'. "
+                "Expected one of the two: the cost of either draw of a pair is subtracted from the other."
             )
         return asked
 
@@ -185,7 +248,8 @@ class TopK(Strategy):
         values: Any,
         slots: Optional[Slots],
         num_slots: int,
-        has_table: bool,
+        has_table: bool = False,
+        is_summed: bool = False,
     ) -> None:
         """
         :param values: ``[m, *batch, *event]``; None for the whole support.
@@ -207,8 +271,9 @@ class TopK(Strategy):
             msg["infer"]["_topk"] = Slots(*moved)
         name, counters = msg["name"], _sequential_counters(msg)
         plates = [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized]
+        is_markov = "_markov_scope" in msg["infer"]
         self.enumerated.append(
-            _Enumerated(name, dim, num_slots, counters, has_table, plates)
+            _Enumerated(name, dim, num_slots, counters, has_table, is_summed, is_markov, plates)
         )
 
     def _find_options(self, msg: Any) -> TopKOptions:
@@ -263,18 +328,63 @@ class TopK(Strategy):
             raise Declined("one value")
         return table
 
-    def _check_room(self, num_slots: int, counters: Dict[str, int]) -> None:
-        if any(-site.dim >= MAX_DIMS for site in self.enumerated):
-            raise Declined("no tensor dim is left")
+    def _why_not_summed(self, msg: Any, num_values: int) -> str:
+        """Why not all values are looked at that would be by ``sum_up_to``; empty if they are."""
+        if msg["name"] in self.never_summed:
+            return f"; all would be {self.never_summed[msg['name']]}"
+        joint = num_values * self._count_joint(
+            _sequential_counters(msg), msg["infer"].get("_markov_scope")
+        )
+        num_plate_dims = -1 - self.first_available_dim
+        shape = msg["fn"].batch_shape
+        elements = joint * math.prod(shape[max(0, len(shape) - num_plate_dims) :])
+        if joint > MAX_SUMMED:
+            return f"; all would be {joint} evaluations, with earlier sites"
+        return f"; all would be {elements} elements" if elements > MAX_SUMMED_ELEMENTS else ""
+
+    def _count_joint(
+        self, counters: Mapping[str, int], markov_scope: Optional[Collection[str]] = None
+    ) -> int:
+        """
+        The product of the slots of sites that another one might depend on.
+
+        :param markov_scope: the sites inside of :func:`pyro.markov` that count; None for all.
+        """
         # Iterations of a sequential plate do not depend on one another, and sites that
         # share a dim, as steps of a Markov chain do, are summed one after the other.
         sizes: Dict[int, int] = {}
         for site in self.enumerated:
-            if all(site.counters.get(p, c) == c for p, c in counters.items()):
+            is_seen = markov_scope is None or not site.is_markov or site.name in markov_scope
+            if is_seen and all(site.counters.get(p, c) == c for p, c in counters.items()):
                 sizes[site.dim] = max(site.num_slots, sizes.get(site.dim, 1))
-        joint = math.prod(sizes.values())
+        return math.prod(sizes.values())
+
+    def _check_room(self, num_slots: int, counters: Mapping[str, int]) -> None:
+        if any(-site.dim >= MAX_DIMS for site in self.enumerated):
+            raise Declined("no tensor dim is left")
+        joint = self._count_joint(counters)
         if joint > 1 and joint * num_slots > MAX_JOINT:
+            self._raise_if_summed(self.enumerated, "too many with later sites")
             raise Declined(f"with earlier sites there might be more than {MAX_JOINT} terms")
+
+    def _raise_if_summed(self, sites: Iterable[_Enumerated], reason: str) -> None:
+        reasons = {site.name: reason for site in sites if site.is_summed}
+        if reasons:
+            raise TooManySummed(reasons)
+
+    def _sites_of(self, shape: torch.Size) -> List[_Enumerated]:
+        """The sites that have slots in a batch shape."""
+        return [s for s in self.enumerated if len(shape) >= -s.dim and shape[s.dim] > 1]
+
+    def check_elements(self, name: str, fn: Any) -> None:
+        """
+        :param fn: the distribution of a site of the model.
+        :raises TooManySummed: if it has too many elements, and values that are summed.
+        """
+        num_elements = math.prod(fn.batch_shape + fn.event_shape)
+        if num_elements > MAX_SUMMED_ELEMENTS:
+            reason = f"{num_elements} elements at site '{name}'"
+            self._raise_if_summed(self._sites_of(fn.batch_shape), reason)
 
     def check_product(self, name: str, shape: torch.Size, num_slots: int = 1) -> None:
         """
@@ -287,11 +397,8 @@ class TopK(Strategy):
         product = num_slots * math.prod(shape[:num_enum_dims])
         if product <= self.max_evaluations:
             return
-        sites = {
-            site.name: site.num_slots
-            for site in self.enumerated
-            if len(shape) >= -site.dim and shape[site.dim] > 1
-        }
+        self._raise_if_summed(self._sites_of(shape), f"{product} evaluations at site '{name}'")
+        sites = {site.name: site.num_slots for site in self._sites_of(shape)}
         if num_slots > 1:
             sites[name] = num_slots
         if len(sites) > 1:
