@@ -51,7 +51,10 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
        * - discrete, its values can be listed
          - few values are summed; of many the likely ones are summed, others drawn [1]
          - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
-       * - without ``rsample`` or such a list: vectors by ``to_event``, say
+       * - vectors of Bernoulli variables by ``to_event``
+         - two draws that are antithetic [4]
+         -
+       * - without ``rsample`` or such a list, and with more ``draws``
          - ``draws`` independent draws, with a leave-one-out baseline
          -
        * - Gaussian, and the model uses it by linear functions
@@ -88,9 +91,13 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     for a plain draw. A site that something outside of its plates depends on gets a single
     draw by itself, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
     or a dict of ``k``, ``num_samples``, ``budget``, ``sum_up_to``; ``infer={"draws": n}``;
+    ``infer={"antithetic": True}``, for an even number of draws of Bernoulli variables, or False;
     ``infer={"rao_blackwell": False}`` leaves it to Pyro; ``infer={"enumerate": ...}`` and
     ``infer={"baseline": ...}`` as in Pyro.
     :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells what was done, and why.
+
+    Inside of :func:`torch.func.grad` nothing is projected. Sites that the model enumerates and
+    ``infer={"baseline": ...}`` raise there.
 
     **When it is worse.** Sites that depend on one another are a cartesian
     product, and a global site with several draws evaluates the whole model for each. Watching
@@ -109,8 +116,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         such as that of an image. Defaults to 32, if none of the three is given, else to 0.
     :param str baseline: ``"loo"`` (the default), ``"reinforce+"`` or None, as in
         :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`.
-    :param int draws: independent draws where values cannot be listed, ``>= 1``. Defaults
-        to 2.
+    :param int draws: draws where values cannot be listed, ``>= 1``. Defaults to 2. Two draws of
+        Bernoulli variables are antithetic if ``baseline`` is ``"loo"``, others independent.
     :param control_variate_scale: As in :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`.
         Defaults to ``"adaptive"``.
     :param str pre_activations: ``"shared"`` projects, ``"local"`` draws pre-activations by
@@ -127,7 +134,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         with ``k`` or ``num_samples``; at a step, naming the
         site, for invalid options of a site, and for too large a product.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
-    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
+    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`, and as said above.
 
     Example::
 
@@ -166,6 +173,9 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     [3] Geoffrey Roeder, Yuhuai Wu, David Duvenaud (2017), "Sticking the Landing:
     Simple, Lower-Variance Gradient Estimators for Variational Inference".
     https://arxiv.org/abs/1703.09194
+
+    [4] Zhe Dong, Andriy Mnih, George Tucker (2020), "DisARM: An Antithetic Gradient Estimator for
+    Binary Latent Variables". https://arxiv.org/abs/2006.10680
     """
 
     #: Says in the report how a site is treated that no strategy accepts.

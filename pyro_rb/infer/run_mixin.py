@@ -116,7 +116,7 @@ class RunMixin(PathGradientMixin):
     def _phase(self, num_steps: int) -> Any:
         if self._pause.looks_within(num_steps * self._num_runs):
             return None
-        return self._is_over(num_steps - 1), self._pause.is_on
+        return self._is_over(num_steps - 1), self._pause.is_on, len(self._never_summed)
 
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict

@@ -7,7 +7,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
 
+import pyro_rb
 from pyro_rb import RaoBlackwell_ELBO
 from pyro_rb.poutine import topk_strategy
 from tests.cases import Case
@@ -165,3 +167,27 @@ def test_within_other_loops(vectorize, monkeypatch):
     for seed in range(3):
         assert_same(*(evaluate(elbo, case, seed=seed) for elbo in elbos))
     assert "at site 'x_0'" in elbos[0].report()[-1].reason
+
+
+def test_compiled_steps_follow():
+    """A graph that was captured while a site was summed is not used once it no longer is."""
+    def run(wrap):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+
+        def model(num):
+            with pyro.plate("data", num):
+                y = pyro.sample("y", dist.Categorical(torch.ones(10))).double()
+                x = dist.Normal(y.unsqueeze(-1).expand(y.shape + (300,)), 1.0).to_event(1)
+                pyro.sample("x", x, obs=torch.ones(num, 300))
+
+        def guide(num):
+            logits = pyro.param("logits", torch.zeros(10))
+            with pyro.plate("data", num):
+                pyro.sample("y", dist.Categorical(logits=logits))
+
+        elbo = wrap(RaoBlackwell_ELBO(max_plate_nesting=1))
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        return torch.tensor([svi.step(num) for num in [5] * 5 + [100] * 4 + [5] * 3])
+
+    assert_same(run(pyro_rb.compile), run(lambda elbo: elbo))
