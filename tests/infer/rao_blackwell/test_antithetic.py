@@ -12,9 +12,11 @@ import torch
 from pyro import poutine
 
 from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
+from pyro_rb.poutine import topk_table
 from tests.cases import real
 from tests.common import assert_unbiased, assert_variance_ratio
 from tests.infer.rao_blackwell.models import (
+    PROBLEMS,
     Problem,
     case,
     data,
@@ -46,10 +48,10 @@ def with_options(problem, **infer):
     return replace(problem, make=make)
 
 
-def check(problem, expected, detect=0.4, num_burn_in=3, **options):
+def check(problem, expected, detect=0.4, site="b", **options):
     elbo = RaoBlackwell_ELBO(max_plate_nesting=problem.nesting, **options)
-    rows = problem.draw(elbo, num_burn_in)
-    (row,) = (row for row in elbo.report() if row.site == "b")
+    rows = problem.draw(elbo, num_burn_in=3)
+    (row,) = (row for row in elbo.report() if row.site == site)
     assert "antithetic" in row.reason
     assert_unbiased(rows, expected, projections=40, detect=detect)
 
@@ -166,6 +168,39 @@ def test_structures(name, setting):
 def test_several_pairs_on_demand(options):
     problem = with_options(STRUCTURES["between"], draws=4, antithetic=True)
     check(problem, STRUCTURES["between"].exact, detect=0.6, **options)
+
+
+def test_coins_of_a_table_that_is_too_large(monkeypatch):
+    """Each element of the plate has a pair of its own."""
+    expected = PROBLEMS["nested"].exact
+    monkeypatch.setattr(topk_table, "MAX_TABLE", 100)
+    check(PROBLEMS["nested"], expected, detect=0.5, control_variate_scale=1.0)
+
+
+def test_a_chain_of_vectors():
+    """Sites in ``markov`` share dims."""
+
+    def make(num, steps):
+        def model(num):
+            b = torch.zeros(2)
+            with replicates(num, -1):
+                for t in steps(range(3)):
+                    name = f"b_{t}" if t else "b"
+                    b = pyro.sample(name, dist.Bernoulli(logits=0.5 * b + fixed(2, seed=t)).to_event(1))
+                    pyro.sample(f"x_{t}", dist.Normal(b.sum(-1), 1.0), obs=torch.tensor(1.2))
+
+        def guide(num):
+            b, bias = torch.zeros(2), [parameter(num, f"bias_{t}", fixed(2, seed=9 + t)) for t in range(3)]
+            slope = parameter(num, "slope", torch.tensor([0.8, -0.5]))
+            with replicates(num, -1):
+                for t in steps(range(3)):
+                    name = f"b_{t}" if t else "b"
+                    b = pyro.sample(name, dist.Bernoulli(logits=bias[t] + slope * b).to_event(1))
+
+        return case(model, guide, num)
+
+    expected = Problem(lambda num: make(num, iter), 1, {"b": 0, "b_1": 0, "b_2": 0}).exact
+    check(Problem(lambda num: make(num, pyro.markov), 1, num=3000), expected)
 
 
 def test_two_vectors_of_different_events():
