@@ -91,10 +91,12 @@ def test_sizes_of_plates():
     assert row.reason == "3 of 8 values; all would be 262152 elements"
 
 
-def test_events_of_the_model():
+@pytest.mark.parametrize("pre_activations", ["auto", None])
+def test_events_of_the_model(pre_activations):
     """What is drawn in the guide is drawn again, with the same random numbers."""
     case = make_case(8, 5, num=100, event=200)
-    elbos = RaoBlackwell_ELBO(max_plate_nesting=1), RaoBlackwell_ELBO(max_plate_nesting=1, budget=3)
+    options = {"max_plate_nesting": 1, "pre_activations": pre_activations}
+    elbos = RaoBlackwell_ELBO(**options), RaoBlackwell_ELBO(budget=3, **options)
     for seed in range(3):
         assert_same(*(evaluate(elbo, case, seed=seed) for elbo in elbos))
     for row in elbos[0].report():
@@ -188,6 +190,6 @@ def test_compiled_steps_follow():
 
         elbo = wrap(RaoBlackwell_ELBO(max_plate_nesting=1))
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-        return torch.tensor([svi.step(num) for num in [5] * 5 + [100] * 4 + [5] * 3])
+        return torch.tensor([svi.step(num) for num in [5] * 12 + [100] * 12 + [5] * 3])
 
-    assert_same(run(pyro_rb.compile), run(lambda elbo: elbo))
+    assert_same(run(lambda elbo: pyro_rb.compile(elbo, "replay")), run(lambda elbo: elbo))
