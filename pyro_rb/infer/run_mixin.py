@@ -44,7 +44,7 @@ from pyro_rb.poutine import (
 )
 from pyro_rb.poutine.gaussian_site import Plain
 from pyro_rb.poutine.local_draws import LocalDraws
-from pyro_rb.poutine.topk_strategy import TooManySummed
+from pyro_rb.poutine.topk_room import TooManySummed
 
 
 class _NeedsWeights(Exception):

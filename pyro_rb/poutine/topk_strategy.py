@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -15,6 +15,7 @@ from pyro_rb.poutine.draw_messenger import (
     Strategy,
 )
 from pyro_rb.poutine.topk_options import TopKOptions
+from pyro_rb.poutine.topk_room import Enumerated, Room, sequential_counters
 from pyro_rb.poutine.topk_table import (
     GatherCategorical,
     NoTable,
@@ -24,25 +25,6 @@ from pyro_rb.poutine.topk_table import (
     find_table,
 )
 
-#: Dims for slots; a tensor has at most 64 in all.
-MAX_DIMS = 40
-#: Slots of all sites that a site might depend on, multiplied. No more are risked.
-MAX_JOINT = 2**20
-#: The same, of sites whose values are all summed by ``sum_up_to``; and times the sizes of plates and
-#: of the event of a site. Up to here, a step takes hardly longer than one with few slots.
-MAX_SUMMED, MAX_SUMMED_ELEMENTS = 256, 2**18
-
-
-class TooManySummed(Exception):
-    """
-    Says that some sites are not to be summed.
-
-    :param dict reasons: by their names.
-    """
-
-    def __init__(self, reasons: Dict[str, str]) -> None:
-        super().__init__(reasons)
-        self.reasons = reasons
 
 
 class _Chosen(TorchDistribution):
@@ -56,20 +38,6 @@ class _Chosen(TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> torch.Tensor:
         return self._values
-
-
-class _Enumerated(NamedTuple):
-    """A site that this handler enumerated, in full or in part."""
-
-    name: str
-    dim: int
-    num_slots: int
-    counters: Dict[str, int]  # of the sequential plates around it
-    has_table: bool  # whether its values can be listed
-    is_summed: bool  # whether it would have less slots, were it not for sum_up_to
-    is_markov: bool  # whether it is inside of pyro.markov
-    plates: List[str]  # the others around it
-
 
 class TopK(Strategy):
     """
@@ -112,17 +80,19 @@ class TopK(Strategy):
         never_summed: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.options = options
-        self.never_summed = {} if never_summed is None else never_summed
         self.has_loo = has_loo
         self.num_draws = num_draws
         self.plain = {} if plain is None else plain
         self.probe = probe
-        self.max_evaluations = max_evaluations
-        self.first_available_dim = -1
-        self.enumerated: List[_Enumerated] = []
+        self.room = Room(max_evaluations, {} if never_summed is None else never_summed)
+
+    @property
+    def enumerated(self) -> List[Enumerated]:
+        """The sites that have slots."""
+        return self.room.sites
 
     def begin(self) -> None:
-        self.enumerated = []
+        self.room.sites = []
 
     def settle(self, site: Any) -> bool:
         # A replay around the loss puts its own options.
@@ -130,7 +100,7 @@ class TopK(Strategy):
 
     def draw(self, msg: Any, handler: DrawMessenger) -> str:
         assert handler.first_available_dim is not None
-        self.first_available_dim = handler.first_available_dim
+        self.room.first_available_dim = handler.first_available_dim
         options, num_draws = self._find_options(msg), self._find_num_draws(msg)
         is_paired = self._is_paired(msg, num_draws)
         try:
@@ -141,11 +111,11 @@ class TopK(Strategy):
         is_whole, note = options.num_slots >= table.num_categories, ""
         is_summed = not (is_whole or table.is_truncated) and table.num_categories <= options.sum_up_to
         if is_summed:
-            note = self._why_not_summed(msg, table.num_categories)
+            note = self.room.why_not_summed(msg, table.num_categories)
             is_whole = is_summed = not note
         if is_whole:
             num_slots = table.num_categories
-        self._check(msg, num_slots)
+        self.room.check(msg, num_slots)
         fn, slots, values = msg["fn"], None, None
         reason = f"{num_slots} of {table.num_categories} values"
         if table.is_truncated:
@@ -185,7 +155,7 @@ class TopK(Strategy):
         num_slots = num_draws + (self.probe and not is_paired)
         if num_draws < 2 or fn.has_rsample:
             raise Declined(reason)
-        self._check(msg, num_slots)
+        self.room.check(msg, num_slots)
         with torch.no_grad():
             if is_paired:
                 values = draw_pairs(as_bits(fn).probs, num_draws // 2)
@@ -236,11 +206,6 @@ class TopK(Strategy):
             )
         return asked
 
-    def _check(self, msg: Any, num_slots: int) -> None:
-        counters = _sequential_counters(msg)
-        self._check_room(num_slots, counters)
-        self.check_product(msg["name"], msg["fn"].batch_shape, num_slots)
-
     def _enumerate(
         self,
         msg: Any,
@@ -269,11 +234,11 @@ class TopK(Strategy):
             msg["fn"] = GatherCategorical.of(fn)
             moved = [_move_slots(x, dim) for x in slots if x is not None]
             msg["infer"]["_topk"] = Slots(*moved)
-        name, counters = msg["name"], _sequential_counters(msg)
+        name, counters = msg["name"], sequential_counters(msg)
         plates = [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized]
         is_markov = "_markov_scope" in msg["infer"]
-        self.enumerated.append(
-            _Enumerated(name, dim, num_slots, counters, has_table, is_summed, is_markov, plates)
+        self.room.sites.append(
+            Enumerated(name, dim, num_slots, counters, has_table, is_summed, is_markov, plates)
         )
 
     def _find_options(self, msg: Any) -> TopKOptions:
@@ -327,91 +292,6 @@ class TopK(Strategy):
         if table.num_categories == 1:
             raise Declined("one value")
         return table
-
-    def _why_not_summed(self, msg: Any, num_values: int) -> str:
-        """Why not all values are looked at that would be by ``sum_up_to``; empty if they are."""
-        if msg["name"] in self.never_summed:
-            return f"; all would be {self.never_summed[msg['name']]}"
-        joint = num_values * self._count_joint(
-            _sequential_counters(msg), msg["infer"].get("_markov_scope")
-        )
-        num_plate_dims = -1 - self.first_available_dim
-        shape = msg["fn"].batch_shape
-        elements = joint * math.prod(shape[max(0, len(shape) - num_plate_dims) :])
-        if joint > MAX_SUMMED:
-            return f"; all would be {joint} evaluations, with earlier sites"
-        return f"; all would be {elements} elements" if elements > MAX_SUMMED_ELEMENTS else ""
-
-    def _count_joint(
-        self, counters: Mapping[str, int], markov_scope: Optional[Collection[str]] = None
-    ) -> int:
-        """
-        The product of the slots of sites that another one might depend on.
-
-        :param markov_scope: the sites inside of :func:`pyro.markov` that count; None for all.
-        """
-        # Iterations of a sequential plate do not depend on one another, and sites that
-        # share a dim, as steps of a Markov chain do, are summed one after the other.
-        sizes: Dict[int, int] = {}
-        for site in self.enumerated:
-            is_seen = markov_scope is None or not site.is_markov or site.name in markov_scope
-            if is_seen and all(site.counters.get(p, c) == c for p, c in counters.items()):
-                sizes[site.dim] = max(site.num_slots, sizes.get(site.dim, 1))
-        return math.prod(sizes.values())
-
-    def _check_room(self, num_slots: int, counters: Mapping[str, int]) -> None:
-        if any(-site.dim >= MAX_DIMS for site in self.enumerated):
-            raise Declined("no tensor dim is left")
-        joint = self._count_joint(counters)
-        if joint > 1 and joint * num_slots > MAX_JOINT:
-            self._raise_if_summed(self.enumerated, "too many with later sites")
-            raise Declined(f"with earlier sites there might be more than {MAX_JOINT} terms")
-
-    def _raise_if_summed(self, sites: Iterable[_Enumerated], reason: str) -> None:
-        reasons = {site.name: reason for site in sites if site.is_summed}
-        if reasons:
-            raise TooManySummed(reasons)
-
-    def _sites_of(self, shape: torch.Size) -> List[_Enumerated]:
-        """The sites that have slots in a batch shape."""
-        return [s for s in self.enumerated if len(shape) >= -s.dim and shape[s.dim] > 1]
-
-    def check_elements(self, name: str, fn: Any) -> None:
-        """
-        :param fn: the distribution of a site of the model.
-        :raises TooManySummed: if it has too many elements, and values that are summed.
-        """
-        num_elements = math.prod(fn.batch_shape + fn.event_shape)
-        if num_elements > MAX_SUMMED_ELEMENTS:
-            reason = f"{num_elements} elements at site '{name}'"
-            self._raise_if_summed(self._sites_of(fn.batch_shape), reason)
-
-    def check_product(self, name: str, shape: torch.Size, num_slots: int = 1) -> None:
-        """
-        :param name: of a site.
-        :param shape: its batch shape.
-        :param num_slots: its own slots, if they are not yet in the shape.
-        :raises ValueError: if the shape has too many slots of several sites.
-        """
-        num_enum_dims = max(0, len(shape) + self.first_available_dim + 1)
-        product = num_slots * math.prod(shape[:num_enum_dims])
-        if product <= self.max_evaluations:
-            return
-        self._raise_if_summed(self._sites_of(shape), f"{product} evaluations at site '{name}'")
-        sites = {site.name: site.num_slots for site in self._sites_of(shape)}
-        if num_slots > 1:
-            sites[name] = num_slots
-        if len(sites) > 1:
-            raise ValueError(
-                f"Site '{name}' needs {product} evaluations, the product over the guide "
-                f"sites that it depends on, {sites}. Expected at most "
-                f"max_evaluations={self.max_evaluations}. Set infer={{'topk': 0}}, a plain "
-                "draw, at most of these sites, or raise max_evaluations."
-            )
-
-
-def _sequential_counters(msg: Any) -> Dict[str, int]:
-    return {f.name: f.counter for f in msg["cond_indep_stack"] if not f.vectorized}
 
 
 def _move_slots(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro_rb.ops.topk import PROBE
 from pyro_rb.poutine import DrawMessenger, TopK, TopKModelMessenger, TopKOptions
 from pyro_rb.poutine.draw_messenger import Declined
-from pyro_rb.poutine.topk_strategy import MAX_DIMS, MAX_JOINT
+from pyro_rb.poutine.topk_room import MAX_DIMS, MAX_JOINT
 from pyro_rb.poutine.topk_table import (
     MAX_TABLE,
     MIN_GATHER,

@@ -11,7 +11,7 @@ from pyro.infer import SVI
 
 import pyro_rb
 from pyro_rb import RaoBlackwell_ELBO
-from pyro_rb.poutine import topk_strategy
+from pyro_rb.poutine import topk_room
 from tests.cases import Case
 from tests.infer.elbo_contract import assert_same, evaluate
 from tests.infer.rao_blackwell.models import fixed
@@ -160,7 +160,7 @@ def test_truncated_tables_are_not_summed():
 @pytest.mark.parametrize("vectorize", [False, True], ids=["looped", "vectorized"])
 def test_within_other_loops(vectorize, monkeypatch):
     """A site that is enumerated in a loop, particles, and a limit that is found late."""
-    monkeypatch.setattr(topk_strategy, "MAX_SUMMED_ELEMENTS", 100)
+    monkeypatch.setattr(topk_room, "MAX_SUMMED_ELEMENTS", 100)
     case = make_case(5, 7, num=2, event=9, infer={0: {"enumerate": "sequential"}})
     options = {"max_plate_nesting": 2, "num_particles": 2, "vectorize_particles": vectorize}
     if vectorize:
