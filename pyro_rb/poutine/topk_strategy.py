@@ -26,7 +26,6 @@ from pyro_rb.poutine.topk_table import (
 )
 
 
-
 class _Chosen(TorchDistribution):
     """Has the chosen values for its support, and the shape of another distribution."""
 
@@ -38,6 +37,7 @@ class _Chosen(TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> torch.Tensor:
         return self._values
+
 
 class TopK(Strategy):
     """
