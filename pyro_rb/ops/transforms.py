@@ -16,13 +16,27 @@ from torch import Tensor
 
 
 def is_inside_of_func() -> bool:
-    """Whether the code runs inside of a function that :mod:`torch.func` transforms."""
+    """
+    Whether the code runs inside of a function that :mod:`torch.func` transforms.
+
+    >>> torch.func.vmap(lambda x: x + is_inside_of_func())(torch.zeros(2))
+    tensor([1., 1.])
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Within, operations on what :func:`plain` returns are as outside of :mod:`torch.func`."""
+    """
+    Within, operations on what :func:`plain` returns are as outside of :mod:`torch.func`.
+
+    >>> def slope(x):
+    ...     with outside_of_transforms():
+    ...         leaf = plain(x).requires_grad_()
+    ...         return torch.autograd.grad(leaf**2, leaf)[0]
+    >>> torch.func.grad(lambda x: x * slope(x))(torch.tensor(3.0))
+    tensor(6.)
+    """
     if not is_inside_of_func():
         yield
         return
@@ -33,7 +47,12 @@ def outside_of_transforms() -> Iterator[None]:
 
 
 def unwrap(x: Any) -> Any:
-    """The tensor inside of those that transforms have made of it."""
+    """
+    The tensor inside of those that transforms have made of it.
+
+    >>> unwrap(torch.ones(2))
+    tensor([1., 1.])
+    """
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
