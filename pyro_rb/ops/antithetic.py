@@ -6,13 +6,14 @@ Antithetic pairs of binary vectors, and the gradient estimator DisARM.
 
 With :math:`u` uniform, :math:`b = 1[u < p]` and :math:`b' = 1[1 - u < p]`, for probabilities
 :math:`p = \\sigma(\\alpha)`, the derivative of :math:`E[f(b)]` by :math:`\\alpha_i` has the unbiased
-estimate (equation 8 of [1])
+estimate (section 3 of [1])
 
 .. math::
 
     \\tfrac12 \\bigl(f(b) - f(b')\\bigr) \\, (b_i - b'_i) \\, \\sigma(|\\alpha_i|),
 
-which is the mean of that of leave-one-out over all :math:`u` with the same :math:`b` and :math:`b'`.
+which is the mean of :math:`(f(b') - f(b)) (u_i - \\tfrac12)`, the estimate ARM, over all :math:`u`
+with the same :math:`b` and :math:`b'`.
 
 [1] Zhe Dong, Andriy Mnih, George Tucker (2020), "DisARM: An Antithetic Gradient Estimator for
 Binary Latent Variables". https://arxiv.org/abs/2006.10680
