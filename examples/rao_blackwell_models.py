@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Tuple
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal, init_to_sample
@@ -64,9 +65,11 @@ class Problem:
         default = partial(RaoBlackwell_ELBO, max_plate_nesting=self.nesting)
         found = {"RaoBlackwell_ELBO": default}
         if "TraceEnum_ELBO" not in self.without:
+            found["RaoBlackwell_ELBO, budget 3"] = partial(default, budget=3)
             found["RaoBlackwell_ELBO, all values"] = partial(default, k=1000)  # no site has as many
         if "4 particles" in self.losses:
             particles = {"num_particles": 4, "vectorize_particles": True}
+            found["RaoBlackwell_ELBO, independent draws"] = default
             found["RaoBlackwell_ELBO, 4 draws"] = partial(default, draws=4)
             found["RaoBlackwell_ELBO, 4 particles"] = partial(default, draws=1, **particles)
         return found
@@ -86,7 +89,9 @@ def positive(name, value):
 
 
 def mark(name, guide):
-    """Discrete sites of the guide are marked for the one loss that looks for that."""
+    """The guide, with what the sites have to say to a loss."""
+    if "independent draws" in name:
+        return poutine.infer_config(guide, lambda site: {"antithetic": False})
     return config_enumerate(guide) if name == "TraceEnum_ELBO" else guide
 
 

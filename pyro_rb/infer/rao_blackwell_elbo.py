@@ -32,8 +32,8 @@ from pyro_rb.ops.quiet_grad import quiet_grad
 from pyro_rb.poutine import TopKOptions
 
 BASELINES = (None, "loo", "reinforce+")
-#: Of the argument budget, where neither k nor num_samples is given.
-BUDGET = 3
+#: Evaluations at a discrete site, and the most values that are all summed, where nothing is said of them.
+BUDGET, SUM_UP_TO = 3, 32
 
 
 class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
@@ -49,9 +49,12 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
          - Treatment
          - Loss that does only this
        * - discrete, its values can be listed
-         - likely values are summed, others drawn [1]
+         - few values are summed; of many the likely ones are summed, others drawn [1]
          - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
-       * - without ``rsample`` or such a list: vectors by ``to_event``, say
+       * - vectors of Bernoulli variables by ``to_event``
+         - two draws that are antithetic [4]
+         -
+       * - without ``rsample`` or such a list, and with more ``draws``
          - ``draws`` independent draws, with a leave-one-out baseline
          -
        * - Gaussian, and the model uses it by linear functions
@@ -87,13 +90,16 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     have one more dim on the left, as under parallel enumeration; ``infer={"topk": 0}`` asks
     for a plain draw. A site that something outside of its plates depends on gets a single
     draw by itself, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
-    or a dict of ``k``, ``num_samples``, ``budget``; ``infer={"draws": n}``;
+    or a dict of ``k``, ``num_samples``, ``budget``, ``sum_up_to``; ``infer={"draws": n}``;
+    ``infer={"antithetic": True}``, for an even number of draws of Bernoulli variables, or False;
     ``infer={"rao_blackwell": False}`` leaves it to Pyro; ``infer={"enumerate": ...}`` and
     ``infer={"baseline": ...}`` as in Pyro.
     :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells what was done, and why.
 
-    **When it is worse.** With few values and a cheap model nothing beats
-    :class:`~pyro.infer.TraceEnum_ELBO`. Sites that depend on one another are a cartesian
+    Inside of :func:`torch.func.grad` nothing is projected. Sites that the model enumerates and
+    ``infer={"baseline": ...}`` raise there.
+
+    **When it is worse.** Sites that depend on one another are a cartesian
     product, and a global site with several draws evaluates the whole model for each. Watching
     for linear uses takes time where there are some. Gradients are first
     order only.
@@ -102,11 +108,16 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     :param int k: values to sum, ``>= 0``. Defaults to None: ``budget`` decides.
     :param int num_samples: draws among the others, ``>= 1``. Defaults to None, likewise.
     :param int budget: evaluations at a discrete site, ``>= 1``, shared out between sums and
-        draws by element. Defaults to 3.
+        draws by element. Defaults to 3, if neither of the two above is given.
+    :param int sum_up_to: the most values of a discrete site that are all summed, whatever the
+        three above say, ``>= 0``. They are not, as :meth:`report` tells, if with those of earlier sites
+        that the site may depend on there would be more than 256 evaluations, or more than
+        262,144 elements at a site: evaluations times the sizes of plates and of the event,
+        such as that of an image. Defaults to 32, if none of the three is given, else to 0.
     :param str baseline: ``"loo"`` (the default), ``"reinforce+"`` or None, as in
         :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`.
-    :param int draws: independent draws where values cannot be listed, ``>= 1``. Defaults
-        to 2.
+    :param int draws: draws where values cannot be listed, ``>= 1``. Defaults to 2. Two draws of
+        Bernoulli variables are antithetic if ``baseline`` is ``"loo"``, others independent.
     :param control_variate_scale: As in :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`.
         Defaults to ``"adaptive"``.
     :param str pre_activations: ``"shared"`` projects, ``"local"`` draws pre-activations by
@@ -119,10 +130,11 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         the model depends on. Defaults to 65536.
     :param int num_steps: after that many steps nothing is projected. Defaults to None.
     :param kwargs: The keyword arguments of :class:`~pyro.infer.Trace_ELBO`.
-    :raises ValueError: naming the argument, if it is none of these; at a step, naming the
+    :raises ValueError: naming the argument, if it is none of these, and for ``budget`` together
+        with ``k`` or ``num_samples``; at a step, naming the
         site, for invalid options of a site, and for too large a product.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
-    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`.
+    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`, and as said above.
 
     Example::
 
@@ -161,12 +173,16 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     [3] Geoffrey Roeder, Yuhuai Wu, David Duvenaud (2017), "Sticking the Landing:
     Simple, Lower-Variance Gradient Estimators for Variational Inference".
     https://arxiv.org/abs/1703.09194
+
+    [4] Zhe Dong, Andriy Mnih, George Tucker (2020), "DisARM: An Antithetic Gradient Estimator for
+    Binary Latent Variables". https://arxiv.org/abs/2006.10680
     """
 
     #: Says in the report how a site is treated that no strategy accepts.
     otherwise = "as Trace_ELBO"
     #: What a user may have meant by a first argument that is no number.
     _own_option = "budget"
+    _default_options = TopKOptions(budget=BUDGET, sum_up_to=SUM_UP_TO)
     _pre_activations: Tuple[Optional[str], ...] = ("auto", "shared", "local", None)
 
     def __init__(
@@ -174,7 +190,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         *args: Any,
         k: Optional[int] = None,
         num_samples: Optional[int] = None,
-        budget: Optional[int] = BUDGET,
+        budget: Optional[int] = None,
+        sum_up_to: Optional[int] = None,
         baseline: Optional[str] = "loo",
         draws: int = 2,
         control_variate_scale: Union[float, str] = "adaptive",
@@ -184,9 +201,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         num_steps: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
-        if budget == BUDGET and (k is not None or num_samples is not None):
-            budget = None
-        self.options = TopKOptions.make(k, num_samples, budget)
+        self.options = TopKOptions.make(k, num_samples, budget, sum_up_to, self._default_options)
         _check("baseline", baseline, BASELINES)
         _check("pre_activations", pre_activations, self._pre_activations)
         _check("solver", solver, SOLVERS)

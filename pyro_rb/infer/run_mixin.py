@@ -44,6 +44,7 @@ from pyro_rb.poutine import (
 )
 from pyro_rb.poutine.gaussian_site import Plain
 from pyro_rb.poutine.local_draws import LocalDraws
+from pyro_rb.poutine.topk_room import TooManySummed
 
 
 class _NeedsWeights(Exception):
@@ -75,16 +76,24 @@ class RunMixin(PathGradientMixin):
         # By name and shape of a site. An entry that is out of date costs variance only.
         self._plain: Dict[Tuple, Any] = {}
         self._outside = OutsidePlates()
+        # Sites whose values would be too many, with the reasons.
+        self._never_summed: Dict[str, str] = {}
         self._rows = RowCheck()
         self._pause = Pause()
 
     def _get_learned(self) -> Dict[str, Any]:
         plain = [[name, list(shape), *p] for (name, shape), p in self._plain.items()]
-        return {**super()._get_learned(), "steps_done": self._steps_done, "plain": plain}
+        return {
+            **super()._get_learned(),
+            "steps_done": self._steps_done,
+            "plain": plain,
+            "never_summed": dict(self._never_summed),
+        }
 
     def _set_learned(self, learned: Dict[str, Any]) -> None:
         super()._set_learned(learned)
         self._steps_done = learned["steps_done"]
+        self._never_summed = dict(learned["never_summed"])
         self._plain = {(n, torch.Size(shape)): Plain(*p) for n, shape, *p in learned["plain"]}
 
     def _settled(self, recorder: Any) -> Any:
@@ -107,7 +116,7 @@ class RunMixin(PathGradientMixin):
     def _phase(self, num_steps: int) -> Any:
         if self._pause.looks_within(num_steps * self._num_runs):
             return None
-        return self._is_over(num_steps - 1), self._pause.is_on
+        return self._is_over(num_steps - 1), self._pause.is_on, len(self._never_summed)
 
     def _get_traces(
         self, model: Any, guide: Any, args: Tuple, kwargs: Dict
@@ -157,7 +166,8 @@ class RunMixin(PathGradientMixin):
             if no site has several values.
         """
         saved = [] if starts is None else list(starts.queue)
-        generators = get_generators() if self._projects(guide) else None
+        may_repeat = starts is not None or self._projects(guide)
+        generators = get_generators() if may_repeat else None
 
         def make(path: PathGradient, local: Optional[LocalDraws]) -> Optional[Tuple[Trace, Trace]]:
             run = self._make_run(path, guide, local, starts is not None)
@@ -165,6 +175,9 @@ class RunMixin(PathGradientMixin):
             try:
                 with hint_at_shapes(run.hint):
                     found = self._run(run, starts, model, guide, args, kwargs)
+            except TooManySummed as e:
+                self._never_summed.update(e.reasons)
+                return None
             except Exception:
                 # A derivative of what was projected may be the cause.
                 if not run.is_void:
@@ -285,6 +298,7 @@ class RunMixin(PathGradientMixin):
                 self.draws,
                 self._outside.reasons,
                 self.baseline == "loo",
+                self._never_summed,
             )
         if self._projects(guide):
             own_path = path if "path" in self._strategies and not path.obstacle else None

@@ -7,6 +7,7 @@ from pyro.infer import TraceEnum_ELBO
 
 from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
 from pyro_rb.infer.util import is_guide_messenger
+from pyro_rb.poutine import TopKOptions
 
 
 class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
@@ -57,7 +58,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     training the guide may be confident and wrong, and plain draws explore more.
 
     **Options of a site** in the guide: ``infer={"topk": k}``, or a dict of ``k``,
-    ``num_samples``, ``budget``; ``{"topk": 0}`` asks for a single draw. Sites with
+    ``num_samples``, ``budget``, ``sum_up_to``; ``{"topk": 0}`` asks for a single draw. Sites with
     ``infer={"enumerate": ...}`` keep the meaning that Pyro gives them, unless a cost depends
     on them from outside of their plates.
     ``infer={"baseline": {...}}`` works as in :class:`~pyro.infer.TraceGraph_ELBO`, in
@@ -117,6 +118,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     """
 
     _own_option = "k"
+    _default_options = TopKOptions()
     _strategies = ("topk",)
     otherwise = "as TraceEnum_ELBO"
 

@@ -48,6 +48,7 @@ from pyro.util import (
 )
 
 from pyro_rb.ops.importance import unsqueeze_right
+from pyro_rb.ops.transforms import is_inside_of_func
 
 #: The plate that Pyro puts around vectorised particles.
 PARTICLES = "num_particles_vectorized"
@@ -110,16 +111,16 @@ def find_density_scale(site: Any) -> Any:
     factor = _sum_to(site["scale"] * mask, fn.batch_shape)
     if isinstance(factor, torch.Tensor):
         factor = unsqueeze_right(factor, fn.event_dim)
-    is_transformed = False
+    is_inside_of_func = False
     while layer is not None:
         if isinstance(layer, MaskedDistribution):
-            if is_transformed:
+            if is_inside_of_func:
                 return None
             mask = layer._mask
             if isinstance(mask, torch.Tensor):
                 mask = unsqueeze_right(mask, layer.event_dim)
             factor = factor * mask
-        is_transformed |= isinstance(layer, torch.distributions.TransformedDistribution)
+        is_inside_of_func |= isinstance(layer, torch.distributions.TransformedDistribution)
         layer = getattr(layer, "base_dist", None)
     if not isinstance(factor, torch.Tensor):
         return float(factor)
@@ -230,6 +231,16 @@ def compute_costs(
         model_trace, guide_trace
     )
     costs = [Cost(names[id(x)], t, x) for t, xs in terms.items() for x in xs]
+    if log_factors and is_inside_of_func():
+        summed = [
+            name
+            for name, site in sample_sites(model_trace)
+            if name not in guide_trace and site["infer"].get("_enumerate_dim") is not None
+        ]
+        raise NotImplementedError(
+            f"Found torch.func around a model that enumerates the sites {summed}, whose sums Pyro does "
+            "not compute there. Expected these sites in the guide, or loss.backward()."
+        )
     if log_factors:
         dim_to_size = {
             dim: size
@@ -257,7 +268,13 @@ def compute_baseline(
     :param downstream_cost: detached, of the shape of the site's batch.
     :return: the baseline, of the same shape, and the loss of its own parameters.
     :raises ValueError: naming the site, if the baseline has another shape.
+    :raises NotImplementedError: inside of :mod:`torch.func`.
     """
+    if is_inside_of_func():
+        raise NotImplementedError(
+            f"Found torch.func around infer={{'baseline': ...}} at guide site '{name}', which learns "
+            "parameters of its own. Expected a site without it, or loss.backward()."
+        )
     _, loss, baseline = _construct_baseline(name, site, downstream_cost)
     return torch.as_tensor(baseline), loss
 

@@ -22,12 +22,15 @@ from pyro_rb.infer.gaussian_kl import JointTerms
 from pyro_rb.infer.outside_plates import Dependents, Terms
 from pyro_rb.infer.particle_baseline import Draw
 from pyro_rb.infer.util import PARTICLES, Ordinal, compute_baseline, sample_sites
+from pyro_rb.ops.antithetic import pair_score
 from pyro_rb.ops.topk import (
     Slots,
     leave_one_out_baseline,
     probe_baseline,
     score_coefficients,
 )
+from pyro_rb.ops.transforms import is_inside_of_func, outside_of_transforms, plain
+from pyro_rb.poutine.topk_table import as_bits
 
 Group = Tuple[Ordinal, str]  # an ordinal and packed dims: costs of a group have one weight
 
@@ -46,13 +49,23 @@ class Baselines(NamedTuple):
         return has_others and is_single_draw(site) and not has_own_baseline(site)
 
     def any(self, site: Any) -> bool:
-        is_treated = self.kind is not None and "_topk" in site["infer"]
+        is_treated = _is_paired(site) or self.kind is not None and "_topk" in site["infer"]
         return is_treated or has_own_baseline(site) or self.over_particles(site)
 
 
 def _score_function(site: Any) -> Any:
-    """``log q`` of a site that has a score function, neither scaled nor masked."""
+    """
+    ``log q`` of a site that has a score function, neither scaled nor masked; for antithetic pairs
+    what takes its place.
+    """
+    if _is_paired(site):
+        dim, fn = site["infer"]["_enumerate_dim"], site["fn"]
+        return pair_score(site["value"], as_bits(fn).logits, dim, fn.event_dim)
     return site["score_parts"].score_function
+
+
+def _is_paired(site: Any) -> bool:
+    return site["infer"].get("_is_paired", False)
 
 
 def is_single_draw(site: Any) -> bool:
@@ -102,11 +115,11 @@ def _set_dice_factors(guide_trace: Trace) -> Dict[str, torch.Tensor]:
     """
     factors = {}
     for name, site in sample_sites(guide_trace):
-        score = _score_function(site)
+        score = site["score_parts"].score_function
         if not isinstance(score, torch.Tensor):
             continue
         slots = site["infer"].get("_topk")
-        factor = (score if slots is None else slots.log_weight).detach()
+        factor = plain(score if slots is None else slots.log_weight)
         factors[name] = factor.requires_grad_()
         parts = site["packed"]["score_parts"]
         factor = packed.pack(factor, site["infer"]["_dim_to_symbol"])
@@ -193,6 +206,8 @@ def _coefficients(
     slots: Optional[Slots] = site["infer"].get("_topk")
     if slots is None:
         return grad if own is None else grad - own
+    if _is_paired(site):
+        return grad
     dim = site["infer"]["_enumerate_dim"]
     weight = slots.log_weight.exp()
     if own is None and baseline == "loo":
@@ -204,9 +219,10 @@ def _coefficients(
 
 def compute_elbo(terms: Terms) -> Any:
     """The weighted sum over slots, without a gradient for the parameters."""
-    with torch.no_grad():
+    with torch.no_grad(), outside_of_transforms():
         _set_dice_factors(terms.guide_trace)
-        costs = _by_ordinal([(cost.ordinal, cost.value) for cost in terms.costs])
+        leaves = [(c.ordinal, _with_dims(plain(c.value), c.value)) for c in terms.costs]
+        costs = _by_ordinal(leaves)
         return Dice(terms.guide_trace, terms.ordering).compute_expectation(costs)
 
 
@@ -229,21 +245,23 @@ def weigh(terms: Terms, baselines: Baselines, dependents: Dependents) -> Weighte
     guide_trace: Any = terms.guide_trace
     ordering = terms.ordering
     sites = dict(sample_sites(guide_trace))
-    if not (guide_trace.apart or guide_trace.joint) and not any(
+    is_simple = not (guide_trace.apart or guide_trace.joint or is_inside_of_func())
+    if is_simple and not any(
         "_topk" in site["infer"] or name in dependents for name, site in sites.items()
     ):
         costs = _by_ordinal([(cost.ordinal, cost.value) for cost in terms.costs])
         elbo = Dice(guide_trace, ordering).compute_expectation(costs)
         return Weighted(elbo, elbo, {}, [])
     groups = _grouped(terms)
-    factors = _set_dice_factors(guide_trace)
-    dice = Dice(guide_trace, ordering)
-    leaves = {k: _with_dims(x.detach().requires_grad_(), x) for k, x in groups.items()}
-    elbo = dice.compute_expectation(_by_ordinal([(k[0], x) for k, x in leaves.items()]))
-    if not isinstance(elbo, torch.Tensor):
-        return Weighted(elbo, elbo, {}, [])
-    inputs = [*factors.values(), *leaves.values()]
-    grads = torch.autograd.grad(elbo, inputs, allow_unused=True)
+    with outside_of_transforms():
+        factors = _set_dice_factors(guide_trace)
+        dice = Dice(guide_trace, ordering)
+        leaves = {k: _with_dims(plain(x).requires_grad_(), x) for k, x in groups.items()}
+        elbo = dice.compute_expectation(_by_ordinal([(k[0], x) for k, x in leaves.items()]))
+        if not isinstance(elbo, torch.Tensor):
+            return Weighted(elbo, elbo, {}, [])
+        inputs = [*factors.values(), *leaves.values()]
+        grads = torch.autograd.grad(elbo, inputs, allow_unused=True)
     probs = dict(zip(groups, grads[len(factors) :]))
 
     # The expectation is linear in the costs, so that this has its value.
@@ -289,9 +307,10 @@ def _upstream_weight(name: str, terms: Terms, dice: Dice, factor: torch.Tensor) 
     log_prob = site["packed"]["log_prob"]
     if set(log_prob._pyro_dims) <= terms.ordering[name] and not dice.log_denom:
         return torch.ones_like(factor)
-    ones = _with_dims(torch.ones_like(log_prob), log_prob)
-    total = dice.compute_expectation({terms.ordering[name]: [ones]})
-    return torch.autograd.grad(total, [factor])[0]
+    with outside_of_transforms():
+        ones = _with_dims(torch.ones_like(plain(log_prob)), log_prob)
+        total = dice.compute_expectation({terms.ordering[name]: [ones]})
+        return torch.autograd.grad(total, [factor])[0]
 
 
 def without_value(x: Any) -> Any:

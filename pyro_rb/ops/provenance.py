@@ -13,6 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_rb.ops.transforms import unwrap
+
 #: Functions that hand numbers out to Python, which may decide by them what it does next.
 _READS = frozenset(
     "item tolist numpy equal allclose is_nonzero __array__ __bool__ __int__ __float__ "
@@ -114,7 +116,7 @@ class Provenance:
                 self.read |= sources
             elif sources:
                 if key not in self._kept:
-                    self._kept[key] = StorageWeakRef(tensor.untyped_storage())
+                    self._kept[key] = StorageWeakRef(unwrap(tensor).untyped_storage())
                 self._sources[key] = self._sources.get(key, 0) | sources
 
     def sources(self, *xs: Any) -> int:
@@ -224,6 +226,7 @@ def _tensors(xs: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def _memory(x: Any) -> Optional[int]:
     """Names the memory of a tensor. None if it has none of its own."""
+    x = unwrap(x)
     try:
         return x.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):

@@ -13,6 +13,7 @@ from pyro_rb.ops.projection import (
     find_means_of_map,
     pays,
 )
+from pyro_rb.ops.transforms import is_inside_of_func
 from pyro_rb.poutine.gaussian_site import View, overlap
 from pyro_rb.poutine.local_draws import LocalDraws
 from pyro_rb.poutine.random_factor import RandomFactor
@@ -143,7 +144,7 @@ def _why_taken(view: View) -> str:
 
 def is_transformed() -> bool:
     """Whether tensors may be other than they seem, or are to be made a second time."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_inside_of_func():
         return True
     if torch.autograd.forward_ad._current_level >= 0:
         return True

@@ -35,7 +35,8 @@ class TopKModelMessenger(UnseenEnumMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], TorchDistributionMixin) and not site_is_subsample(msg):
             if self._guide.enumerated:
-                self._guide.check_product(msg["name"], msg["fn"].batch_shape)
+                self._guide.room.check_product(msg["name"], msg["fn"].batch_shape)
+                self._guide.room.check_elements(msg["name"], msg["fn"])
             if any(msg["name"] == site.name for site in self._guide.enumerated):
                 msg["fn"] = GatherCategorical.of(msg["fn"])
         super()._pyro_sample(msg)

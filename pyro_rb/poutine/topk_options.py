@@ -11,11 +11,13 @@ class TopKOptions(NamedTuple):
     :param int k: categories to sum.
     :param int num_samples: draws from the complement.
     :param int budget: evaluations, in place of the other two; or None.
+    :param int sum_up_to: the most values of a site that are all summed, whatever the others say.
     """
 
     k: int = 1
     num_samples: int = 1
     budget: Optional[int] = None
+    sum_up_to: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -27,22 +29,29 @@ class TopKOptions(NamedTuple):
         k: Any = None,
         num_samples: Any = None,
         budget: Any = None,
+        sum_up_to: Any = None,
         default: Optional["TopKOptions"] = None,
         where: str = "",
     ) -> "TopKOptions":
         """
         Checks options and fills in those that are None.
 
-        :param default: to fill in from. Defaults to ``k=1, num_samples=1``.
+        :param default: to fill in from, if none is given that says how many values are looked at.
+            Defaults to ``k=1, num_samples=1``.
         :param where: goes into error messages, such as ``" at guide site 'z'"``.
         :raises ValueError: naming the argument, if one is not an int of the required
             size, or if ``budget`` comes together with another.
 
         >>> TopKOptions.make(k=3)
-        TopKOptions(k=3, num_samples=1, budget=None)
+        TopKOptions(k=3, num_samples=1, budget=None, sum_up_to=0)
         """
         default = default or cls()
-        given = {"k": (k, 0), "num_samples": (num_samples, 1), "budget": (budget, 1)}
+        given = {
+            "k": (k, 0),
+            "num_samples": (num_samples, 1),
+            "budget": (budget, 1),
+            "sum_up_to": (sum_up_to, 0),
+        }
         for name, (value, least) in given.items():
             is_int = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (is_int and value >= least):
@@ -56,10 +65,11 @@ class TopKOptions(NamedTuple):
                     f"{num_samples}{where}. Expected a budget, which is shared out for "
                     "you, or the other two."
                 )
-            return cls(budget=budget)
-        if k is None and num_samples is None:
-            return default
+        if budget is None and k is None and num_samples is None:
+            return default if sum_up_to is None else default._replace(sum_up_to=sum_up_to)
         return cls(
             default.k if k is None else k,
             default.num_samples if num_samples is None else num_samples,
+            budget,
+            sum_up_to or 0,
         )

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 
+from pyro_rb.ops.antithetic import draw_pairs
 from pyro_rb.ops.topk import PROBE, Slots, select_slots
 from pyro_rb.poutine.draw_messenger import (
     Declined,
@@ -14,18 +15,15 @@ from pyro_rb.poutine.draw_messenger import (
     Strategy,
 )
 from pyro_rb.poutine.topk_options import TopKOptions
+from pyro_rb.poutine.topk_room import Enumerated, Room, sequential_counters
 from pyro_rb.poutine.topk_table import (
     GatherCategorical,
     NoTable,
     Table,
     TableTooLarge,
+    as_bits,
     find_table,
 )
-
-#: Dims for slots; a tensor has at most 64 in all.
-MAX_DIMS = 40
-#: Slots of all sites that a site might depend on, multiplied. No more are risked.
-MAX_JOINT = 2**20
 
 
 class _Chosen(TorchDistribution):
@@ -39,17 +37,6 @@ class _Chosen(TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> torch.Tensor:
         return self._values
-
-
-class _Enumerated(NamedTuple):
-    """A site that this handler enumerated, in full or in part."""
-
-    name: str
-    dim: int
-    num_slots: int
-    counters: Dict[str, int]  # of the sequential plates around it
-    has_table: bool  # whether its values can be listed
-    plates: List[str]  # the others around it
 
 
 class TopK(Strategy):
@@ -71,6 +58,8 @@ class TopK(Strategy):
     :param dict plain: names of sites that are to have a single draw whatever they say
         themselves, with the reasons.
     :param bool has_loo: whether costs have a leave-one-out baseline, which ``budget`` counts on.
+    :param dict never_summed: names of sites that ``sum_up_to`` does not apply to, with the reasons.
+    :raises TooManySummed: at a site, if all values of others were not to be summed.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
         followed; if the product of slots is too large.
 
@@ -88,18 +77,22 @@ class TopK(Strategy):
         num_draws: int = 1,
         plain: Optional[Mapping[str, str]] = None,
         has_loo: bool = False,
+        never_summed: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.options = options
         self.has_loo = has_loo
         self.num_draws = num_draws
         self.plain = {} if plain is None else plain
         self.probe = probe
-        self.max_evaluations = max_evaluations
-        self.first_available_dim = -1
-        self.enumerated: List[_Enumerated] = []
+        self.room = Room(max_evaluations, {} if never_summed is None else never_summed)
+
+    @property
+    def enumerated(self) -> List[Enumerated]:
+        """The sites that have slots."""
+        return self.room.sites
 
     def begin(self) -> None:
-        self.enumerated = []
+        self.room.sites = []
 
     def settle(self, site: Any) -> bool:
         # A replay around the loss puts its own options.
@@ -107,21 +100,27 @@ class TopK(Strategy):
 
     def draw(self, msg: Any, handler: DrawMessenger) -> str:
         assert handler.first_available_dim is not None
-        self.first_available_dim = handler.first_available_dim
+        self.room.first_available_dim = handler.first_available_dim
         options, num_draws = self._find_options(msg), self._find_num_draws(msg)
+        is_paired = self._is_paired(msg, num_draws)
         try:
             table = self._find_table(msg)
         except Declined as e:
-            return self._draw_several(msg, handler, num_draws, str(e))
+            return self._draw_several(msg, handler, num_draws, is_paired, str(e))
         num_slots = options.num_slots + self.probe
-        if options.num_slots >= table.num_categories:
+        is_whole, note = options.num_slots >= table.num_categories, ""
+        is_summed = not (is_whole or table.is_truncated) and table.num_categories <= options.sum_up_to
+        if is_summed:
+            note = self.room.why_not_summed(msg, table.num_categories)
+            is_whole = is_summed = not note
+        if is_whole:
             num_slots = table.num_categories
-        self._check(msg, num_slots)
+        self.room.check(msg, num_slots)
         fn, slots, values = msg["fn"], None, None
         reason = f"{num_slots} of {table.num_categories} values"
         if table.is_truncated:
             reason += ", which have all but 1e-9 of the mass"
-        if options.num_slots < table.num_categories:
+        if not is_whole:
             is_adaptive = options.budget is not None
             k = options.num_slots - 1 if is_adaptive else options.k
             slots = select_slots(
@@ -141,28 +140,37 @@ class TopK(Strategy):
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
             values = table.values(index.reshape(shape))
-        self._enumerate(msg, handler, values, slots, num_slots, True)
-        return reason
+        self._enumerate(msg, handler, values, slots, num_slots, True, is_summed)
+        return reason + note
 
     def _draw_several(
-        self, msg: Any, handler: DrawMessenger, num_draws: int, reason: str
+        self, msg: Any, handler: DrawMessenger, num_draws: int, is_paired: bool, reason: str
     ) -> str:
-        """Independent draws along an enumeration dim, where there is no table."""
+        """
+        Draws along an enumeration dim, where there is no table.
+
+        :param is_paired: whether they are antithetic pairs. Else they are independent.
+        """
         fn = msg["fn"]
-        num_slots = num_draws + self.probe
+        num_slots = num_draws + (self.probe and not is_paired)
         if num_draws < 2 or fn.has_rsample:
             raise Declined(reason)
-        self._check(msg, num_slots)
+        self.room.check(msg, num_slots)
         with torch.no_grad():
-            values = fn.sample((num_slots,))
+            if is_paired:
+                values = draw_pairs(as_bits(fn).probs, num_draws // 2)
+            else:
+                values = fn.sample((num_slots,))
         # Laid out by element of the batch, so that each has a baseline of its own.
         shape = fn.batch_shape + (num_slots,)
         is_sampled = torch.arange(num_slots, device=values.device).expand(shape) < num_draws
         log_weight = torch.full(shape, -math.log(num_draws), device=values.device)
         log_weight = log_weight.masked_fill(~is_sampled, PROBE)
         slots = Slots(is_sampled, log_weight, torch.zeros_like(is_sampled), is_sampled)
-        self._enumerate(msg, handler, values, slots, num_slots, False)
-        return f"{num_draws} draws: {reason}"
+        self._enumerate(msg, handler, values, slots, num_slots)
+        msg["infer"]["_is_paired"] = is_paired
+        kind = "antithetic draws" if is_paired else "draws"
+        return f"{num_draws} {kind}: {reason}"
 
     def _find_num_draws(self, msg: Any) -> int:
         asked = msg["infer"].get("draws", self.num_draws)
@@ -173,10 +181,30 @@ class TopK(Strategy):
             )
         return asked
 
-    def _check(self, msg: Any, num_slots: int) -> None:
-        counters = _sequential_counters(msg)
-        self._check_room(num_slots, counters)
-        self.check_product(msg["name"], msg["fn"].batch_shape, num_slots)
+    def _is_paired(self, msg: Any, num_draws: int) -> bool:
+        """Whether draws are to be antithetic pairs, where there are several."""
+        asked, is_possible = msg["infer"].get("antithetic"), as_bits(msg["fn"]) is not None
+        has_own_baseline = bool(msg["infer"].get("baseline"))
+        if asked is None:
+            # Of more draws, a leave-one-out baseline may be better.
+            return is_possible and num_draws == 2 and self.has_loo and not has_own_baseline
+        if not isinstance(asked, bool):
+            raise ValueError(
+                f"Invalid infer={{'antithetic': {asked!r}}} at guide site '{msg['name']}'. "
+                "Expected True or False."
+            )
+        if asked and not (is_possible and num_draws % 2 == 0):
+            raise ValueError(
+                f"Found infer={{'antithetic': True}} at guide site '{msg['name']}', of type "
+                f"{type(msg['fn']).__name__} with draws={num_draws}. Expected a Bernoulli, or one "
+                "with to_event(), and an even number of draws."
+            )
+        if asked and has_own_baseline:
+            raise ValueError(
+                f"Found infer={{'antithetic': True, 'baseline': ...}} at guide site '{msg['name']}'. "
+                "Expected one of the two: the cost of either draw of a pair is subtracted from the other."
+            )
+        return asked
 
     def _enumerate(
         self,
@@ -185,7 +213,8 @@ class TopK(Strategy):
         values: Any,
         slots: Optional[Slots],
         num_slots: int,
-        has_table: bool,
+        has_table: bool = False,
+        is_summed: bool = False,
     ) -> None:
         """
         :param values: ``[m, *batch, *event]``; None for the whole support.
@@ -205,10 +234,11 @@ class TopK(Strategy):
             msg["fn"] = GatherCategorical.of(fn)
             moved = [_move_slots(x, dim) for x in slots if x is not None]
             msg["infer"]["_topk"] = Slots(*moved)
-        name, counters = msg["name"], _sequential_counters(msg)
+        name, counters = msg["name"], sequential_counters(msg)
         plates = [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized]
-        self.enumerated.append(
-            _Enumerated(name, dim, num_slots, counters, has_table, plates)
+        is_markov = "_markov_scope" in msg["infer"]
+        self.room.sites.append(
+            Enumerated(name, dim, num_slots, counters, has_table, is_summed, is_markov, plates)
         )
 
     def _find_options(self, msg: Any) -> TopKOptions:
@@ -262,49 +292,6 @@ class TopK(Strategy):
         if table.num_categories == 1:
             raise Declined("one value")
         return table
-
-    def _check_room(self, num_slots: int, counters: Dict[str, int]) -> None:
-        if any(-site.dim >= MAX_DIMS for site in self.enumerated):
-            raise Declined("no tensor dim is left")
-        # Iterations of a sequential plate do not depend on one another, and sites that
-        # share a dim, as steps of a Markov chain do, are summed one after the other.
-        sizes: Dict[int, int] = {}
-        for site in self.enumerated:
-            if all(site.counters.get(p, c) == c for p, c in counters.items()):
-                sizes[site.dim] = max(site.num_slots, sizes.get(site.dim, 1))
-        joint = math.prod(sizes.values())
-        if joint > 1 and joint * num_slots > MAX_JOINT:
-            raise Declined(f"with earlier sites there might be more than {MAX_JOINT} terms")
-
-    def check_product(self, name: str, shape: torch.Size, num_slots: int = 1) -> None:
-        """
-        :param name: of a site.
-        :param shape: its batch shape.
-        :param num_slots: its own slots, if they are not yet in the shape.
-        :raises ValueError: if the shape has too many slots of several sites.
-        """
-        num_enum_dims = max(0, len(shape) + self.first_available_dim + 1)
-        product = num_slots * math.prod(shape[:num_enum_dims])
-        if product <= self.max_evaluations:
-            return
-        sites = {
-            site.name: site.num_slots
-            for site in self.enumerated
-            if len(shape) >= -site.dim and shape[site.dim] > 1
-        }
-        if num_slots > 1:
-            sites[name] = num_slots
-        if len(sites) > 1:
-            raise ValueError(
-                f"Site '{name}' needs {product} evaluations, the product over the guide "
-                f"sites that it depends on, {sites}. Expected at most "
-                f"max_evaluations={self.max_evaluations}. Set infer={{'topk': 0}}, a plain "
-                "draw, at most of these sites, or raise max_evaluations."
-            )
-
-
-def _sequential_counters(msg: Any) -> Dict[str, int]:
-    return {f.name: f.counter for f in msg["cond_indep_stack"] if not f.vectorized}
 
 
 def _move_slots(x: torch.Tensor, dim: int) -> torch.Tensor:

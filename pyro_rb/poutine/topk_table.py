@@ -127,6 +127,13 @@ def find_table(fn: Any) -> Table:
         return Table(log_q, support.reshape(support.shape[:1] + event_shape))
 
 
+def as_bits(fn: Any) -> Any:
+    """The Bernoulli of each element of a vector or array of bits; None for other distributions."""
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    return fn if type(fn) is dist.Bernoulli else None
+
+
 def _truncated_table(fn: Any) -> Table:
     fn = _unexpanded(fn)
     last = _WINDOWS[type(fn)](fn).max().item()

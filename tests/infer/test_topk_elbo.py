@@ -328,8 +328,8 @@ def test_invalid_baseline(value):
 
 
 def test_defaults():
-    assert topk().options == (1, 1, None)
-    assert topk(k=3, num_samples=2).options == (3, 2, None)
+    assert topk().options == (1, 1, None, 0)
+    assert topk(k=3, num_samples=2).options == (3, 2, None, 0)
     assert topk(budget=3).options.budget == 3
     assert topk().baseline == "loo"
 

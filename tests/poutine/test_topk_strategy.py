@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro_rb.ops.topk import PROBE
 from pyro_rb.poutine import DrawMessenger, TopK, TopKModelMessenger, TopKOptions
 from pyro_rb.poutine.draw_messenger import Declined
-from pyro_rb.poutine.topk_strategy import MAX_DIMS, MAX_JOINT
+from pyro_rb.poutine.topk_room import MAX_DIMS, MAX_JOINT
 from pyro_rb.poutine.topk_table import (
     MAX_TABLE,
     MIN_GATHER,
@@ -394,5 +394,7 @@ def test_options_are_checked():
     assert TopKOptions.make() == TopKOptions(1, 1, None)
     assert TopKOptions.make(k=0).num_slots == 1
     assert TopKOptions.make(budget=5).num_slots == 5
+    assert TopKOptions.make(sum_up_to=9, default=TopKOptions(budget=3)) == TopKOptions(budget=3, sum_up_to=9)
+    assert TopKOptions.make(k=2, default=TopKOptions(budget=3, sum_up_to=9)) == TopKOptions(k=2)
     with pytest.raises(ValueError, match="Invalid num_samples at guide site 'z': 0"):
         TopKOptions.make(num_samples=0, where=" at guide site 'z'")

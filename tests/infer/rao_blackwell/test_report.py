@@ -69,10 +69,10 @@ KINDS = {
     "normal": ("path gradient, c = ", "."),
     "lognormal": ("path gradient, c = ", "."),
     "gamma": (".", "2 draws"),
-    "bits": (".", "2 draws.*to_event"),
+    "bits": (".", "2 antithetic draws.*to_event"),
     "weights": ("projected", "3 rows, fan-in 20"),
     "bernoulli": ("exact", "2 of 2 values"),
-    "categorical": ("top-k", "3 of 6 values"),
+    "categorical": ("exact", "6 of 6 values"),
     "marked": ("as ", "'enumerate': 'parallel'"),
     "alone": ("as ", "rao_blackwell"),
 }

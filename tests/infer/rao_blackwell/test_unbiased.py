@@ -33,11 +33,8 @@ from tests.infer.rao_blackwell.structures import (
 )
 
 ALL = {**PROBLEMS, **STRUCTURES}
-SETTINGS = {
-    "default": {},
-    "all_values": {"k": 10},
-    "k1": {"k": 1},
-    "k0_n2": {"k": 0, "num_samples": 2},
+FEW_VALUES = {
+    "budget": {},
     "no_baseline": {"baseline": None},
     "one_more_draw": {"baseline": "reinforce+"},
     "path": {"control_variate_scale": 1.0},
@@ -47,7 +44,14 @@ SETTINGS = {
     "vectorized": {"num_particles": 3, "vectorize_particles": True},
     "looped": {"num_particles": 2},
 }
-FEW = ("default", "k1", "vectorized")
+SETTINGS = {
+    "default": {},
+    "all_values": {"k": 10},
+    "k1": {"k": 1},
+    "k0_n2": {"k": 0, "num_samples": 2},
+    **{name: {"budget": 3, **options} for name, options in FEW_VALUES.items()},
+}
+FEW = ("budget", "k1", "vectorized")
 
 
 @pytest.fixture(autouse=True)
