@@ -21,7 +21,7 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch.distributions import Distribution, Normal, Transform
 
-from pyro_rb.ops import affine_autoregressive
+from pyro_rb.ops import affine_autoregressive, zuko
 from pyro_rb.ops.family import is_exactly, strip_independent
 from pyro_rb.ops.score_identity import known_name
 
@@ -60,7 +60,7 @@ def is_forward_only(transform: Transform) -> bool:
     >>> is_forward_only(torch.distributions.ExpTransform())
     False
     """
-    return known_name(transform) in _SLOW | _REMEMBERED
+    return known_name(transform) in _SLOW | _REMEMBERED or zuko.is_layer(transform)
 
 
 def find_obstacle(layer: Layer) -> Optional[str]:
@@ -110,6 +110,8 @@ def _differentiate_base(base: Distribution, x: torch.Tensor) -> torch.Tensor:
 
 
 def _find_structure(transform: Any) -> Any:
+    if zuko.is_layer(transform):
+        return _zuko
     name = known_name(transform)
     if name in ("Planar", "ConditionedPlanar"):
         return _planar
@@ -120,6 +122,10 @@ def _find_structure(transform: Any) -> Any:
 
 def _affine_autoregressive(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
     return affine_autoregressive.solve(layer.transform, layer.x, b)
+
+
+def _zuko(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
+    return zuko.solve(layer.transform, layer.x.expand(layer.y.shape), b)
 
 
 @contextmanager

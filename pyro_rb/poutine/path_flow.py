@@ -11,6 +11,7 @@ from torch.distributions import Independent, TransformedDistribution
 
 from pyro_rb.ops.flow import Layer, differentiate, find_obstacle, is_forward_only
 from pyro_rb.ops.score_identity import flat_parts, flat_transforms, score_obstacle
+from pyro_rb.ops.zuko import as_transformed
 
 
 class _Reason:
@@ -95,6 +96,7 @@ class PathFlow:
         while isinstance(fn, (Independent, MaskedDistribution)):
             wrappers.append(fn)
             fn = fn.base_dist
+        fn = as_transformed(fn)
         if not isinstance(fn, TransformedDistribution):
             return None
         flow = PathFlow(fn, wrappers)
