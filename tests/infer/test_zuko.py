@@ -135,7 +135,7 @@ def test_neural_flows_that_draw_in_one_pass(name):
 
 @pytest.mark.parametrize("name, c", [("NAF", 1.0), ("NAF", "adaptive"), ("UNAF", 1.0)])
 def test_unbiased(name, c):
-    flow = NEURAL[name](scale=0.1)
+    flow = NEURAL[name](scale=0.05)
     model, guide = around(flow)
     options = {"num_particles": 10, "vectorize_particles": True, "max_plate_nesting": 0}
 
