@@ -68,6 +68,8 @@ _PARTS = _FLOWS | _FORWARD | _NOISY | zuko.NETWORKS | set(
     MaskedBlockLinear MaskedLinear ModuleList ReLU Sequential SiLU Sigmoid SigmoidTransform Softplus Tanh
     TanhTransform""".split()
 )
+# Their determinant is another one than that of their Jacobian.
+_INEXACT = {"ConditionedMatrixExponential", "MatrixExponential", "Sylvester"}
 # They look their draw up, or read an attribute of it.
 _WITH_MEMORY = _FORWARD | set(
     "Polynomial RelaxedBernoulliStraightThrough RelaxedOneHotCategoricalStraightThrough".split()
@@ -277,7 +279,7 @@ def _name(cls: type) -> Optional[str]:
 
 
 def _not_known(cls: type) -> _Obstacle:
-    if _name(cls) == "Sylvester":
+    if _name(cls) in _INEXACT:
         return _Obstacle("its log_abs_det_jacobian is not that of its Jacobian")
     if _name(cls) in _WITH_MEMORY:
         return _Obstacle(_MEMORY)
