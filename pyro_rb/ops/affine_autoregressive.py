@@ -14,11 +14,9 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch.nn.functional import linear
 
-from pyro_rb.ops.nilpotent import iterate
 from pyro_rb.ops.score_identity import known_name
+from pyro_rb.ops.triangular import SMALL, iterate, substitute
 
-#: The largest matrix, by dims, that takes less time than iterations, for a single draw.
-SMALL = 64
 _ELEMENTWISE = set("ELU GELU Identity LeakyReLU LogSigmoid ReLU SiLU Sigmoid Softplus Tanh".split())
 
 
@@ -68,22 +66,11 @@ def solve(transform: Any, x: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tenso
         matrices, constants = network.fold(by_mean, by_raw, of_log_det)
         if x.numel() <= SMALL:
             rest = b - network.pull_back(constants)
-            return _substitute(network.pull_back(matrices), scale, rest, transform.arn.permutation), "substitution"
+            return substitute(network.pull_back(matrices), scale, rest, transform.arn.permutation), "substitution"
         of_input = partial(_add_products, constants, [m.t() for m in matrices])
     shrink = -scale.reciprocal()
     start = b / scale
     return iterate(lambda a: torch.addcmul(start, network.pull_back(of_input(a)), shrink), start, x.shape[-1])
-
-
-def _substitute(
-    rows: torch.Tensor, diagonal: torch.Tensor, b: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Solves with the transpose of a matrix that is triangular in some order of its rows and columns."""
-    rows = rows[order][:, order]
-    rows.diagonal().copy_(diagonal[order])
-    a = torch.empty_like(b)
-    a[order] = torch.linalg.solve_triangular(rows.t(), b[order].unsqueeze(-1), upper=True).squeeze(-1)
-    return a
 
 
 def _add_products(

@@ -63,6 +63,20 @@ def is_forward_only(transform: Transform) -> bool:
     return known_name(transform) in _SLOW | _REMEMBERED or zuko.is_layer(transform)
 
 
+def apply(transform: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """
+    What a layer makes of ``x``, and the logarithm of the determinant.
+
+    >>> apply(torch.distributions.ExpTransform(), torch.tensor(0.0))
+    (tensor(1.), tensor(0.))
+    """
+    if zuko.is_layer(transform):
+        y, log_det = transform.call_and_ladj(x)  # by one pass of the network
+        return y, log_det
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)
+
+
 def find_obstacle(layer: Layer) -> Optional[str]:
     """
     Why a layer cannot be solved, if so.
@@ -165,8 +179,7 @@ def _dense(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
     for some, last in zip(eye.split(size), is_last.split(size)):
         with torch.enable_grad(), _undisturbed(layer.transform):
             copies = x.expand((len(some),) + x.shape).clone().requires_grad_()
-            y = layer.transform(copies)
-            log_det = layer.transform.log_abs_det_jacobian(copies, y)
+            y, log_det = apply(layer.transform, copies)
             last = last.reshape((-1,) + (1,) * (log_det.dim() - 1)).expand_as(log_det)
             rows.append(torch.autograd.grad([y, log_det], copies, [some.expand_as(y), last])[0])
     *jacobian, of_log_det = torch.cat(rows)

@@ -16,7 +16,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch.distributions import TransformedDistribution
 
-from pyro_rb.ops.nilpotent import iterate
+from pyro_rb.ops.triangular import SMALL, iterate, substitute
 
 #: Continuous, with slopes that are bounded away from zero, and an inverse by a formula.
 ELEMENTWISE = {"AdditiveTransform", "IdentityTransform", "MonotonicAffineTransform", "MonotonicRQSTransform"}
@@ -97,6 +97,11 @@ def solve(transform: Any, x: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tenso
 
     :param transform: for which :func:`is_layer` holds.
     """
+    maker = transform.meta.func.__self__
+    order = getattr(maker, "order", None)
+    if order is not None and x.dim() == 1 and x.numel() <= SMALL:
+        rows, of_log_det = _differentiate_rows(transform, x)
+        return substitute(rows, rows.diagonal(), b - of_log_det, order.argsort()), "substitution"
     with torch.enable_grad():
         others, own = (x.detach().clone().requires_grad_() for _ in range(2))
         if zuko_name(transform) == "CouplingTransform":
@@ -121,6 +126,20 @@ def solve(transform: Any, x: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tenso
         return (start - by_others) / scale
 
     return iterate(step, step(torch.zeros_like(b)), num_steps)
+
+
+def _differentiate_rows(transform: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The Jacobian, and the derivative of the logarithm of its determinant, from a copy of the draw for each row."""
+    eye = torch.eye(len(x) + 1, dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        copies = x.detach().expand(len(x) + 1, -1).clone().requires_grad_()
+        y, log_det = transform.call_and_ladj(copies)
+    outputs, grads = [y], [eye[:, :-1]]
+    if log_det.requires_grad:
+        outputs.append(log_det)
+        grads.append(eye[:, -1])
+    found = torch.autograd.grad(outputs, copies, grads)[0]
+    return found[:-1], found[-1]
 
 
 def _differentiate(output: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,36 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Linear systems with a matrix that is triangular in some order of its rows and columns."""
+
 import math
 from typing import Callable, Tuple
 
 import torch
+
+#: The largest matrix, by dims, that takes less time than iterations, for a single draw.
+SMALL = 64
+
+
+def substitute(
+    rows: torch.Tensor, diagonal: torch.Tensor, b: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """
+    Solves with the transpose of a matrix.
+
+    :param rows: the matrix, ``[dim, dim]``, but for its diagonal.
+    :param diagonal: ``[dim]``.
+    :param b: the right-hand side, ``[dim]``.
+    :param order: of rows and columns, in which the matrix is lower triangular.
+
+    >>> substitute(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.ones(2), torch.ones(2), torch.tensor([1, 0]))
+    tensor([1., 0.])
+    """
+    rows = rows[order][:, order]
+    rows.diagonal().copy_(diagonal[order])
+    a = torch.empty_like(b)
+    a[order] = torch.linalg.solve_triangular(rows.t(), b[order].unsqueeze(-1), upper=True).squeeze(-1)
+    return a
 
 
 def iterate(
