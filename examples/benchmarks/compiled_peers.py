@@ -46,11 +46,11 @@ WARM_UP = 70
 KINDS = {
     BASE: (SVI, Trace_ELBO, None),
     "Pyro, JitTrace_ELBO": (SVI, lambda: JitTrace_ELBO(ignore_jit_warnings=True), None),
-    "STLTrace_ELBO": (SVI, STLTrace_ELBO, None),
-    "STLTrace_ELBO, replay": (CompiledSVI, STLTrace_ELBO, "replay"),
-    "Trace_ELBO, Inductor": (CompiledSVI, Trace_ELBO, "inductor"),
-    "STLTrace_ELBO, Inductor": (CompiledSVI, STLTrace_ELBO, "inductor"),
-    "RaoBlackwell_ELBO, Inductor": (CompiledSVI, RaoBlackwell_ELBO, "inductor"),
+    "pyro_rb, STLTrace_ELBO": (SVI, STLTrace_ELBO, None),
+    "pyro_rb, STLTrace_ELBO, replay": (CompiledSVI, STLTrace_ELBO, "replay"),
+    "pyro_rb, Trace_ELBO, Inductor": (CompiledSVI, Trace_ELBO, "inductor"),
+    "pyro_rb, STLTrace_ELBO, Inductor": (CompiledSVI, STLTrace_ELBO, "inductor"),
+    "pyro_rb, RaoBlackwell_ELBO, Inductor": (CompiledSVI, RaoBlackwell_ELBO, "inductor"),
 }
 
 
@@ -175,7 +175,7 @@ def kinds_of(model, to_numpyro, args):
     if args.smoke_test:
         found = dict(list(found.items())[:4])
     elif unroll > 1:
-        name = f"Trace_ELBO, Inductor, {unroll} steps a graph"
+        name = f"pyro_rb, Trace_ELBO, Inductor, {unroll} steps a graph"
         found[name] = lambda: Steps(model, CompiledSVI, Trace_ELBO, "inductor", unroll)
     if has_numpyro():
         found["NumPyro, a jitted step"] = lambda: NumPyroSteps(to_numpyro(model), 1)
@@ -226,7 +226,7 @@ def draw(results):
         values = [found[name]["us"][0] for name in names]
         ax.barh(names, values, color=[colors.get(name.partition(",")[0], "#3d8fd6") for name in names])
         for name, value in zip(names, values):
-            ax.annotate(f"{value:.3g}", (value, name), (3, 0), textcoords="offset points", va="center", fontsize=8)
+            ax.annotate(number(value), (value, name), (3, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set(xscale="log", xlabel="microseconds a step", title=model, xlim=(min(values) / 3, 4 * max(values)))
         ax.grid(False, axis="y")
     return fig
@@ -242,6 +242,8 @@ def main(args):
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|pyro")  # JitTrace_ELBO
     results = {}
     for name, model, to_numpyro in cases():
+        if args.model not in name:
+            continue
         results[name] = measure(kinds_of(model, to_numpyro, args), args)
         if args.smoke_test:
             break
@@ -255,8 +257,12 @@ def main(args):
 
 def cells(model, found):
     us, times = found["us"][0], found["times faster"][0]
-    yield f"{model}: µs", f"{us:.0f}" if us > 100 else f"{us:.3g}"
-    yield f"{model}: times faster", f"{times:.0f}" if times > 100 else f"{times:.2g}"
+    yield f"{model}: µs", number(us)
+    yield f"{model}: times faster", number(times)
+
+
+def number(value):
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 if __name__ == "__main__":
@@ -264,5 +270,6 @@ if __name__ == "__main__":
     parser.set_defaults(device="cpu")
     parser.add_argument("--num-blocks", type=int, default=9, help="of each kind")
     parser.add_argument("--block-size", type=int, default=500, help="steps; a tenth of it of SVI")
-    parser.add_argument("--unroll", type=int, default=5, help="steps in one graph")
+    parser.add_argument("--model", default="", help="a part of its name")
+    parser.add_argument("--unroll", type=int, default=4, help="steps in one graph")
     run(main, parser)

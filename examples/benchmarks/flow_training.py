@@ -83,7 +83,6 @@ def cases():
     model = logistic()
     if model is not None:
         yield "logistic regression, breast cancer, AutoIAFNormal", model, iaf
-    yield "parabolas, 20 dimensions, AutoIAFNormal", partial(parabolas, 20), iaf
     yield "parabolas, 20 dimensions, planar, 8 layers", partial(parabolas, 20), planar
 
 
