@@ -42,7 +42,7 @@ BASE = "Pyro, Trace_ELBO"
 LR = 0.001
 #: Steps before a block is timed: adaptive losses learn at each of the first 50.
 WARM_UP = 70
-#: By name: the class, the loss, and the backend if there is one. The first ones make a tenth of the steps in a block.
+#: By name: the class, the loss, and the backend if there is one.
 KINDS = {
     BASE: (SVI, Trace_ELBO, None),
     "Pyro, JitTrace_ELBO": (SVI, lambda: JitTrace_ELBO(ignore_jit_warnings=True), None),
@@ -126,6 +126,7 @@ class Steps:
         options = {"unroll": unroll} if unroll > 1 else {}
         loss = make_loss() if backend is None else pyro_rb.compile(make_loss(), backend)
         self.svi = svi_class(model, AutoNormal(model), optim, loss, **options)
+        #: Such ones make a tenth of the steps in a block.
         self.is_slow = svi_class is SVI
         self.store = pyro.get_param_store().get_state()
 
