@@ -16,7 +16,10 @@ from pyro_rb.ops.zuko import as_transformed
 from tests.common import assert_unbiased
 from tests.infer.flows import exact_log_prob, stir
 
+# zuko turns the validation of all distributions off.
+validate_args = torch.distributions.Distribution._validate_args
 zuko = pytest.importorskip("zuko")
+torch.distributions.Distribution.set_default_validate_args(validate_args)
 
 from pyro.contrib.zuko import ZukoToPyro  # noqa: E402
 
