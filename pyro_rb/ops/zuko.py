@@ -96,6 +96,10 @@ def solve(transform: Any, x: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tenso
     As :func:`pyro_rb.ops.affine_autoregressive.solve`, for a layer of zuko.
 
     :param transform: for which :func:`is_layer` holds.
+
+    >>> from zuko.flows import MaskedAutoregressiveTransform  # doctest: +SKIP
+    >>> solve(MaskedAutoregressiveTransform(3)(), torch.zeros(3), torch.ones(3))[1]  # doctest: +SKIP
+    'substitution'
     """
     maker = transform.meta.func.__self__
     order = getattr(maker, "order", None)
