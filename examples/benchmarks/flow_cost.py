@@ -7,12 +7,14 @@ Path gradients of flows: time and variance of a gradient by STLTrace_ELBO, as mu
 Times are those of CPU, of losses that take turns call by call, without an optimiser: medians over blocks of 16
 calls, each of which holds one update of the adaptive loss. Variances are total variances over all parameters, with
 one standard error, after training by the adaptive loss. The model has a curved posterior, a chain of
-parabolas::
+parabolas. A second table has the time of other estimators around an AutoIAFNormal, and how many times slower they are
+where the density is taken through the inverse of the flow::
 
-    python examples/benchmarks/flow_cost.py --json flow_cost.json --csv flow_cost.csv
+    python examples/benchmarks/flow_cost.py --json flow_cost.json --csv flow_cost.csv --inverse-csv flow_inverse.csv
 """
 
 from functools import partial
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -33,10 +35,12 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from pyro.optim import ClippedAdam
 from tqdm import tqdm
 
-from pyro_rb import STLTrace_ELBO
+from pyro_rb import DReG_ELBO, RVRSGuide, STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients
 from pyro_rb.diagnostics.stats import summary as stats
+from pyro_rb.poutine.path_flow import PathFlow
 from utils.command_line import restart, run, set_up
+from utils.results import write_table
 
 LOSSES = {
     "Trace_ELBO": Trace_ELBO,
@@ -101,6 +105,31 @@ def measure_variance(model, guide, num_steps, num_samples):
     return {f"variance, {name}": stats.ratio_of_means(x, plain) for name, x in squares.items()}
 
 
+def measure_inverse(dim, count, num_blocks, block_size, start_up):
+    """Quartiles of the time through the inverse, as a multiple of that by the draw."""
+    model = partial(parabolas, dim)
+    guide = AutoIAFNormal(model, num_transforms=count)
+    guide()
+    rejection = RVRSGuide(model, guide, Z_target=0.3, num_samples=4)
+    two = {"num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 0}
+    results = {}
+    for name, loss, around in (
+        ("STLTrace_ELBO, c = 1", STLTrace_ELBO(control_variate_scale=1.0), guide),
+        ("DReG_ELBO, 2 particles", DReG_ELBO(**two), guide),
+        ("RVRSGuide, 4 samples", Trace_ELBO(), rejection),
+    ):
+        by_draw = partial(gradient, loss, model, around)
+
+        def through_inverse(by_draw=by_draw):
+            with mock.patch.object(PathFlow, "find", lambda fn: None):
+                by_draw()
+
+        steps = {"by the draw": lambda by_draw=by_draw: by_draw, "slower": lambda step=through_inverse: step}
+        seconds(by_draw, start_up)
+        results[name] = ratios(take_turns(steps, num_blocks, block_size), "by the draw", 2)
+    return results
+
+
 def main(args):
     set_up(args)
     sizes = (1, 2, 1) if args.smoke_test else (args.num_blocks, BLOCK, START_UP)
@@ -113,7 +142,24 @@ def main(args):
         if is_trained:
             results[name].update(measure_variance(model, guide, num_steps, num_samples))
         tqdm.write(f"{name} {results[name]}")
-    write(args, results, [row(*item) for item in results.items()])
+    rows, inverse = [row(*item) for item in results.items()], []
+    for dim, count in ((5, 1), (20, 1), (50, 1), (50, 2))[: 1 if args.smoke_test else None]:
+        restart(args.seed)
+        name = f"AutoIAFNormal, {dim} dimensions, {layers(count)}"
+        results[f"{name}, inverse"] = found = measure_inverse(dim, count, *(min(size, 8) for size in sizes))
+        tqdm.write(f"{name} {found}")
+        inverse.append(inverse_row(name, found))
+    write(args, results, rows)
+    if args.inverse_csv:
+        write_table(args.inverse_csv, inverse)
+
+
+def inverse_row(name, found):
+    cells = {}
+    for key, times in found.items():
+        cells[f"{key}: ms"] = times["by the draw, ms"]
+        cells[f"{key}: through the inverse"] = times["slower"][0]
+    return {"": name, **cells}
 
 
 def row(name, result):
@@ -127,6 +173,7 @@ def row(name, result):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
+    parser.add_argument("--inverse-csv", help="write the second table to this file")
     parser.add_argument("--num-blocks", type=int, default=20, help="of 16 steps of each loss")
     parser.add_argument("--train-steps", type=int, default=3000, help="before variances are measured")
     parser.add_argument("--num-samples", type=int, default=1000, help="of each gradient")

@@ -8,7 +8,6 @@ Its Jacobian is ``J = diag(scale) + N`` with a nilpotent ``N``, so that the iter
 after as many steps as there are dims, and at rounding long before. A small ``N`` is computed.
 """
 
-import math
 from functools import partial
 from typing import Any, List, Optional, Tuple
 
@@ -16,9 +15,8 @@ import torch
 from torch.nn.functional import linear
 
 from pyro_rb.ops.score_identity import known_name
+from pyro_rb.ops.triangular import SMALL, iterate, substitute
 
-#: The largest matrix, by dims, that takes less time than iterations, for a single draw.
-SMALL = 64
 _ELEMENTWISE = set("ELU GELU Identity LeakyReLU LogSigmoid ReLU SiLU Sigmoid Softplus Tanh".split())
 
 
@@ -68,31 +66,11 @@ def solve(transform: Any, x: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tenso
         matrices, constants = network.fold(by_mean, by_raw, of_log_det)
         if x.numel() <= SMALL:
             rest = b - network.pull_back(constants)
-            return _substitute(network.pull_back(matrices), scale, rest, transform.arn.permutation), "substitution"
+            return substitute(network.pull_back(matrices), scale, rest, transform.arn.permutation), "substitution"
         of_input = partial(_add_products, constants, [m.t() for m in matrices])
-    tolerance = 1e-6 if x.dtype == torch.float32 else 1e-13
     shrink = -scale.reciprocal()
-    start = a = b / scale
-    for step in range(1, x.shape[-1] + 1):
-        last = a
-        a = torch.addcmul(start, network.pull_back(of_input(a)), shrink)
-        # Fewer steps are never enough. Each look at a number makes an accelerator wait.
-        if step > 2 and (x.device.type == "cpu" or step % 8 == 0):
-            change, size = [torch.linalg.vector_norm(v, math.inf, -1) for v in (a - last, a)]
-            if (change <= tolerance * size).all():
-                break
-    return a, f"{step} steps"
-
-
-def _substitute(
-    rows: torch.Tensor, diagonal: torch.Tensor, b: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Solves with the transpose of a matrix that is triangular in some order of its rows and columns."""
-    rows = rows[order][:, order]
-    rows.diagonal().copy_(diagonal[order])
-    a = torch.empty_like(b)
-    a[order] = torch.linalg.solve_triangular(rows.t(), b[order].unsqueeze(-1), upper=True).squeeze(-1)
-    return a
+    start = b / scale
+    return iterate(lambda a: torch.addcmul(start, network.pull_back(of_input(a)), shrink), start, x.shape[-1])
 
 
 def _add_products(

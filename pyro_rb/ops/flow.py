@@ -21,7 +21,7 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch.distributions import Distribution, Normal, Transform
 
-from pyro_rb.ops import affine_autoregressive
+from pyro_rb.ops import affine_autoregressive, zuko
 from pyro_rb.ops.family import is_exactly, strip_independent
 from pyro_rb.ops.score_identity import known_name
 
@@ -60,7 +60,21 @@ def is_forward_only(transform: Transform) -> bool:
     >>> is_forward_only(torch.distributions.ExpTransform())
     False
     """
-    return known_name(transform) in _SLOW | _REMEMBERED
+    return known_name(transform) in _SLOW | _REMEMBERED or zuko.is_layer(transform)
+
+
+def apply(transform: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """
+    What a layer makes of ``x``, and the logarithm of the determinant.
+
+    >>> apply(torch.distributions.ExpTransform(), torch.tensor(0.0))
+    (tensor(1.), tensor(0.))
+    """
+    if zuko.is_layer(transform):
+        y, log_det = transform.call_and_ladj(x)  # by one pass of the network
+        return y, log_det
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)
 
 
 def find_obstacle(layer: Layer) -> Optional[str]:
@@ -110,6 +124,8 @@ def _differentiate_base(base: Distribution, x: torch.Tensor) -> torch.Tensor:
 
 
 def _find_structure(transform: Any) -> Any:
+    if zuko.is_layer(transform):
+        return _zuko
     name = known_name(transform)
     if name in ("Planar", "ConditionedPlanar"):
         return _planar
@@ -120,6 +136,10 @@ def _find_structure(transform: Any) -> Any:
 
 def _affine_autoregressive(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
     return affine_autoregressive.solve(layer.transform, layer.x, b)
+
+
+def _zuko(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
+    return zuko.solve(layer.transform, layer.x.expand(layer.y.shape), b)
 
 
 @contextmanager
@@ -159,8 +179,7 @@ def _dense(layer: Layer, b: torch.Tensor) -> Tuple[torch.Tensor, str]:
     for some, last in zip(eye.split(size), is_last.split(size)):
         with torch.enable_grad(), _undisturbed(layer.transform):
             copies = x.expand((len(some),) + x.shape).clone().requires_grad_()
-            y = layer.transform(copies)
-            log_det = layer.transform.log_abs_det_jacobian(copies, y)
+            y, log_det = apply(layer.transform, copies)
             last = last.reshape((-1,) + (1,) * (log_det.dim() - 1)).expand_as(log_det)
             rows.append(torch.autograd.grad([y, log_det], copies, [some.expand_as(y), last])[0])
     *jacobian, of_log_det = torch.cat(rows)

@@ -19,14 +19,18 @@ from typing import Any, Iterable, Iterator, List, Optional, Set, Tuple
 import torch
 from torch.distributions import AffineTransform, Distribution, Transform, constraints
 
+from pyro_rb.ops import zuko
+from pyro_rb.ops.zuko import as_transformed
+
 # Classes are told by name and home, as nothing of Pyro is imported here.
-_HOMES = ("torch.distributions.", "pyro.distributions.", "torch.nn.", "pyro.nn.")
+_HOMES = ("torch.distributions.", "pyro.distributions.", "torch.nn.", "pyro.nn.", "zuko.")
 # A subclass from elsewhere is known by its parent if it has none of its own.
 _METHODS = {"__call__", "rsample", "log_prob", "score_parts", "icdf"}
 
 _AROUND = set(
-    """AffineBeta ExpandedDistribution Independent IndependentHMM InverseGamma LogNormal LogisticNormal Pareto
-    RelaxedBernoulli RelaxedOneHotCategorical TransformedDistribution Weibull""".split()
+    """AffineBeta BoxUniform DiagNormal ExpandedDistribution Independent IndependentHMM InverseGamma
+    LogNormal LogisticNormal Pareto RelaxedBernoulli RelaxedOneHotCategorical TransformedDistribution
+    Weibull""".split()
 )
 _GAUSSIAN = {"LowRankMultivariateNormal", "MultivariateNormal", "Normal"}
 # Their support stays, and tails on the real line are light.
@@ -43,33 +47,38 @@ _ELEMENTWISE = {"AffineTransform", "ExpTransform", "SigmoidTransform", "Softplus
 # All that they depend on are their attributes.
 _PLAIN = _ELEMENTWISE | set(
     """CholeskyTransform CorrCholeskyTransform DiscreteCosineTransform HaarTransform LowerCholeskyAffine
-    OrderedTransform Permute PowerTransform ReshapeTransform SimplexToOrderedTransform
-    StickBreakingTransform""".split()
+    OrderedTransform Permute PermutationTransform PowerTransform ReshapeTransform SimplexToOrderedTransform
+    SoftclipTransform StickBreakingTransform""".split()
 )
 # From the real line to the real line.
 _FLOWS = set(
     """AffineAutoregressive AffineCoupling BatchNorm ConditionedGeneralizedChannelPermute ConditionedHouseholder
-    ConditionedSpline GeneralizedChannelPermute Householder Spline SplineAutoregressive SplineCoupling""".split()
-)
+    ConditionedSpline GeneralizedChannelPermute Householder LULinearTransform RotationTransform Spline
+    SplineAutoregressive SplineCoupling""".split()
+) | zuko.LAYERS | zuko.ELEMENTWISE
 # Likewise, but with a density for their last draw only. Block autoregressive ones may have bounds.
 _FORWARD = set(
     "BlockAutoregressive ConditionedPlanar ConditionedRadial NeuralAutoregressive Planar Radial".split()
 )
 # Continuous, the transforms with their slopes, and the same at each call; the noisy ones in evaluation mode.
 _NOISY = {"BatchNorm", "Dropout"}
-_PARTS = _FLOWS | _FORWARD | _NOISY | set(
+_PARTS = _FLOWS | _FORWARD | _NOISY | zuko.NETWORKS | set(
     """AutoRegressiveNN ConditionalAutoRegressiveNN ConditionalDenseNN ConditionalHouseholder ConditionalPlanar
     ConditionalRadial ConditionalSpline DenseNN ELU ELUTransform GELU Identity LeakyReLU Linear LogSigmoid LogSoftmax
     MaskedBlockLinear MaskedLinear ModuleList ReLU Sequential SiLU Sigmoid SigmoidTransform Softplus Tanh
     TanhTransform""".split()
 )
+# Their determinant is another one than that of their Jacobian.
+_INEXACT = {"ConditionedMatrixExponential", "MatrixExponential", "Sylvester"}
 # They look their draw up, or read an attribute of it.
 _WITH_MEMORY = _FORWARD | set(
     "Polynomial RelaxedBernoulliStraightThrough RelaxedOneHotCategoricalStraightThrough".split()
 )
 
 # Of a normal distribution they make no heavier tails than those of an exponential, to any power.
-_KEEP_TAILS = (_ELEMENTWISE | _FORWARD | {"Permute"}) - {"NeuralAutoregressive"}
+_KEEP_TAILS = (
+    _ELEMENTWISE | _FORWARD | zuko.LAYERS | {"Permute", "PermutationTransform", "SoftclipTransform"}
+) - {"NeuralAutoregressive"}
 
 _InverseTransform = type(AffineTransform(0.0, 1.0).inv)
 _MEMORY = "log_prob works only on the very tensor that was drawn"
@@ -92,7 +101,7 @@ def base_dists(fn: Distribution) -> Iterator[Distribution]:
     layer: Optional[Distribution] = fn
     while layer is not None:
         yield layer
-        layer = getattr(layer, "base_dist", None)
+        layer = getattr(as_transformed(layer), "base_dist", None)
 
 
 def flat_transforms(fn: Distribution) -> List[Transform]:
@@ -106,7 +115,7 @@ def flat_transforms(fn: Distribution) -> List[Transform]:
     ['ExpTransform']
     """
     layers = reversed(list(base_dists(fn)))
-    return [part for layer in layers for part in flat_parts(getattr(layer, "transforms", ()))]
+    return [part for layer in layers for part in flat_parts(getattr(as_transformed(layer), "transforms", ()))]
 
 
 def flat_parts(transforms: Iterable[Any]) -> List[Any]:
@@ -128,7 +137,8 @@ def _parts(transform: Any) -> List[Transform]:
         return [leaf for part in transform.parts for leaf in _parts(part)]
     if name == "IndependentTransform":
         return _parts(transform.base_transform)
-    return [transform]
+    parts = zuko.parts_of(transform)
+    return [transform] if parts is None else flat_parts(parts)
 
 
 class _Obstacle(Exception):
@@ -161,6 +171,7 @@ def score_obstacle(fn: Distribution, at_draw: bool = False) -> Optional[str]:
 
 
 def _support(fn: Any) -> _Support:
+    fn = as_transformed(fn)
     known = _known_class(fn)
     name = known.__name__
     if name in _LIGHT:
@@ -194,6 +205,8 @@ def _transformed(support: _Support, transform: Any) -> _Support:
     is_flow = name in _FLOWS | _FORWARD
     if is_flow:
         _check_parts(inner, set())
+        if is_inverse and zuko.is_bisected(inner):
+            raise _Obstacle(f"{_MAYBE}: it is inverted by bisection, between bounds where draws may end")
     elif name not in _PLAIN:
         raise _not_known(type(inner))
     domain = _bare(transform.domain)
@@ -212,6 +225,8 @@ def _transformed(support: _Support, transform: Any) -> _Support:
         after = space
     elif name == "BlockAutoregressive":
         stays = vanishes
+    elif name in zuko.LAYERS:
+        stays = stays or vanishes
     if not stays:
         raise _Obstacle(f"{_MAYBE}: learned {name}")
     return after, vanishes and name in _KEEP_TAILS
@@ -224,9 +239,12 @@ def _check_parts(part: Any, seen: Set[int]) -> None:
     if id(part) in seen:
         return
     seen.add(id(part))
-    name = _name(type(part))
+    cls = part if isinstance(part, type) else type(part)
+    name = _name(cls)
     if name not in _PARTS:
-        raise _not_known(type(part))
+        raise _not_known(cls)
+    if cls is part:
+        return
     state = vars(part)
     if state.get("_forward_hooks") or state.get("_forward_pre_hooks") or name in _NOISY and part.training:
         raise _Obstacle(f"{_MAYBE}: {name} may differ from call to call")
@@ -261,7 +279,7 @@ def _name(cls: type) -> Optional[str]:
 
 
 def _not_known(cls: type) -> _Obstacle:
-    if _name(cls) == "Sylvester":
+    if _name(cls) in _INEXACT:
         return _Obstacle("its log_abs_det_jacobian is not that of its Jacobian")
     if _name(cls) in _WITH_MEMORY:
         return _Obstacle(_MEMORY)

@@ -9,8 +9,9 @@ from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch.distributions import Independent, TransformedDistribution
 
-from pyro_rb.ops.flow import Layer, differentiate, find_obstacle, is_forward_only
+from pyro_rb.ops.flow import Layer, apply, differentiate, find_obstacle, is_forward_only
 from pyro_rb.ops.score_identity import flat_parts, flat_transforms, score_obstacle
+from pyro_rb.ops.zuko import as_transformed
 
 
 class _Reason:
@@ -95,6 +96,7 @@ class PathFlow:
         while isinstance(fn, (Independent, MaskedDistribution)):
             wrappers.append(fn)
             fn = fn.base_dist
+        fn = as_transformed(fn)
         if not isinstance(fn, TransformedDistribution):
             return None
         flow = PathFlow(fn, wrappers)
@@ -120,9 +122,8 @@ class PathFlow:
         log_dets = []
         for transform in parts:
             x = self._y
-            self._y = transform(x)
-            # Read at once, as a layer that comes twice remembers its last draw only.
-            log_det = transform.log_abs_det_jacobian(x, self._y)
+            # At once, as a layer that comes twice remembers its last draw only.
+            self._y, log_det = apply(transform, x)
             log_dets.append(sum_rightmost(log_det, event_dim - transform.domain.event_dim))
             event_dim += transform.codomain.event_dim - transform.domain.event_dim
             self._layers.append(Layer(transform, x.detach(), self._y.detach()))
