@@ -58,6 +58,7 @@ class FusedSteps:
 
     def _trace(self, graph: Graph, args: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
         places = {id(x): i for i, x in enumerate(self._fixed)}
+        changed = [places[id(x)] for x in self._changed]
         captured, update = graph.captured, self.update
         num_args, num_fixed = len(args), len(self._fixed)
 
@@ -67,9 +68,12 @@ class FusedSteps:
             losses: List[torch.Tensor] = []
             is_good: Any = True
             for k in range(self.num_steps):
+                before = [fixed[i].clone() for i in changed]
                 loss, held, *rest = captured.module(*inputs[:num_args], *fixed)
                 # After a step that must be made again, no other is made.
                 is_good = (loss == loss) & is_good if held is None else (loss == loss) & held & is_good
+                for i, value in zip(changed, before):
+                    fixed[i].copy_(torch.where(is_good, fixed[i], value))
                 update.apply(parameters, rest[: len(parameters)], state, is_good, k)
                 losses.append(torch.where(is_good, loss.double(), torch.nan))
             return (torch.stack(losses),)
@@ -122,7 +126,8 @@ class FusedSteps:
         graph.learning.take_scales()
         self.update.prepare()
         generators = get_torch_generators()
-        saved = self._save() if self._changed or self.num_steps > 1 else None
+        is_whole = self.num_steps == 1 and not (self._is_split and self._changed)
+        saved = None if is_whole else self._save()
         losses = self._make_split(graph, args) if self._is_split else self._call(args).tolist()
         if losses[-1] != losses[-1]:
             if saved is not None:

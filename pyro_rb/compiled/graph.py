@@ -109,6 +109,8 @@ def difference(
     expected = {id(p): (p, g) for p, g in zip(eager.parameters, eager.grads)}
     largest = max([_size(g) for g in eager.grads], default=0.0)
     expected_loss = torch.as_tensor(eager.loss, dtype=step.loss.dtype, device=step.loss.device)
+    if not is_exact:  # weights of draws round as the log densities do that they are made of
+        largest = max(largest, _size(expected_loss))
     pairs: List[Any] = [("the loss", 1.0, step.loss, expected_loss)]
     for key in {**expected, **found}:
         p, g = expected.get(key) or found[key]

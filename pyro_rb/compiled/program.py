@@ -20,6 +20,7 @@ from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
 from pyro_rb.compiled.watch import NotCapturable
+from pyro_rb.infer import RVRSGuide
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 from pyro_rb.infer.util import (
     is_plain_call,
@@ -30,6 +31,8 @@ from pyro_rb.infer.util import (
 
 MAX_GRAPHS = 8
 MAX_UNSTABLE = 3
+#: Captures of a loss that takes another way for rare random numbers.
+MAX_ATTEMPTS = 5
 ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
 
 
@@ -50,9 +53,11 @@ class Program:
         #: Why steps are eager; empty if they are not.
         self.reason = ""
         self._graphs: Dict[Tuple, List[Graph]] = {}
-        self._pending: Set[Tuple] = set()
-        self._unstable = 0
+        #: Eager steps to be made before a graph is captured.
+        self._pending: Dict[Tuple, int] = {}
+        self._unstable = self._attempts = 0
         self._warned: Set[str] = set()
+        self._rejecting = [m for m in self._reach().modules if isinstance(m, RVRSGuide)]
 
     @property
     def graphs(self) -> List[Graph]:
@@ -120,6 +125,7 @@ class Program:
             torch.is_inference_mode_enabled(),
             torch.get_default_dtype(),
             torch.is_autocast_enabled(),
+            *[guide._guess_acceptance() for guide in self._rejecting],
         )
         return key, tensors
 
@@ -136,18 +142,27 @@ class Program:
             why = graph.why_invalid()
             if why is None:
                 return self._run(graph, args, kwargs, tensors)
-        if key not in self._pending:
-            # An eager step makes parameters, and finds out the nesting of plates.
-            self._pending.add(key)
+        # An eager step makes parameters, and finds out the nesting of plates.
+        steps_left = self._pending.get(key, 1)
+        if steps_left:
+            self._pending[key] = steps_left - 1
             return None
-        self._pending.remove(key)
+        del self._pending[key]
         if sum(graph.learning.learns == learns for graph in self.graphs) >= MAX_GRAPHS:
             why = why or "the shape or value of an argument"
             raise NotCapturable(
                 f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
                 "Pad the last minibatch or leave it out"
             )
-        graph = self._capture(args, kwargs, tensors, learns)
+        try:
+            graph = self._capture(args, kwargs, tensors, learns)
+        except NotCapturable as e:
+            self._attempts += 1
+            if not e.is_rare or self._attempts == MAX_ATTEMPTS:
+                raise
+            self._pending[key] = 4**self._attempts
+            return None
+        self._attempts = 0
         found, is_good = self._check(graph, args, kwargs, tensors)
         if is_good:
             graphs.append(graph)
@@ -183,6 +198,12 @@ class Program:
         reach = self._reach()
         if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
             raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
+        for guide in self._rejecting:
+            if guide.local_plate is not None:
+                raise NotCapturable(
+                    f"RVRSGuide with local_plate={guide.local_plate!r} proposes until enough is "
+                    "accepted for each item, in a number of rounds that depends on values"
+                )
         state = State(reach.buffers())
         table = dict(parameter_table())
         learning = Learning(self.elbo, learns)
@@ -226,8 +247,10 @@ class Program:
             if self._unstable >= MAX_UNSTABLE:
                 self._give_up(f"{changed} changes at each run. {ADVICE}")
         else:
-            self._compare(graph, tensors, result, before, after)
-            if self.backend == "inductor" and not self.reason and not graph.is_compiled:
+            if not self._compare(graph, tensors, result, before, after):
+                graph.next_check = graph.calls + 1
+                return result, not self.reason
+            if self.backend == "inductor" and not graph.is_compiled:
                 self._compile(graph, tensors, result, before, after)
             graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
         return result, changed is None and not self.reason
@@ -258,10 +281,13 @@ class Program:
 
     def _compare(
         self, graph: Graph, tensors: Sequence[Any], result: Gradient, before: State, after: State
-    ) -> None:
+    ) -> bool:
+        """Whether the graph did what the eager loss did."""
         before.restore()
         try:
             step = graph(tensors)
+            if step.held is not None and not step.held:
+                return False  # such a step is eager
             problem = difference(step, graph.captured.parameters, result, not graph.is_compiled)
             if not problem:
                 problem = after.compare()
@@ -274,6 +300,7 @@ class Program:
                 f"its graph and the eager loss differ for the same random numbers: {problem}. "
                 f"Something that is no argument differs from step to step. {ADVICE}"
             )
+        return not problem
 
     def _compile(self, graph: Graph, tensors: Sequence[Any], *results: Any) -> None:
         try:

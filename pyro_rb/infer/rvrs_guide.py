@@ -177,7 +177,8 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         self._others = {}
         self._structure = None
         self._structures = {}
-        self._num_proposed = self._num_invalid = 0
+        self.register_buffer("_num_proposed", torch.tensor(0), persistent=False)
+        self._num_invalid = 0
         self._has_warned = False
 
     @property
