@@ -6,28 +6,35 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
+from pyro_rb.compiled.background import Compilation
 from pyro_rb.compiled.graph import Graph
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.simplify import simplify
-from pyro_rb.compiled.torch_private import compile_graph, trace
+from pyro_rb.compiled.torch_private import trace
 from pyro_rb.compiled.update import Update
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 
 
 class FusedSteps:
     """
-    Steps of SVI as one graph: loss, gradient, and the update of the parameters in place. A
-    single step that is replayed is two graphs, so that the loss can be looked at in between.
+    Steps of SVI as one graph: loss, gradient, and the update of the parameters in place; or as
+    two for a single step, so that the loss can be looked at in between.
 
     :param graph: the loss and its gradient.
     :param optim: Pyro's optimizer, which has made a step of all parameters.
     :param int num_steps: the number of steps in the graph.
     :param args: the tensors among the arguments of a step.
+    :param bool is_split: whether it is two graphs.
     :raises NotImplementedError: naming what there is no update for.
     """
 
     def __init__(
-        self, graph: Graph, optim: Any, num_steps: int, args: Sequence[torch.Tensor]
+        self,
+        graph: Graph,
+        optim: Any,
+        num_steps: int,
+        args: Sequence[torch.Tensor],
+        is_split: bool,
     ) -> None:
         self.num_steps = num_steps
         self._fixed, self._changed = graph.captured.fixed, graph.captured.changed
@@ -39,7 +46,8 @@ class FusedSteps:
         if len(graph.named) != len(ours):
             raise NotImplementedError("a parameter that is not in the param store")
         self.update = Update(optim, self._parameters)
-        self._is_split = num_steps == 1 and not graph.is_compiled
+        self._is_split = is_split
+        self._compilation: Optional[Compilation] = None
         self._module = self._trace_update() if self._is_split else self._trace(graph, args)
         self._run: Callable[..., Any] = as_function(self._module)
 
@@ -86,13 +94,20 @@ class FusedSteps:
         simplify(module)
         return module
 
-    def compile(self, args: Sequence[torch.Tensor]) -> None:
+    def compile(self, args: Sequence[torch.Tensor], background: bool) -> bool:
         """
         By Inductor.
 
+        :return: whether it is done.
+        :raises InductorError: if it failed.
         :raises RuntimeError: if the result is not what it is without.
         """
-        compiled = compile_graph(self._module, [*args, *self._fixed, *self.update.tensors])
+        if self._compilation is None:
+            inputs = [*args, *self._fixed, *self.update.tensors]
+            self._compilation = Compilation(self._module, inputs, background)
+        if not self._compilation.is_done():
+            return False
+        compiled = self._compilation.result()
         self.update.prepare()
         before = self._save()
         self._call(args)
@@ -109,6 +124,7 @@ class FusedSteps:
             if not torch.allclose(a, b, rtol=1e-3, atol=atol, equal_nan=True):
                 self._run = replay
                 raise RuntimeError("the compiled update differs from the one that is replayed")
+        return True
 
     def is_free(self) -> bool:
         """Whether no gradient of something else waits for the update."""

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch.nn.parallel import DistributedDataParallel
 
+from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.graph import Gradient, Graph, difference
@@ -43,13 +44,20 @@ class Program:
     :param guide: its guide.
     :param str backend: ``"inductor"`` or ``"replay"``.
     :param int check_every: the steps between comparisons, in the long run.
+    :param bool background: whether steps go on while Inductor compiles.
     """
 
     def __init__(
-        self, elbo: Any, model: Any, guide: Any, backend: str, check_every: int
+        self,
+        elbo: Any,
+        model: Any,
+        guide: Any,
+        backend: str,
+        check_every: int,
+        background: bool,
     ) -> None:
         self.elbo, self.model, self.guide = elbo, model, guide
-        self.backend, self.check_every = backend, check_every
+        self.backend, self.check_every, self.background = backend, check_every, background
         #: Why steps are eager; empty if they are not.
         self.reason = ""
         self._graphs: Dict[Tuple, List[Graph]] = {}
@@ -89,6 +97,11 @@ class Program:
             name = type(self.elbo).__name__
             warnings.warn(f"{name} is not compiled, its steps are eager: {reason}.", stacklevel=5)
 
+    def replay_only(self, error: InductorError) -> None:
+        """Is told that Inductor failed."""
+        self.backend = "replay"
+        self._warn(f"Inductor failed, so that the graph is replayed: {error}")
+
     def ready(
         self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]
     ) -> Optional[Tuple[Graph, List[torch.Tensor]]]:
@@ -109,7 +122,7 @@ class Program:
             return None
         for graph in graphs:
             if not graph.learning.learns and graph.why_invalid() is None:
-                is_checked = graph.calls + num_steps >= graph.next_check
+                is_checked = graph.calls + num_steps >= graph.next_check or graph.is_due
                 return None if is_checked else (graph, tensors)
         return None
 
@@ -171,7 +184,7 @@ class Program:
     def _run(
         self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
     ) -> Optional[Gradient]:
-        if graph.calls + 1 >= graph.next_check:
+        if graph.is_due:
             graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
         graph.learning.take_scales()
@@ -304,9 +317,9 @@ class Program:
 
     def _compile(self, graph: Graph, tensors: Sequence[Any], *results: Any) -> None:
         try:
-            graph.compile(tensors)
-        except Exception as e:  # no C++ compiler, say
-            self.backend = "replay"
-            self._warn(f"Inductor failed, so that the graph is replayed: {type(e).__name__}: {e}")
+            is_done = graph.compile(tensors, self.background)
+        except InductorError as e:
+            self.replay_only(e)
             return
-        self._compare(graph, tensors, *results)
+        if is_done:
+            self._compare(graph, tensors, *results)

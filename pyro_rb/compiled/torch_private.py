@@ -5,7 +5,6 @@
 The one place that touches PyTorch's private names for capturing and compiling graphs.
 """
 
-import copy
 from typing import Any, Callable, List, Sequence
 
 import torch
@@ -94,13 +93,30 @@ def bare(operation: Any) -> Callable:
     return found
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
-    """Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them."""
+#: What Inductor makes of a graph. It can be called, and saved for another process.
+Compiled = Any
+
+
+def compile_graph(graph: torch.fx.Graph, inputs: Sequence[torch.Tensor]) -> Compiled:
+    """
+    Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them.
+
+    :param graph: without tensors of its own.
+    """
     import torch._inductor.config
 
     options = {k: v for k, v in _OPTIONS.items() if hasattr(torch._inductor.config, k)}
     with torch.no_grad():
-        compiled: Callable = torch._inductor.compile(
-            copy.deepcopy(graph), list(inputs), options=options
+        return torch._inductor.standalone_compile(
+            torch.fx.GraphModule({}, graph),
+            list(inputs),
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": options},
         )
-    return compiled
+
+
+def load(path: str) -> Compiled:
+    """What another process has saved."""
+    import torch._inductor
+
+    return torch._inductor.CompiledArtifact.load(path=path, format="binary")
