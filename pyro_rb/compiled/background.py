@@ -23,7 +23,12 @@ from typing import Any, Callable, List, Sequence
 import torch
 
 from pyro_rb.compiled.portable import from_list, to_list, without_tensors
-from pyro_rb.compiled.torch_private import Compiled, compile_graph, load
+from pyro_rb.compiled.torch_private import (
+    Compiled,
+    compile_graph,
+    load,
+    prepare_load,
+)
 
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -69,6 +74,7 @@ class Compilation:
         except (OSError, TypeError):  # where there is no interpreter to start
             shutil.rmtree(self._folder, ignore_errors=True)
             return
+        prepare_load()
         weakref.finalize(self, _stop, self._process, self._folder, os.getpid())
 
     def is_done(self) -> bool:

@@ -5,6 +5,7 @@
 The one place that touches PyTorch's private names for capturing and compiling graphs.
 """
 
+import threading
 from typing import Any, Callable, List, Sequence
 
 import torch
@@ -113,6 +114,18 @@ def compile_graph(graph: torch.fx.Graph, inputs: Sequence[torch.Tensor]) -> Comp
             dynamic_shapes="from_example_inputs",
             options={"config_patches": options},
         )
+
+
+def prepare_load() -> None:
+    """
+    Does beforehand what :func:`load` would take seconds for. Modules are imported here; what the
+    processor can do is found out by other processes, for which a thread waits.
+    """
+    import torch._inductor.compile_fx  # noqa: F401
+    from torch._inductor import codecache, cpu_vec_isa
+
+    for find in (cpu_vec_isa.pick_vec_isa, codecache.torch_key):  # which keep what they found
+        threading.Thread(target=find, daemon=True).start()
 
 
 def load(path: str) -> Compiled:
