@@ -73,24 +73,21 @@ class FusedSteps:
         def run(*inputs: torch.Tensor) -> Tuple[torch.Tensor]:
             fixed, state = inputs[num_args:][:num_fixed], inputs[num_args + num_fixed :]
             parameters = [fixed[places[id(p)]] for p in captured.parameters]
-            losses: List[torch.Tensor] = []
-            is_good: Any = True
-            for k in range(self.num_steps):
-                before = [fixed[i].clone() for i in changed]
-                loss, held, *rest = captured.module(*inputs[:num_args], *fixed)
-                # After a step that must be made again, no other is made.
-                is_good = (loss == loss) & is_good if held is None else (loss == loss) & held & is_good
-                for i, value in zip(changed, before):
-                    fixed[i].copy_(torch.where(is_good, fixed[i], value))
-                update.apply(parameters, rest[: len(parameters)], state, is_good, k)
-                losses.append(torch.where(is_good, loss.double(), torch.nan))
-            return (torch.stack(losses),)
+            before = [fixed[i].clone() for i in changed]
+            loss, held, *rest = captured.module(*inputs[:num_args], *fixed)
+            is_good: Any = loss == loss if held is None else (loss == loss) & held
+            # After a step that must be made again, no other is made.
+            is_good = update.apply(parameters, rest[: len(parameters)], state, is_good)
+            for i, value in zip(changed, before):
+                fixed[i].copy_(torch.where(is_good, fixed[i], value))
+            return (torch.where(is_good, loss.double(), torch.nan).reshape(1),)
 
         inputs = [x.detach().clone() for x in [*args, *self._fixed, *update.tensors]]
         generators = get_torch_generators()
         with torch.no_grad():
             module = trace(run, inputs)
         set_torch_generators(generators)
+        module = _repeat(module, self.num_steps)
         simplify(module)
         return module
 
@@ -178,3 +175,15 @@ class FusedSteps:
             for x, value in zip(self._tensors(), saved[0]):
                 x.copy_(value)
         set_torch_generators(saved[1])
+
+
+def _repeat(module: torch.fx.GraphModule, num_steps: int) -> torch.fx.GraphModule:
+    """A graph that changes its inputs in place, several times in a row."""
+    if num_steps == 1:
+        return module
+    graph = torch.fx.Graph()
+    inputs = {x: graph.node_copy(x) for x in module.graph.nodes if x.op == "placeholder"}
+    results: List[Any] = [graph.graph_copy(module.graph, dict(inputs)) for _ in range(num_steps)]
+    losses = [result[0] for result in results]
+    graph.output((graph.call_function(torch.ops.aten.cat.default, (losses,)),))
+    return torch.fx.GraphModule(module, graph)

@@ -41,8 +41,9 @@ class Update:
                 raise NotImplementedError(f"{name} without state, or of a complex parameter")
         self._options = self._read_options()
         self._betas = torch.tensor([g["betas"] for g in self._groups], dtype=torch.float64).T
-        #: Learning rate and number of steps so far, by parameter: [2, parameters].
-        self._numbers = torch.zeros(2, len(parameters), dtype=torch.float64)
+        #: Learning rate and number of steps so far, by parameter, and whether all steps of the
+        #: graph were good: [3, parameters].
+        self._numbers = torch.ones(3, len(parameters), dtype=torch.float64)
 
     def _read_options(self) -> List[Tuple]:
         names = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
@@ -74,7 +75,8 @@ class Update:
         """Tells the graph learning rates and numbers of steps, before it is run."""
         rates = [float(group["lr"]) for group in self._groups]
         steps = [float(state["step"]) for state in self._states]
-        self._numbers.copy_(torch.tensor([rates, steps], dtype=torch.float64))
+        ones = [1.0] * len(rates)
+        self._numbers.copy_(torch.tensor([rates, steps, ones], dtype=torch.float64))
 
     def finish(self, num_steps: int) -> None:
         """Tells the optimizers what the graph has done."""
@@ -89,22 +91,24 @@ class Update:
         grads: Sequence[torch.Tensor],
         tensors: Sequence[torch.Tensor],
         is_good: Optional[torch.Tensor] = None,
-        num_before: int = 0,
-    ) -> None:
+    ) -> Optional[torch.Tensor]:
         """
         Makes a step in place.
 
         :param tensors: in the place of :attr:`tensors`.
-        :param is_good: a condition; where it is false, nothing is changed. Defaults to None,
-            for true.
-        :param int num_before: the steps before it in the graph.
+        :param is_good: a condition; where it is false, or was at a step before, nothing is
+            changed. Defaults to None, for a step that is good, and the only one.
+        :return: whether it was made.
         """
         *moments, numbers = tensors
-        lr, steps = numbers.unbind()
-        steps = steps + (num_before + 1)
+        lr, steps, were_good = numbers.unbind()
+        steps = steps + 1
         if any("lrd" in group for group in self._groups):
             decay = torch.tensor([g.get("lrd", 1.0) for g in self._groups], dtype=torch.float64)
-            lr = lr * decay ** (num_before + 1)
+            lr = lr * decay
+        if is_good is not None:
+            is_good = is_good & (were_good[0] == 1.0)
+            numbers.copy_(torch.stack([lr, steps, were_good * is_good]))
         first, second = (1.0 - beta**steps for beta in self._betas)
         kinds: Dict[Any, List[int]] = {}
         for i, p in enumerate(parameters):
@@ -120,6 +124,7 @@ class Update:
                 if is_good is not None:
                     news = [torch.where(is_good, x, y) for x, y in zip(news, olds)]
                 torch._foreach_copy_(olds, news)
+        return is_good
 
     def _compute(
         self, member: int, g: Any, p: Any, m: Any, v: Any, lr: Any, size: Any, root: Any

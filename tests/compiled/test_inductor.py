@@ -35,7 +35,7 @@ def test_steps_are_those_of_svi():
         return losses, store, torch.get_rng_state(), svi
 
     expected = run(SVI, STLTrace_ELBO())
-    loss = pyro_rb.compile(STLTrace_ELBO())
+    loss = pyro_rb.compile(STLTrace_ELBO(), background=False)
     actual = run(CompiledSVI, loss)
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-4)
