@@ -47,11 +47,17 @@ class Compilation:
     :param module: the graph.
     :param inputs: tensors such as it will be called with.
     :param bool background: whether to return at once.
+    :param bool is_long: whether it is of several steps.
     """
 
     def __init__(
-        self, module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], background: bool
+        self,
+        module: torch.fx.GraphModule,
+        inputs: Sequence[torch.Tensor],
+        background: bool,
+        is_long: bool = False,
     ) -> None:
+        self._is_long = is_long
         self._graph, self._constants = without_tensors(module)
         self._inputs = [_describe(x) for x in [*inputs, *self._constants]]
         self._process: Any = None
@@ -61,7 +67,8 @@ class Compilation:
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="pyro_rb_")
         with open(os.path.join(self._folder, "graph"), "wb") as file:
-            pickle.dump((to_list(self._graph), self._inputs, _get_settings()), file)
+            work = to_list(self._graph), self._inputs, self._is_long, _get_settings()
+            pickle.dump(work, file)
         try:
             with open(os.path.join(self._folder, "error"), "wb") as error:
                 self._process = subprocess.Popen(
@@ -104,7 +111,7 @@ class Compilation:
                 code = f"its process ended with {self._process.returncode}"
                 raise RuntimeError(lines[-1] if lines else code)
         # There is no other process, or what it made could not be written.
-        return compile_graph(self._graph, _make(self._inputs))
+        return compile_graph(self._graph, _make(self._inputs), self._is_long)
 
 
 def _with_constants(program: Compiled, constants: List[torch.Tensor]) -> Callable[..., Any]:
@@ -138,10 +145,10 @@ def main(folder: str) -> None:
     """Of the process that compiles. It ends when the process that started it has ended."""
     threading.Thread(target=_follow, daemon=True).start()
     with open(os.path.join(folder, "graph"), "rb") as file:
-        nodes, inputs, (num_threads, precision) = pickle.load(file)
+        nodes, inputs, is_long, (num_threads, precision) = pickle.load(file)
     torch.set_num_threads(num_threads)
     torch.set_float32_matmul_precision(precision)
-    program = compile_graph(from_list(nodes), _make(inputs))
+    program = compile_graph(from_list(nodes), _make(inputs), is_long)
     if program.is_saveable():
         path = os.path.join(folder, "program")
         program.save(path=path + ".part", format="binary")

@@ -47,6 +47,7 @@ class FusedSteps:
             raise NotImplementedError("a parameter that is not in the param store")
         self.update = Update(optim, self._parameters)
         self._is_split = is_split
+        self._kept: List[torch.Tensor] = []
         self._compilation: Optional[Compilation] = None
         self._module = self._trace_update() if self._is_split else self._trace(graph, args)
         self._run: Callable[..., Any] = as_function(self._module)
@@ -70,7 +71,7 @@ class FusedSteps:
         captured, update = graph.captured, self.update
         num_args, num_fixed = len(args), len(self._fixed)
 
-        def run(*inputs: torch.Tensor) -> Tuple[torch.Tensor]:
+        def run(*inputs: torch.Tensor) -> Tuple[torch.Tensor, ...]:
             fixed, state = inputs[num_args:][:num_fixed], inputs[num_args + num_fixed :]
             parameters = [fixed[places[id(p)]] for p in captured.parameters]
             before = [fixed[i].clone() for i in changed]
@@ -80,7 +81,8 @@ class FusedSteps:
             is_good = update.apply(parameters, rest[: len(parameters)], state, is_good)
             for i, value in zip(changed, before):
                 fixed[i].copy_(torch.where(is_good, fixed[i], value))
-            return (torch.where(is_good, loss.double(), torch.nan).reshape(1),)
+            losses = torch.where(is_good, loss.double(), torch.nan).reshape(1)
+            return (losses, *rest[len(parameters) :])
 
         inputs = [x.detach().clone() for x in [*args, *self._fixed, *update.tensors]]
         generators = get_torch_generators()
@@ -101,7 +103,8 @@ class FusedSteps:
         """
         if self._compilation is None:
             inputs = [*args, *self._fixed, *self.update.tensors]
-            self._compilation = Compilation(self._module, inputs, background)
+            is_long = self.num_steps > 1
+            self._compilation = Compilation(self._module, inputs, background, is_long)
         if not self._compilation.is_done():
             return False
         compiled = self._compilation.result()
@@ -139,36 +142,51 @@ class FusedSteps:
         graph.learning.take_scales()
         self.update.prepare()
         generators = get_torch_generators()
-        is_whole = self.num_steps == 1 and not (self._is_split and self._changed)
-        saved = None if is_whole else self._save()
-        losses = self._make_split(graph, args) if self._is_split else self._call(args).tolist()
+        # A single step that is not good changes nothing by itself.
+        may_change = self.num_steps > 1 or (self._is_split and self._changed)
+        if may_change:
+            self._keep()
+        if self._is_split:
+            losses, learned = self._make_split(graph, args)
+        else:
+            found, *learned = self._call(args)
+            losses = found.tolist()
         if losses[-1] != losses[-1]:
-            if saved is not None:
-                self._restore(saved)
+            self.update.forget()
+            if may_change:
+                self._restore((self._kept, generators))
             set_torch_generators(generators)
             return None
         self.update.finish(self.num_steps)
-        graph.count_steps(self.num_steps)
+        graph.count_steps(self.num_steps, learned)
         return losses
 
-    def _make_split(self, graph: Graph, args: Sequence[torch.Tensor]) -> List[float]:
+    def _make_split(self, graph: Graph, args: Sequence[torch.Tensor]) -> Tuple[List[float], Any]:
         step = graph(args)
         loss = step.loss.item()
         if loss == loss and (step.held is None or step.held):
             with torch.no_grad():
                 self._run(*self._parameters, *step.grads, *self.update.tensors)
-            return [loss]
-        return [math.nan]
+            return [loss], step.learned
+        return [math.nan], ()
 
     def _call(self, args: Sequence[torch.Tensor]) -> Any:
         with torch.no_grad():
-            return self._run(*args, *self._fixed, *self.update.tensors)[0]
+            return self._run(*args, *self._fixed, *self.update.tensors)
 
     def _tensors(self) -> List[torch.Tensor]:
         return [*self._parameters, *self._changed, *self.update.tensors]
 
     def _save(self) -> Tuple[List[torch.Tensor], Any]:
         return [x.detach().clone() for x in self._tensors()], get_torch_generators()
+
+    def _keep(self) -> None:
+        """Saves the tensors where they were saved before, in one operation."""
+        tensors = self._tensors()
+        if not self._kept:
+            self._kept = [x.detach().clone() for x in tensors]
+        with torch.no_grad():
+            torch._foreach_copy_(self._kept, tensors)
 
     def _restore(self, saved: Tuple[List[torch.Tensor], Any]) -> None:
         with torch.no_grad():

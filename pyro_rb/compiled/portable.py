@@ -12,6 +12,10 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.node import map_aggregate, map_arg
 
+aten = torch.ops.aten
+#: Number of multiplications of which a product of matrices is written as a sum.
+LARGEST_PRODUCT = 2**14
+
 
 def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
     """
@@ -19,6 +23,7 @@ def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
     """
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    _expand_products(graph)
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     constants: List[torch.Tensor] = []
     for node in list(graph.nodes):
@@ -37,6 +42,33 @@ def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     return graph, constants
+
+
+def _expand_products(graph: Graph) -> None:
+    """
+    Writes products of small matrices and vectors as sums, which Inductor makes one with what is
+    around them; a call of the library takes longer than the arithmetic.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.mm.default:
+            continue
+        metas = [x.meta.get("tensor_meta") for x in node.args]
+        if None in metas or any(x.meta["val"].device.type != "cpu" for x in node.args):
+            continue
+        (num_rows, size), (_, num_columns) = (meta.shape for meta in metas)
+        if min(num_rows, num_columns) > 1 or num_rows * size * num_columns > LARGEST_PRODUCT:
+            continue
+        with graph.inserting_before(node):
+            a, b = node.args
+            if num_columns == 1:
+                b = graph.call_function(aten.t.default, (b,))
+                terms, dim = graph.call_function(aten.mul.Tensor, (a, b)), 1
+            else:
+                a = graph.call_function(aten.t.default, (a,))
+                terms, dim = graph.call_function(aten.mul.Tensor, (a, b)), 0
+            new = graph.call_function(aten.sum.dim_IntList, (terms, [dim], True))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 class _Node(NamedTuple):

@@ -116,12 +116,13 @@ class Program:
         except NotCapturable:
             return None
         graphs = self._graphs.get(key, [])
-        if any(graph.learning.is_due(num_steps) for graph in graphs):
+        learns = any(graph.learning.is_due(num_steps) for graph in graphs)
+        if learns and num_steps > 1:
             return None
         if self._phase(num_steps) != self._phase():
             return None
         for graph in graphs:
-            if not graph.learning.learns and graph.why_invalid() is None:
+            if graph.learning.learns == learns and graph.why_invalid() is None:
                 is_checked = graph.calls + num_steps >= graph.next_check or graph.is_due
                 return None if is_checked else (graph, tensors)
         return None

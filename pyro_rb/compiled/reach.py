@@ -62,6 +62,11 @@ class Reachable:
     def changed(self) -> Optional[str]:
         """What has changed since, if something has."""
         for slot in self.slots:
+            try:
+                if slot.read() is slot.value:
+                    continue
+            except (LookupError, ValueError):
+                pass
             if slot.has_changed():
                 return slot.name
         return None

@@ -98,15 +98,20 @@ def bare(operation: Any) -> Callable:
 Compiled = Any
 
 
-def compile_graph(graph: torch.fx.Graph, inputs: Sequence[torch.Tensor]) -> Compiled:
+def compile_graph(
+    graph: torch.fx.Graph, inputs: Sequence[torch.Tensor], is_long: bool = False
+) -> Compiled:
     """
     Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them.
 
     :param graph: without tensors of its own.
+    :param bool is_long: whether to call the kernels from C++, too, if they are on the CPU.
     """
     import torch._inductor.config
 
     options = {k: v for k, v in _OPTIONS.items() if hasattr(torch._inductor.config, k)}
+    if is_long and all(x.device.type == "cpu" for x in inputs):
+        options["cpp_wrapper"] = True
     with torch.no_grad():
         return torch._inductor.standalone_compile(
             torch.fx.GraphModule({}, graph),

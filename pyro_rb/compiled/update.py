@@ -44,6 +44,10 @@ class Update:
         #: Learning rate and number of steps so far, by parameter, and whether all steps of the
         #: graph were good: [3, parameters].
         self._numbers = torch.ones(3, len(parameters), dtype=torch.float64)
+        #: What they were made of, as far as the graph has gone on since.
+        self._known: Any = None
+        steps = [state["step"] for state in self._states]
+        self._counts = [x for x in steps if isinstance(x, torch.Tensor)]
 
     def _read_options(self) -> List[Tuple]:
         names = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
@@ -73,6 +77,8 @@ class Update:
 
     def prepare(self) -> None:
         """Tells the graph learning rates and numbers of steps, before it is run."""
+        if self._known is not None and self._known == self._read():
+            return
         rates = [float(group["lr"]) for group in self._groups]
         steps = [float(state["step"]) for state in self._states]
         ones = [1.0] * len(rates)
@@ -80,10 +86,27 @@ class Update:
 
     def finish(self, num_steps: int) -> None:
         """Tells the optimizers what the graph has done."""
+        if self._counts:
+            torch._foreach_add_(self._counts, num_steps)
         for group, state in zip(self._groups, self._states):
-            state["step"] += num_steps
+            if not isinstance(state["step"], torch.Tensor):
+                state["step"] += num_steps
             if "lrd" in group:
-                group["lr"] *= group["lrd"] ** num_steps
+                for _ in range(num_steps):
+                    group["lr"] *= group["lrd"]
+        self._known = self._read()
+
+    def forget(self) -> None:
+        """Is told that the graph was not run to its end."""
+        self._known = None
+
+    def _read(self) -> Any:
+        """Learning rates and numbers of steps, in a form that is compared without a look at tensors."""
+        rates = [group["lr"] for group in self._groups]
+        if any(isinstance(rate, torch.Tensor) for rate in rates):
+            return None
+        steps = [state["step"] for state in self._states]
+        return rates, [(id(x), x._version) if isinstance(x, torch.Tensor) else x for x in steps]
 
     def apply(
         self,
@@ -108,7 +131,8 @@ class Update:
             lr = lr * decay
         if is_good is not None:
             is_good = is_good & (were_good[0] == 1.0)
-            numbers.copy_(torch.stack([lr, steps, were_good * is_good]))
+            were_good = were_good * is_good
+        numbers.copy_(torch.stack([lr, steps, were_good]))
         first, second = (1.0 - beta**steps for beta in self._betas)
         kinds: Dict[Any, List[int]] = {}
         for i, p in enumerate(parameters):

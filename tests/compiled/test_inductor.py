@@ -50,10 +50,9 @@ def test_without_a_compiler(monkeypatch):
     def fail(*args):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr("pyro_rb.compiled.graph.compile_graph", fail)
-    monkeypatch.setattr("pyro_rb.compiled.fused.compile_graph", fail)
+    monkeypatch.setattr("pyro_rb.compiled.background.compile_graph", fail)
     model, guide, args = models.conjugate()
-    loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0))
+    loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0), background=False)
     svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss)
     with pytest.warns(UserWarning, match="Inductor failed.*replayed.*no C\\+\\+ compiler") as caught:
         svi.run(10, *args(0), progress_bar=False)
