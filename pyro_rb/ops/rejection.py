@@ -83,13 +83,13 @@ def first_accepted(
     """
     if is_accepted.dim() == 1:
         index = is_accepted.nonzero().squeeze(-1)[:num_samples]
-    elif is_accepted.shape[1] == 1 and num_samples > _FEW:
-        index = is_accepted.sort(dim=0, descending=True, stable=True).indices[:num_samples]
     elif num_samples <= _FEW and len(is_accepted) < 256:
         # How many proposals have fewer acceptances up to them, in bytes for speed.
         count = is_accepted.cumsum(0, dtype=torch.uint8)
         fewer = [(count < i + 1).view(torch.uint8) for i in range(num_samples)]
         index = torch.stack([x.sum(0, dtype=torch.uint8) for x in fewer]).long()
+    elif is_accepted.shape[1] == 1:
+        index = is_accepted.sort(dim=0, descending=True, stable=True).indices[:num_samples]
     else:
         # By item, and for each item in the order of the proposals.
         _, order = is_accepted.t().nonzero(as_tuple=True)
