@@ -10,7 +10,7 @@ from pyro_rb.compiled.background import Compilation
 from pyro_rb.compiled.graph import Graph
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.simplify import simplify
-from pyro_rb.compiled.torch_private import trace
+from pyro_rb.compiled.torch_private import foreach, trace
 from pyro_rb.compiled.update import Update
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 
@@ -107,7 +107,7 @@ class FusedSteps:
             self._compilation = Compilation(self._module, inputs, background, is_long)
         if not self._compilation.is_done():
             return False
-        compiled = self._compilation.result()
+        compiled, self._compilation = self._compilation.result(), None
         self.update.prepare()
         before = self._save()
         self._call(args)
@@ -186,7 +186,7 @@ class FusedSteps:
         if not self._kept:
             self._kept = [x.detach().clone() for x in tensors]
         with torch.no_grad():
-            torch._foreach_copy_(self._kept, tensors)
+            foreach("copy_")(self._kept, tensors)
 
     def _restore(self, saved: Tuple[List[torch.Tensor], Any]) -> None:
         with torch.no_grad():

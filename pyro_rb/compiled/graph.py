@@ -7,10 +7,11 @@ import torch
 from pyro import get_param_store
 
 from pyro_rb.compiled.background import Compilation
-from pyro_rb.compiled.capture import Captured, has_hooks
+from pyro_rb.compiled.capture import Captured
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.settle import Learning
+from pyro_rb.compiled.torch_private import has_hooks
 from pyro_rb.infer.util import announce_parameters, parameter_table
 
 

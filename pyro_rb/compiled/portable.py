@@ -12,6 +12,8 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.node import map_aggregate, map_arg
 
+from pyro_rb.compiled.torch_private import is_operation
+
 aten = torch.ops.aten
 #: Number of multiplications of which a product of matrices is written as a sum.
 LARGEST_PRODUCT = 2**14
@@ -98,7 +100,7 @@ def to_list(graph: Graph) -> List[_Node]:
     nodes = []
     for node in graph.nodes:
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
+        if is_operation(target):
             target = _Name(str(target))
         args, kwargs = (map_arg(x, to_name) for x in (node.args, node.kwargs))
         nodes.append(_Node(node.op, node.name, target, args, kwargs))

@@ -9,6 +9,7 @@ eager loss, and when they are given up.
 import warnings
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch.nn.parallel import DistributedDataParallel
@@ -209,6 +210,11 @@ class Program:
     def _capture(
         self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool
     ) -> Graph:
+        if pyro.settings.get("module_local_params"):
+            raise NotCapturable(
+                "Parameters are not in the param store. Expected "
+                "pyro.settings.set(module_local_params=False)"
+            )
         reach = self._reach()
         if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
             raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
@@ -285,12 +291,7 @@ class Program:
         finally:
             for p, grad in zip(parameters, kept):
                 p.grad = grad
-        named = {name: table.get(name) for name in announced.trace.nodes}
-        if None in named.values():
-            raise NotCapturable(
-                "A parameter is not in the param store. Expected "
-                "pyro.settings.set(module_local_params=False)"
-            )
+        named = {name: table[name] for name in announced.trace.nodes}
         return Gradient(loss, *zip(*pairs)) if pairs else Gradient(loss, (), ()), named
 
     def _compare(

@@ -9,6 +9,8 @@ import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.optim import is_scheduler
 
+from pyro_rb.compiled.torch_private import foreach
+
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, ClippedAdam)
 #: Options that have no update here.
 _OFF = ("amsgrad", "maximize", "differentiable", "capturable")
@@ -87,7 +89,7 @@ class Update:
     def finish(self, num_steps: int) -> None:
         """Tells the optimizers what the graph has done."""
         if self._counts:
-            torch._foreach_add_(self._counts, num_steps)
+            foreach("add_")(self._counts, num_steps)
         for group, state in zip(self._groups, self._states):
             if not isinstance(state["step"], torch.Tensor):
                 state["step"] += num_steps
@@ -147,7 +149,7 @@ class Update:
             for olds, news in zip(old, new):
                 if is_good is not None:
                     news = [torch.where(is_good, x, y) for x, y in zip(news, olds)]
-                torch._foreach_copy_(olds, news)
+                foreach("copy_")(olds, news)
         return is_good
 
     def _compute(
@@ -164,21 +166,21 @@ class Update:
         (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
         is_clipped = kind is ClippedAdam
         if is_clipped:
-            g = torch._foreach_clamp_min(g, -group["clip_norm"])
-            g = torch._foreach_clamp_max(g, group["clip_norm"])
+            g = foreach("clamp_min")(g, -group["clip_norm"])
+            g = foreach("clamp_max")(g, group["clip_norm"])
         if decay and (kind is torch.optim.AdamW or group.get("decoupled_weight_decay")):
-            p = torch._foreach_sub(p, torch._foreach_mul(torch._foreach_mul(p, decay), lr))
+            p = foreach("sub")(p, foreach("mul")(foreach("mul")(p, decay), lr))
         elif decay:
-            g = torch._foreach_add(g, p, alpha=decay)
-        m = torch._foreach_lerp(m, g, 1.0 - beta1)
-        centered = torch._foreach_sub(g, m) if group.get("centered_variance") else g
-        v = torch._foreach_mul(v, beta2)
-        v = torch._foreach_addcmul(v, centered, centered, 1.0 - beta2)
-        scale = torch._foreach_sqrt(v)
+            g = foreach("add")(g, p, alpha=decay)
+        m = foreach("lerp")(m, g, 1.0 - beta1)
+        centered = foreach("sub")(g, m) if group.get("centered_variance") else g
+        v = foreach("mul")(v, beta2)
+        v = foreach("addcmul")(v, centered, centered, 1.0 - beta2)
+        scale = foreach("sqrt")(v)
         if is_clipped:  # has eps before the correction
-            size = torch._foreach_mul(size, root)
+            size = foreach("mul")(size, root)
         else:
-            scale = torch._foreach_div(scale, root)
-        scale = torch._foreach_add(scale, eps)
-        change = torch._foreach_mul(torch._foreach_div(m, scale), size)
-        return torch._foreach_sub(p, change), m, v
+            scale = foreach("div")(scale, root)
+        scale = foreach("add")(scale, eps)
+        change = foreach("mul")(foreach("div")(m, scale), size)
+        return foreach("sub")(p, change), m, v

@@ -14,12 +14,13 @@ from typing import Any, Dict, List, Tuple
 import pyro
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_rb
 from pyro_rb.compiled.torch_private import (
+    TorchDispatchMode,
     is_constant,
     is_tracked,
+    memory,
     outside_of_graph,
     written,
 )
@@ -166,7 +167,7 @@ class Operations(TorchDispatchMode):
         tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
         for x in tensors:
             if not is_tracked(x):
-                self._others.setdefault(_memory(x), x)
+                self._others.setdefault(memory(x), x)
                 if x.requires_grad and x.is_leaf and id(x) not in self.leaves:
                     self.leaves[id(x)] = x, x.grad
                     x.grad = None
@@ -188,14 +189,10 @@ class Operations(TorchDispatchMode):
         for x in _flat(values):
             if not isinstance(x, torch.Tensor):
                 continue
-            other = self._others.get(_memory(x))
+            other = self._others.get(memory(x))
             if other is not None and id(other) not in self.changed:
                 with outside_of_graph():
                     self.changed[id(other)] = other, other.detach().clone()
-
-
-def _memory(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
 def _flat(value: Any) -> List[Any]:
