@@ -54,10 +54,10 @@ def _expand_products(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.mm.default:
             continue
-        metas = [x.meta.get("tensor_meta") for x in node.args]
-        if None in metas or any(x.meta["val"].device.type != "cpu" for x in node.args):
+        values = [x.meta.get("val") for x in node.args]
+        if not all(isinstance(x, torch.Tensor) and _is_plain(x) for x in values):
             continue
-        (num_rows, size), (_, num_columns) = (meta.shape for meta in metas)
+        (num_rows, size), (_, num_columns) = (x.shape for x in values)
         if min(num_rows, num_columns) > 1 or num_rows * size * num_columns > LARGEST_PRODUCT:
             continue
         with graph.inserting_before(node):
@@ -71,6 +71,10 @@ def _expand_products(graph: Graph) -> None:
             new = graph.call_function(aten.sum.dim_IntList, (terms, [dim], True))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 class _Node(NamedTuple):

@@ -139,6 +139,31 @@ def test_too_few_accepted(monkeypatch):
     assert num_short + 3 <= len(calls) <= num_short + 8
 
 
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_steps_with_the_optimizer(monkeypatch, unroll):
+    """Where a step is made again, those before it stand, and it has its random numbers."""
+    monkeypatch.setattr("pyro_rb.infer.rvrs_sampler.FEW_ELEMENTS", 0)
+    torch.set_default_dtype(torch.float64)
+
+    def run(kind, loss, **options):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model, guide, args = rejecting(learned)()
+        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, **options)
+        if kind is CompiledSVI:
+            losses = svi.run(80, progress_bar=False)
+        else:
+            losses = torch.tensor([svi.step() for _ in range(80)])
+        store = {k: p.detach().clone() for k, p in pyro.get_param_store().named_parameters()}
+        return losses, store, guide.T.clone(), guide.Z.clone(), torch.get_rng_state()
+
+    loss = pyro_rb.compile(Trace_ELBO(), "replay")
+    found, expected = run(CompiledSVI, loss, unroll=unroll), run(SVI, Trace_ELBO())
+    torch.testing.assert_close(found[:4], expected[:4], rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[4], expected[4])
+    assert loss.num_graphs == 1
+
+
 def test_threshold_that_is_unknown_again(monkeypatch):
     model, guide, args, loss, svi = one_graph(rejecting(models.conjugate))
     calls = count_eager(loss, monkeypatch)
