@@ -33,6 +33,10 @@ def compile(
     ``check_every``-th, are eager and are compared again. What could not be captured, or
     differs, is eager from then on, with one warning that says why.
 
+    **Rejection sampling.** A step through :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide` is a graph
+    of one round of proposals. It is eager, with the same proposals, where a round accepts too
+    few; and always with ``local_plate``.
+
     **Requirements.** All that changes from step to step is a tensor among the arguments, a
     parameter, or a tensor that is changed in place. Plain numbers among the arguments, in
     closures, modules and attributes are part of the graph; another one for each of them is

@@ -10,7 +10,7 @@ from pyro_rb.compiled.background import Compilation
 from pyro_rb.compiled.graph import Graph
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.simplify import simplify
-from pyro_rb.compiled.torch_private import foreach, trace
+from pyro_rb.compiled.torch_private import foreach, plain_calls, trace
 from pyro_rb.compiled.update import Update
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 
@@ -165,13 +165,13 @@ class FusedSteps:
         step = graph(args)
         loss = step.loss.item()
         if loss == loss and (step.held is None or step.held):
-            with torch.no_grad():
+            with torch.no_grad(), plain_calls():
                 self._run(*self._parameters, *step.grads, *self.update.tensors)
             return [loss], step.learned
         return [math.nan], ()
 
     def _call(self, args: Sequence[torch.Tensor]) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), plain_calls():
             return self._run(*args, *self._fixed, *self.update.tensors)
 
     def _tensors(self) -> List[torch.Tensor]:

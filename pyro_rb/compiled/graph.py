@@ -11,7 +11,7 @@ from pyro_rb.compiled.capture import Captured
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.settle import Learning
-from pyro_rb.compiled.torch_private import has_hooks
+from pyro_rb.compiled.torch_private import has_hooks, plain_calls
 from pyro_rb.infer.util import announce_parameters, parameter_table
 
 
@@ -78,7 +78,7 @@ class Graph:
         self.learning.count_steps(num_steps, learned)
 
     def __call__(self, args: Sequence[torch.Tensor]) -> Step:
-        with torch.no_grad():
+        with torch.no_grad(), plain_calls():
             loss, held, *rest = self._run(*args, *self.captured.fixed)
         num_grads = len(self.captured.parameters)
         return Step(loss, held, rest[:num_grads], rest[num_grads:])

@@ -139,6 +139,7 @@ class Program:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.get_default_dtype(),
+            torch.get_default_device(),
             torch.is_autocast_enabled(),
             *[guide._guess_acceptance() for guide in self._rejecting],
         )

@@ -27,6 +27,7 @@ _OPTIONS = {
 
 #: The names that are used below, by module.
 _NEEDED = {
+    "torch._C": ("DisableTorchFunction",),
     "torch": ("_ops", "_foreach_add_", "_foreach_copy_", "_foreach_lerp"),
     "torch.fx.experimental.proxy_tensor": (
         "make_fx",
@@ -104,6 +105,14 @@ def outside_of_graph() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def plain_calls() -> Any:
+    """
+    Within, operations are called at once, without what Python may have put around them, such as
+    :func:`torch.set_default_device`; a graph has the devices that it was captured with.
+    """
+    return torch._C.DisableTorchFunction()
 
 
 def written(operation: Any, args: Sequence[Any]) -> List[Any]:

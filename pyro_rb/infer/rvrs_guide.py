@@ -234,8 +234,8 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         if torch.jit.is_tracing():
             raise NotImplementedError(
                 "RVRSGuide was called inside of torch.jit.trace, which would freeze the "
-                "number of proposals and the threshold. Expected a loss that is not "
-                "compiled, Trace_ELBO in place of JitTrace_ELBO."
+                "number of proposals and the threshold. Expected Trace_ELBO in place of "
+                "JitTrace_ELBO; pyro_rb.compile(Trace_ELBO()) takes less time."
             )
         plates = [frame for frame in get_plates() if frame.dim is not None]
         if not plates:
