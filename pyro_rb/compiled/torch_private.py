@@ -154,7 +154,7 @@ def foreach(name: str) -> Callable[..., Any]:
     """
     The operation of that name on lists of tensors.
 
-    >>> foreach("add")([torch.zeros(2), torch.ones(1)], 1.0)
+    >>> list(foreach("add")([torch.zeros(2), torch.ones(1)], 1.0))
     [tensor([1., 1.]), tensor([2.])]
     """
     found: Callable[..., Any] = getattr(torch, f"_foreach_{name}")
