@@ -8,7 +8,8 @@ All kinds of steps of a model take turns, block by block, in one process. Given 
 a step of ``SVI`` with the same loss in microseconds of process CPU time, the medians over
 blocks of the ratio of that time to that of the others, and the seconds that capturing and
 compiling took, by the clock on the wall. ``replay``, ``Inductor`` and ``unrolled`` are
-``CompiledSVI``; ``Inductor in SVI`` is a compiled loss in ``SVI``::
+``CompiledSVI``; ``Inductor in SVI`` is a compiled loss in ``SVI``. ``RVRSGuide`` is ``Trace_ELBO`` with that
+guide around ``AutoNormal``::
 
     python examples/benchmarks/compiled.py --json compiled.json --csv compiled.csv
 """
@@ -31,6 +32,7 @@ from pyro_rb import (
     DReG_ELBO,
     RaoBlackwell_ELBO,
     RaoBlackwellTopK_ELBO,
+    RVRSGuide,
     STLTrace_ELBO,
 )
 from utils.command_line import restart, run, set_up
@@ -46,7 +48,9 @@ LOSSES = {
     "RaoBlackwellTopK_ELBO": RaoBlackwellTopK_ELBO,
     "R2G2_ELBO": R2G2_ELBO,
     "DReG_ELBO": lambda: DReG_ELBO(num_particles=2, vectorize_particles=True),
+    "RVRSGuide": Trace_ELBO,
 }
+KINDS = ("SVI", "replay", "Inductor in SVI", "Inductor", "unrolled")
 
 
 def logistic():
@@ -103,9 +107,10 @@ def make_steps(make_loss, model, guide, kinds, unroll):
         if kind == "SVI":
             svi = SVI(model, guide, optim, make_loss())
         elif kind == "Inductor in SVI":
-            svi = SVI(model, guide, optim, pyro_rb.compile(make_loss()))
+            svi = SVI(model, guide, optim, pyro_rb.compile(make_loss(), background=False))
         else:
-            loss = pyro_rb.compile(make_loss(), "replay" if kind == "replay" else "inductor")
+            backend = "replay" if kind == "replay" else "inductor"
+            loss = pyro_rb.compile(make_loss(), backend, background=False)
             svi = CompiledSVI(model, guide, optim, loss, unroll=unroll if kind == "unrolled" else 1)
         for _ in range(WARM_UP):
             svi.step()
@@ -125,7 +130,7 @@ def make_block(svi, size):
 
 
 def measure(make_loss, model, guide, is_large, args):
-    kinds = ["SVI", "replay", "Inductor in SVI", "Inductor"] + ["unrolled"] * (args.unroll > 1)
+    kinds = [k for k in KINDS if k in ("SVI", *args.kinds) and (k != "unrolled" or args.unroll > 1)]
     if args.smoke_test:
         kinds = kinds[:2]
     steps = make_steps(make_loss, model, guide, kinds, args.unroll)
@@ -156,7 +161,8 @@ def main(args):
         for loss in tqdm(args.loss or losses, disable=args.smoke_test, desc=name):
             restart(args.seed)
             key = f"{name}, {loss}"
-            results[key] = measure(LOSSES[loss], model, guide, name == VAE, args)
+            used = RVRSGuide(model, AutoNormal(model)) if loss == "RVRSGuide" else guide
+            results[key] = measure(LOSSES[loss], model, used, name == VAE, args)
             print(key, results[key], flush=True)
         if args.smoke_test:
             break
@@ -169,5 +175,6 @@ if __name__ == "__main__":
     parser.add_argument("--block-size", type=int, default=300, help="steps; a tenth of it of SVI")
     parser.add_argument("--unroll", type=int, default=1, help="steps in one graph, from 2 on also timed")
     parser.add_argument("--model", default="", help="a part of its name")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS, help="of steps, beside those of SVI")
     parser.add_argument("--loss", nargs="+", choices=list(LOSSES), help="instead of all")
     run(main, parser)

@@ -11,7 +11,7 @@ import pyro
 import torch
 
 from pyro_rb.compiled.simplify import simplify
-from pyro_rb.compiled.torch_private import trace
+from pyro_rb.compiled.torch_private import has_hooks, trace
 from pyro_rb.compiled.watch import NotCapturable, Operations, Watch
 
 
@@ -75,12 +75,6 @@ def capture(
     simplify(module)
     changed = [x for x, _ in operations.changed.values()]
     return Captured(module, fixed, parameters, changed)
-
-
-def has_hooks(tensor: torch.Tensor) -> bool:
-    """Whether something is called when a tensor gets its gradient."""
-    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
-    return bool(hooks)
 
 
 def _lift(module: torch.fx.GraphModule) -> List[torch.Tensor]:

@@ -16,7 +16,11 @@ CHECK_EVERY = 5000
 
 
 def compile(
-    loss: ELBO, backend: str = "inductor", *, check_every: int = CHECK_EVERY
+    loss: ELBO,
+    backend: str = "inductor",
+    *,
+    check_every: int = CHECK_EVERY,
+    background: bool = True,
 ) -> "CompiledELBO":
     """
     A loss with the same gradients in less time: its tensor operations are captured as one
@@ -29,6 +33,10 @@ def compile(
     ``check_every``-th, are eager and are compared again. What could not be captured, or
     differs, is eager from then on, with one warning that says why.
 
+    **Rejection sampling.** A step through :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide` is a graph
+    of one round of proposals. It is eager, with the same proposals, where a round accepts too
+    few; and always with ``local_plate``.
+
     **Requirements.** All that changes from step to step is a tensor among the arguments, a
     parameter, or a tensor that is changed in place. Plain numbers among the arguments, in
     closures, modules and attributes are part of the graph; another one for each of them is
@@ -36,9 +44,9 @@ def compile(
     ``.item()``. Handlers around ``SVI.step``, hooks of parameters and arguments that require
     grad make steps eager.
 
-    **When it is worse.** Capturing takes as long as a hundred steps or so, and Inductor 5 to
-    60 seconds for each shape; the step at which it compiles waits for it. Large
-    networks gain little. Gradients are first order only.
+    **When it is worse.** Capturing takes as long as a hundred steps or so, and Inductor 10 to
+    60 seconds of another process for each shape; until it is ready, the graph is replayed.
+    Large networks gain little. Gradients are first order only.
 
     :param loss: An ELBO of Pyro or of pyro_rb.
     :param str backend: ``"inductor"``, the default, compiles the graph by Inductor, which
@@ -46,6 +54,9 @@ def compile(
         one by one; the gradients are then the same bit by bit.
     :param int check_every: The number of steps between comparisons, ``>= 1``. Defaults to
         5000.
+    :param bool background: whether steps go on, replayed, while Inductor compiles in a process
+        of its own. If not, the second step for each shape waits for it, so that what is done at
+        which step does not depend on time. Defaults to True.
     :return: a loss for :class:`~pyro.infer.svi.SVI` or
         :class:`~pyro_rb.compiled.svi.CompiledSVI`.
     :raises ValueError: naming the argument, if it is none of these.
@@ -69,7 +80,7 @@ def compile(
         >>> elbo.num_graphs
         1
     """
-    return CompiledELBO(loss, backend, check_every)
+    return CompiledELBO(loss, backend, check_every, background)
 
 
 class CompiledELBO(ELBO):
@@ -81,7 +92,7 @@ class CompiledELBO(ELBO):
     3
     """
 
-    def __init__(self, loss: Any, backend: str, check_every: int) -> None:
+    def __init__(self, loss: Any, backend: str, check_every: int, background: bool) -> None:
         check_version()
         if not isinstance(loss, ELBO) or isinstance(loss, CompiledELBO):
             raise ValueError(f"Invalid loss: {loss!r}. Expected an ELBO that is not compiled.")
@@ -98,7 +109,7 @@ class CompiledELBO(ELBO):
                 f"Invalid check_every: {check_every!r}. Expected an integer that is at least 1."
             )
         self.eager: Any = loss
-        self.backend, self.check_every = backend, check_every
+        self.backend, self.check_every, self.background = backend, check_every, background
         self._programs: Dict[Tuple, Program] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +129,7 @@ class CompiledELBO(ELBO):
         key = (model, guide)
         if key not in self._programs:
             self._programs[key] = Program(
-                self.eager, model, guide, self.backend, self.check_every
+                self.eager, model, guide, self.backend, self.check_every, self.background
             )
         return self._programs[key]
 

@@ -6,11 +6,12 @@ from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence
 import torch
 from pyro import get_param_store
 
-from pyro_rb.compiled.capture import Captured, has_hooks
+from pyro_rb.compiled.background import Compilation
+from pyro_rb.compiled.capture import Captured
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.settle import Learning
-from pyro_rb.compiled.torch_private import compile_graph
+from pyro_rb.compiled.torch_private import has_hooks, plain_calls
 from pyro_rb.infer.util import announce_parameters, parameter_table
 
 
@@ -49,6 +50,7 @@ class Graph:
         self.calls = 0
         self.next_check = 0
         self.is_compiled = False
+        self._compilation: Optional[Compilation] = None
         self.learning = learning
         self._run: Callable = as_function(captured.module)
         #: In the param store, by name; all that were announced by a step.
@@ -76,7 +78,7 @@ class Graph:
         self.learning.count_steps(num_steps, learned)
 
     def __call__(self, args: Sequence[torch.Tensor]) -> Step:
-        with torch.no_grad():
+        with torch.no_grad(), plain_calls():
             loss, held, *rest = self._run(*args, *self.captured.fixed)
         num_grads = len(self.captured.parameters)
         return Step(loss, held, rest[:num_grads], rest[num_grads:])
@@ -85,10 +87,27 @@ class Graph:
         """Tells handlers around the loss, such as ``SVI.step``, which parameters were used."""
         announce_parameters(self.named)
 
-    def compile(self, args: Sequence[torch.Tensor]) -> None:
-        """By Inductor."""
-        self._run = compile_graph(self.captured.module, [*args, *self.captured.fixed])
-        self.is_compiled = True
+    def compile(self, args: Sequence[torch.Tensor], background: bool) -> bool:
+        """
+        By Inductor.
+
+        :return: whether it is done.
+        :raises InductorError: if it failed.
+        """
+        if self._compilation is None:
+            inputs = [*args, *self.captured.fixed]
+            self._compilation = Compilation(self.captured.module, inputs, background)
+        if self._compilation.is_done():
+            self._run, self._compilation = self._compilation.result(), None
+            self.is_compiled = True
+        return self.is_compiled
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step is to be compared with the eager loss."""
+        return self.calls + 1 >= self.next_check or (
+            self._compilation is not None and self._compilation.is_done()
+        )
 
 
 def _kind(x: torch.Tensor) -> Any:
@@ -109,6 +128,8 @@ def difference(
     expected = {id(p): (p, g) for p, g in zip(eager.parameters, eager.grads)}
     largest = max([_size(g) for g in eager.grads], default=0.0)
     expected_loss = torch.as_tensor(eager.loss, dtype=step.loss.dtype, device=step.loss.device)
+    if not is_exact:  # weights of draws round as the log densities do that they are made of
+        largest = max(largest, _size(expected_loss))
     pairs: List[Any] = [("the loss", 1.0, step.loss, expected_loss)]
     for key in {**expected, **found}:
         p, g = expected.get(key) or found[key]

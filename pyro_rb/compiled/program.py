@@ -9,10 +9,12 @@ eager loss, and when they are given up.
 import warnings
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch.nn.parallel import DistributedDataParallel
 
+from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.graph import Gradient, Graph, difference
@@ -20,6 +22,7 @@ from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
 from pyro_rb.compiled.watch import NotCapturable
+from pyro_rb.infer import RVRSGuide
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 from pyro_rb.infer.util import (
     is_plain_call,
@@ -30,6 +33,8 @@ from pyro_rb.infer.util import (
 
 MAX_GRAPHS = 8
 MAX_UNSTABLE = 3
+#: Captures of a loss that takes another way for rare random numbers.
+MAX_ATTEMPTS = 5
 ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
 
 
@@ -40,19 +45,28 @@ class Program:
     :param guide: its guide.
     :param str backend: ``"inductor"`` or ``"replay"``.
     :param int check_every: the steps between comparisons, in the long run.
+    :param bool background: whether steps go on while Inductor compiles.
     """
 
     def __init__(
-        self, elbo: Any, model: Any, guide: Any, backend: str, check_every: int
+        self,
+        elbo: Any,
+        model: Any,
+        guide: Any,
+        backend: str,
+        check_every: int,
+        background: bool,
     ) -> None:
         self.elbo, self.model, self.guide = elbo, model, guide
-        self.backend, self.check_every = backend, check_every
+        self.backend, self.check_every, self.background = backend, check_every, background
         #: Why steps are eager; empty if they are not.
         self.reason = ""
         self._graphs: Dict[Tuple, List[Graph]] = {}
-        self._pending: Set[Tuple] = set()
-        self._unstable = 0
+        #: Eager steps to be made before a graph is captured.
+        self._pending: Dict[Tuple, int] = {}
+        self._unstable = self._attempts = 0
         self._warned: Set[str] = set()
+        self._rejecting = [m for m in self._reach().modules if isinstance(m, RVRSGuide)]
 
     @property
     def graphs(self) -> List[Graph]:
@@ -84,6 +98,11 @@ class Program:
             name = type(self.elbo).__name__
             warnings.warn(f"{name} is not compiled, its steps are eager: {reason}.", stacklevel=5)
 
+    def replay_only(self, error: InductorError) -> None:
+        """Is told that Inductor failed."""
+        self.backend = "replay"
+        self._warn(f"Inductor failed, so that the graph is replayed: {error}")
+
     def ready(
         self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]
     ) -> Optional[Tuple[Graph, List[torch.Tensor]]]:
@@ -98,13 +117,14 @@ class Program:
         except NotCapturable:
             return None
         graphs = self._graphs.get(key, [])
-        if any(graph.learning.is_due(num_steps) for graph in graphs):
+        learns = any(graph.learning.is_due(num_steps) for graph in graphs)
+        if learns and num_steps > 1:
             return None
         if self._phase(num_steps) != self._phase():
             return None
         for graph in graphs:
-            if not graph.learning.learns and graph.why_invalid() is None:
-                is_checked = graph.calls + num_steps >= graph.next_check
+            if graph.learning.learns == learns and graph.why_invalid() is None:
+                is_checked = graph.calls + num_steps >= graph.next_check or graph.is_due
                 return None if is_checked else (graph, tensors)
         return None
 
@@ -119,7 +139,9 @@ class Program:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.get_default_dtype(),
+            torch.get_default_device(),
             torch.is_autocast_enabled(),
+            *[guide._guess_acceptance() for guide in self._rejecting],
         )
         return key, tensors
 
@@ -136,18 +158,27 @@ class Program:
             why = graph.why_invalid()
             if why is None:
                 return self._run(graph, args, kwargs, tensors)
-        if key not in self._pending:
-            # An eager step makes parameters, and finds out the nesting of plates.
-            self._pending.add(key)
+        # An eager step makes parameters, and finds out the nesting of plates.
+        steps_left = self._pending.get(key, 1)
+        if steps_left:
+            self._pending[key] = steps_left - 1
             return None
-        self._pending.remove(key)
+        del self._pending[key]
         if sum(graph.learning.learns == learns for graph in self.graphs) >= MAX_GRAPHS:
             why = why or "the shape or value of an argument"
             raise NotCapturable(
                 f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
                 "Pad the last minibatch or leave it out"
             )
-        graph = self._capture(args, kwargs, tensors, learns)
+        try:
+            graph = self._capture(args, kwargs, tensors, learns)
+        except NotCapturable as e:
+            self._attempts += 1
+            if not e.is_rare or self._attempts == MAX_ATTEMPTS:
+                raise
+            self._pending[key] = 4**self._attempts
+            return None
+        self._attempts = 0
         found, is_good = self._check(graph, args, kwargs, tensors)
         if is_good:
             graphs.append(graph)
@@ -156,7 +187,7 @@ class Program:
     def _run(
         self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
     ) -> Optional[Gradient]:
-        if graph.calls + 1 >= graph.next_check:
+        if graph.is_due:
             graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
         graph.learning.take_scales()
@@ -180,9 +211,20 @@ class Program:
     def _capture(
         self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool
     ) -> Graph:
+        if pyro.settings.get("module_local_params"):
+            raise NotCapturable(
+                "Parameters are not in the param store. Expected "
+                "pyro.settings.set(module_local_params=False)"
+            )
         reach = self._reach()
         if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
             raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
+        for guide in self._rejecting:
+            if guide.local_plate is not None:
+                raise NotCapturable(
+                    f"RVRSGuide with local_plate={guide.local_plate!r} proposes until enough is "
+                    "accepted for each item, in a number of rounds that depends on values"
+                )
         state = State(reach.buffers())
         table = dict(parameter_table())
         learning = Learning(self.elbo, learns)
@@ -226,8 +268,10 @@ class Program:
             if self._unstable >= MAX_UNSTABLE:
                 self._give_up(f"{changed} changes at each run. {ADVICE}")
         else:
-            self._compare(graph, tensors, result, before, after)
-            if self.backend == "inductor" and not self.reason and not graph.is_compiled:
+            if not self._compare(graph, tensors, result, before, after):
+                graph.next_check = graph.calls + 1
+                return result, not self.reason
+            if self.backend == "inductor" and not graph.is_compiled:
                 self._compile(graph, tensors, result, before, after)
             graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
         return result, changed is None and not self.reason
@@ -248,20 +292,18 @@ class Program:
         finally:
             for p, grad in zip(parameters, kept):
                 p.grad = grad
-        named = {name: table.get(name) for name in announced.trace.nodes}
-        if None in named.values():
-            raise NotCapturable(
-                "A parameter is not in the param store. Expected "
-                "pyro.settings.set(module_local_params=False)"
-            )
+        named = {name: table[name] for name in announced.trace.nodes}
         return Gradient(loss, *zip(*pairs)) if pairs else Gradient(loss, (), ()), named
 
     def _compare(
         self, graph: Graph, tensors: Sequence[Any], result: Gradient, before: State, after: State
-    ) -> None:
+    ) -> bool:
+        """Whether the graph did what the eager loss did."""
         before.restore()
         try:
             step = graph(tensors)
+            if step.held is not None and not step.held:
+                return False  # such a step is eager
             problem = difference(step, graph.captured.parameters, result, not graph.is_compiled)
             if not problem:
                 problem = after.compare()
@@ -274,12 +316,13 @@ class Program:
                 f"its graph and the eager loss differ for the same random numbers: {problem}. "
                 f"Something that is no argument differs from step to step. {ADVICE}"
             )
+        return not problem
 
     def _compile(self, graph: Graph, tensors: Sequence[Any], *results: Any) -> None:
         try:
-            graph.compile(tensors)
-        except Exception as e:  # no C++ compiler, say
-            self.backend = "replay"
-            self._warn(f"Inductor failed, so that the graph is replayed: {type(e).__name__}: {e}")
+            is_done = graph.compile(tensors, self.background)
+        except InductorError as e:
+            self.replay_only(e)
             return
-        self._compare(graph, tensors, *results)
+        if is_done:
+            self._compare(graph, tensors, *results)

@@ -62,6 +62,11 @@ class Reachable:
     def changed(self) -> Optional[str]:
         """What has changed since, if something has."""
         for slot in self.slots:
+            try:
+                if slot.read() is slot.value:
+                    continue
+            except (LookupError, ValueError):
+                pass
             if slot.has_changed():
                 return slot.name
         return None
@@ -131,7 +136,9 @@ class Reachable:
                 continue
             # Libraries know what they do with the rest, as with the plates of an autoguide.
             is_kept = isinstance(item, (*_SCALARS, torch.Tensor)) or not is_library
-            if is_kept and not key.startswith("_" if is_library else "_pyro"):
+            if isinstance(item, types.FunctionType):  # such as the guide that another is made of
+                self._visit(item, f"{name}'s function {item.__name__}")
+            elif is_kept and not key.startswith("_" if is_library else "_pyro"):
                 self._add_item(f"{name}.{key}", attributes, key)
         if not is_library:
             for key in ("forward", "__call__"):

@@ -11,7 +11,12 @@ from typing import Any, Dict, Iterable, Iterator, Set
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from pyro_rb.compiled.torch_private import written
+from pyro_rb.compiled.torch_private import (
+    is_operation,
+    owns_memory,
+    shares_memory,
+    written,
+)
 
 aten = torch.ops.aten
 _SAME_MEMORY = {aten.detach.default, aten.alias.default}
@@ -40,7 +45,7 @@ def simplify(module: GraphModule) -> None:
 
 
 def _is_known(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    return is_operation(node.target) or node.target is operator.getitem
 
 
 def _share(graph: Graph) -> None:
@@ -80,8 +85,8 @@ def _find_changed(graph: Graph, roots: Dict[Node, Node]) -> Set[Node]:
         if node.target is operator.getitem:
             roots[node] = roots[node.args[0]]
             continue
-        for value, argument in zip(node.args, node.target._schema.arguments):
-            if argument.alias_info is not None:
+        for value, is_shared in zip(node.args, shares_memory(node.target)):
+            if is_shared:
                 for x in _nodes([value]):
                     roots[node] = roots[x]
         for x in _nodes(written(node.target, node.args)):
@@ -133,14 +138,9 @@ def _keep_outputs_apart(graph: Graph) -> None:
     results = []
     for node in output.args[0]:
         if isinstance(node, Node):
-            if node in seen or node.op != "call_function" or not _owns_memory(node):
+            if node in seen or node.op != "call_function" or not owns_memory(node.target):
                 with graph.inserting_before(output):
                     node = graph.call_function(aten.clone.default, (node,))
             seen.add(node)
         results.append(node)
     output.args = (tuple(results),)
-
-
-def _owns_memory(node: Any) -> bool:
-    returns = node.target._schema.returns if hasattr(node.target, "_schema") else []
-    return bool(returns) and all(r.alias_info is None for r in returns)

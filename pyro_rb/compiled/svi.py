@@ -2,15 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import warnings
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
 from pyro.infer import SVI
 from tqdm import tqdm
 
+from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.elbo import CompiledELBO, compile
 from pyro_rb.compiled.fused import FusedSteps
+from pyro_rb.compiled.graph import Graph
+from pyro_rb.compiled.program import Program
+
+
+class _Steps(NamedTuple):
+    ready: Dict[int, FusedSteps]
+    #: What is being compiled, to take the place of it.
+    coming: Dict[int, FusedSteps]
 
 
 class CompiledSVI(SVI):
@@ -62,6 +71,7 @@ class CompiledSVI(SVI):
             raise ValueError(f"Invalid unroll: {unroll!r}. Expected an integer that is at least 1.")
         self.compiled = loss if isinstance(loss, CompiledELBO) else compile(loss)
         self.unroll = unroll
+        #: Of graphs: what makes steps, by their number.
         self._steps: Any = WeakKeyDictionary()
         #: Why Pyro's loop makes the update; empty if it does not.
         self._why_loop = ""
@@ -113,23 +123,42 @@ class CompiledSVI(SVI):
         if ready is None or self._why_loop:
             return None
         graph, tensors = ready
-        fused = self._steps.setdefault(graph, {}).get(num_steps)
-        if fused is None or not fused.update.is_valid():
-            if not all(p in self.optim.optim_objs for p in graph.named.values()):
-                return None
+        try:
+            fused = self._find(graph, num_steps, tensors, program)
+        except (NotImplementedError, RuntimeError) as e:
+            self._why_loop = str(e)
+            warnings.warn(
+                "The update of the parameters is not compiled, Pyro's loop over them makes "
+                f"it: {e}. Expected Adam, AdamW or ClippedAdam, without clip_args, and a "
+                "gradient of all parameters that are used.",
+                stacklevel=3,
+            )
+            return None
+        return fused(graph, tensors) if fused is not None and fused.is_free() else None
+
+    def _find(
+        self, graph: Graph, num_steps: int, tensors: List[torch.Tensor], program: Program
+    ) -> Optional[FusedSteps]:
+        steps = self._steps.setdefault(graph, _Steps({}, {}))
+        fused = steps.ready.get(num_steps)
+        if fused is not None and not fused.update.is_valid():
+            steps.ready.clear()
+            steps.coming.clear()
+            fused = None
+        is_new = fused is None
+        if is_new and not all(p in self.optim.optim_objs for p in graph.named.values()):
+            return None
+        if program.backend == "inductor" and (is_new or num_steps in steps.coming):
+            if num_steps not in steps.coming:
+                steps.coming[num_steps] = FusedSteps(graph, self.optim, num_steps, tensors, False)
             try:
-                fused = self._steps[graph][num_steps] = FusedSteps(
-                    graph, self.optim, num_steps, tensors
-                )
-                if graph.is_compiled:
-                    fused.compile(tensors)
-            except (NotImplementedError, RuntimeError) as e:
-                self._why_loop = str(e)
-                warnings.warn(
-                    "The update of the parameters is not compiled, Pyro's loop over them makes "
-                    f"it: {e}. Expected Adam, AdamW or ClippedAdam, without clip_args, and a "
-                    "gradient of all parameters that are used.",
-                    stacklevel=3,
-                )
-                return None
-        return fused(graph, tensors) if fused.is_free() else None
+                if steps.coming[num_steps].compile(tensors, program.background):
+                    fused = steps.ready[num_steps] = steps.coming.pop(num_steps)
+            except InductorError as e:
+                steps.coming.clear()
+                program.replay_only(e)
+        if fused is None and (num_steps == 1 or program.backend == "replay"):
+            is_split = num_steps == 1
+            fused = FusedSteps(graph, self.optim, num_steps, tensors, is_split)
+            steps.ready[num_steps] = fused
+        return fused

@@ -5,10 +5,12 @@
 The one place that touches PyTorch's private names for capturing and compiling graphs.
 """
 
-import copy
+import importlib
+import threading
 from typing import Any, Callable, List, Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 #: The oldest version of PyTorch that this was tried with.
 FLOOR = (2, 13)
@@ -23,9 +25,24 @@ _OPTIONS = {
 }
 
 
+#: The names that are used below, by module.
+_NEEDED = {
+    "torch._C": ("DisableTorchFunction",),
+    "torch": ("_ops", "_foreach_add_", "_foreach_copy_", "_foreach_lerp"),
+    "torch.fx.experimental.proxy_tensor": (
+        "make_fx",
+        "get_proxy_mode",
+        "get_proxy_slot",
+        "has_proxy_slot",
+    ),
+    "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
+    "torch._inductor": ("CompiledArtifact", "standalone_compile"),
+}
+
+
 def check_version() -> None:
     """
-    :raises ImportError: naming the version, if PyTorch is too old.
+    :raises ImportError: naming the version, if PyTorch is too old, or has not what is needed.
     """
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < FLOOR:
@@ -33,6 +50,16 @@ def check_version() -> None:
             f"pyro_rb.compile needs torch {FLOOR[0]}.{FLOOR[1]} or later, and found "
             f"{torch.__version__}. Update torch, or use the loss as it is."
         )
+    for module, names in _NEEDED.items():
+        for name in names:
+            try:
+                getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError) as e:
+                raise ImportError(
+                    f"pyro_rb.compile needs {module}.{name}, which torch {torch.__version__} "
+                    "has not. Use the loss as it is, or a version of torch that pyro_rb was "
+                    f"tested with, such as {FLOOR[0]}.{FLOOR[1]}."
+                ) from e
 
 
 def trace(fn: Callable, inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
@@ -80,6 +107,14 @@ def outside_of_graph() -> Any:
     return _disable_current_modes()
 
 
+def plain_calls() -> Any:
+    """
+    Within, operations are called at once, without what Python may have put around them, such as
+    :func:`torch.set_default_device`; a graph has the devices that it was captured with.
+    """
+    return torch._C.DisableTorchFunction()
+
+
 def written(operation: Any, args: Sequence[Any]) -> List[Any]:
     """Those of the arguments of an operation that it changes in place."""
     if operation is torch.ops.aten.native_batch_norm.default:  # does not say so
@@ -88,19 +123,91 @@ def written(operation: Any, args: Sequence[Any]) -> List[Any]:
     return [x for x, info in zip(args, infos) if info is not None and info.is_write]
 
 
+def is_operation(target: Any) -> bool:
+    """Whether the target of a node is an operation of PyTorch."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def shares_memory(operation: Any) -> List[bool]:
+    """By argument of an operation: whether its result may be in the memory of that."""
+    return [argument.alias_info is not None for argument in operation._schema.arguments]
+
+
+def owns_memory(operation: Any) -> bool:
+    """Whether the results of an operation are in new memory."""
+    returns = operation._schema.returns if is_operation(operation) else []
+    return bool(returns) and all(r.alias_info is None for r in returns)
+
+
+def memory(x: torch.Tensor) -> int:
+    """The same for tensors that share it."""
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether something is called when a tensor gets its gradient."""
+    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return bool(hooks)
+
+
+def foreach(name: str) -> Callable[..., Any]:
+    """
+    The operation of that name on lists of tensors.
+
+    >>> list(foreach("add")([torch.zeros(2), torch.ones(1)], 1.0))
+    [tensor([1., 1.]), tensor([2.])]
+    """
+    found: Callable[..., Any] = getattr(torch, f"_foreach_{name}")
+    return found
+
+
 def bare(operation: Any) -> Callable:
     """What an operation calls in the end."""
     found: Callable = getattr(operation, "_op", operation)
     return found
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
-    """Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them."""
+#: What Inductor makes of a graph. It can be called, and saved for another process.
+Compiled = Any
+
+
+def compile_graph(
+    graph: torch.fx.Graph, inputs: Sequence[torch.Tensor], is_long: bool = False
+) -> Compiled:
+    """
+    Compiles a graph by Inductor. Random numbers are drawn as PyTorch draws them.
+
+    :param graph: without tensors of its own.
+    :param bool is_long: whether to call the kernels from C++, too, if they are on the CPU.
+    """
     import torch._inductor.config
 
     options = {k: v for k, v in _OPTIONS.items() if hasattr(torch._inductor.config, k)}
+    if is_long and all(x.device.type == "cpu" for x in inputs):
+        options["cpp_wrapper"] = True
     with torch.no_grad():
-        compiled: Callable = torch._inductor.compile(
-            copy.deepcopy(graph), list(inputs), options=options
+        return torch._inductor.standalone_compile(
+            torch.fx.GraphModule({}, graph),
+            list(inputs),
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": options},
         )
-    return compiled
+
+
+def prepare_load() -> None:
+    """
+    Does beforehand what :func:`load` would take seconds for. Modules are imported here; what the
+    processor can do is found out by other processes, for which a thread waits.
+    """
+    import torch._inductor.compile_fx  # noqa: F401
+    from torch._inductor import codecache, cpu_vec_isa
+
+    for find in (cpu_vec_isa.pick_vec_isa, codecache.torch_key):  # which keep what they found
+        threading.Thread(target=find, daemon=True).start()
+
+
+def load(path: str) -> Compiled:
+    """What another process has saved."""
+    import torch._inductor
+
+    return torch._inductor.CompiledArtifact.load(path=path, format="binary")

@@ -9,6 +9,8 @@ import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.optim import is_scheduler
 
+from pyro_rb.compiled.torch_private import foreach
+
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, ClippedAdam)
 #: Options that have no update here.
 _OFF = ("amsgrad", "maximize", "differentiable", "capturable")
@@ -41,8 +43,13 @@ class Update:
                 raise NotImplementedError(f"{name} without state, or of a complex parameter")
         self._options = self._read_options()
         self._betas = torch.tensor([g["betas"] for g in self._groups], dtype=torch.float64).T
-        #: Learning rate and number of steps so far, by parameter: [2, parameters].
-        self._numbers = torch.zeros(2, len(parameters), dtype=torch.float64)
+        #: Learning rate and number of steps so far, by parameter, and whether all steps of the
+        #: graph were good: [3, parameters].
+        self._numbers = torch.ones(3, len(parameters), dtype=torch.float64)
+        #: What they were made of, as far as the graph has gone on since.
+        self._known: Any = None
+        steps = [state["step"] for state in self._states]
+        self._counts = [x for x in steps if isinstance(x, torch.Tensor)]
 
     def _read_options(self) -> List[Tuple]:
         names = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
@@ -72,16 +79,36 @@ class Update:
 
     def prepare(self) -> None:
         """Tells the graph learning rates and numbers of steps, before it is run."""
+        if self._known is not None and self._known == self._read():
+            return
         rates = [float(group["lr"]) for group in self._groups]
         steps = [float(state["step"]) for state in self._states]
-        self._numbers.copy_(torch.tensor([rates, steps], dtype=torch.float64))
+        ones = [1.0] * len(rates)
+        self._numbers.copy_(torch.tensor([rates, steps, ones], dtype=torch.float64))
 
     def finish(self, num_steps: int) -> None:
         """Tells the optimizers what the graph has done."""
+        if self._counts:
+            foreach("add_")(self._counts, num_steps)
         for group, state in zip(self._groups, self._states):
-            state["step"] += num_steps
+            if not isinstance(state["step"], torch.Tensor):
+                state["step"] += num_steps
             if "lrd" in group:
-                group["lr"] *= group["lrd"] ** num_steps
+                for _ in range(num_steps):
+                    group["lr"] *= group["lrd"]
+        self._known = self._read()
+
+    def forget(self) -> None:
+        """Is told that the graph was not run to its end."""
+        self._known = None
+
+    def _read(self) -> Any:
+        """Learning rates and numbers of steps, in a form that is compared without a look at tensors."""
+        rates = [group["lr"] for group in self._groups]
+        if any(isinstance(rate, torch.Tensor) for rate in rates):
+            return None
+        steps = [state["step"] for state in self._states]
+        return rates, [(id(x), x._version) if isinstance(x, torch.Tensor) else x for x in steps]
 
     def apply(
         self,
@@ -89,22 +116,25 @@ class Update:
         grads: Sequence[torch.Tensor],
         tensors: Sequence[torch.Tensor],
         is_good: Optional[torch.Tensor] = None,
-        num_before: int = 0,
-    ) -> None:
+    ) -> Optional[torch.Tensor]:
         """
         Makes a step in place.
 
         :param tensors: in the place of :attr:`tensors`.
-        :param is_good: a condition; where it is false, nothing is changed. Defaults to None,
-            for true.
-        :param int num_before: the steps before it in the graph.
+        :param is_good: a condition; where it is false, or was at a step before, nothing is
+            changed. Defaults to None, for a step that is good, and the only one.
+        :return: whether it was made.
         """
         *moments, numbers = tensors
-        lr, steps = numbers.unbind()
-        steps = steps + (num_before + 1)
+        lr, steps, were_good = numbers.unbind()
+        steps = steps + 1
         if any("lrd" in group for group in self._groups):
             decay = torch.tensor([g.get("lrd", 1.0) for g in self._groups], dtype=torch.float64)
-            lr = lr * decay ** (num_before + 1)
+            lr = lr * decay
+        if is_good is not None:
+            is_good = is_good & (were_good[0] == 1.0)
+            were_good = were_good * is_good
+        numbers.copy_(torch.stack([lr, steps, were_good]))
         first, second = (1.0 - beta**steps for beta in self._betas)
         kinds: Dict[Any, List[int]] = {}
         for i, p in enumerate(parameters):
@@ -119,7 +149,8 @@ class Update:
             for olds, news in zip(old, new):
                 if is_good is not None:
                     news = [torch.where(is_good, x, y) for x, y in zip(news, olds)]
-                torch._foreach_copy_(olds, news)
+                foreach("copy_")(olds, news)
+        return is_good
 
     def _compute(
         self, member: int, g: Any, p: Any, m: Any, v: Any, lr: Any, size: Any, root: Any
@@ -135,21 +166,21 @@ class Update:
         (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
         is_clipped = kind is ClippedAdam
         if is_clipped:
-            g = torch._foreach_clamp_min(g, -group["clip_norm"])
-            g = torch._foreach_clamp_max(g, group["clip_norm"])
+            g = foreach("clamp_min")(g, -group["clip_norm"])
+            g = foreach("clamp_max")(g, group["clip_norm"])
         if decay and (kind is torch.optim.AdamW or group.get("decoupled_weight_decay")):
-            p = torch._foreach_sub(p, torch._foreach_mul(torch._foreach_mul(p, decay), lr))
+            p = foreach("sub")(p, foreach("mul")(foreach("mul")(p, decay), lr))
         elif decay:
-            g = torch._foreach_add(g, p, alpha=decay)
-        m = torch._foreach_lerp(m, g, 1.0 - beta1)
-        centered = torch._foreach_sub(g, m) if group.get("centered_variance") else g
-        v = torch._foreach_mul(v, beta2)
-        v = torch._foreach_addcmul(v, centered, centered, 1.0 - beta2)
-        scale = torch._foreach_sqrt(v)
+            g = foreach("add")(g, p, alpha=decay)
+        m = foreach("lerp")(m, g, 1.0 - beta1)
+        centered = foreach("sub")(g, m) if group.get("centered_variance") else g
+        v = foreach("mul")(v, beta2)
+        v = foreach("addcmul")(v, centered, centered, 1.0 - beta2)
+        scale = foreach("sqrt")(v)
         if is_clipped:  # has eps before the correction
-            size = torch._foreach_mul(size, root)
+            size = foreach("mul")(size, root)
         else:
-            scale = torch._foreach_div(scale, root)
-        scale = torch._foreach_add(scale, eps)
-        change = torch._foreach_mul(torch._foreach_div(m, scale), size)
-        return torch._foreach_sub(p, change), m, v
+            scale = foreach("div")(scale, root)
+        scale = foreach("add")(scale, eps)
+        change = foreach("mul")(foreach("div")(m, scale), size)
+        return foreach("sub")(p, change), m, v

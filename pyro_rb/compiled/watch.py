@@ -14,12 +14,13 @@ from typing import Any, Dict, List, Tuple
 import pyro
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_rb
 from pyro_rb.compiled.torch_private import (
+    TorchDispatchMode,
     is_constant,
     is_tracked,
+    memory,
     outside_of_graph,
     written,
 )
@@ -41,7 +42,15 @@ _LOOKS = {
 
 
 class NotCapturable(Exception):
-    """Says why a loss cannot be captured."""
+    """
+    Says why a loss cannot be captured.
+
+    :param bool is_rare: whether it may be that it can with other random numbers.
+    """
+
+    def __init__(self, reason: str, is_rare: bool = False) -> None:
+        super().__init__(reason)
+        self.is_rare = is_rare
 
 
 def find_user_line() -> str:
@@ -63,10 +72,11 @@ def find_user_line() -> str:
     return where
 
 
-def _refuse(what: str) -> Any:
+def _refuse(what: str, caller: str = "") -> Any:
     raise NotCapturable(
         f"{what}{find_user_line()}. What depends on it cannot change in a captured graph. "
-        "Expected tensor operations only, such as torch.where"
+        "Expected tensor operations only, such as torch.where",
+        is_rare=caller.startswith(_PYRO_RB),
     )
 
 
@@ -105,7 +115,8 @@ class Watch(TorchFunctionMode):
                 code.co_filename.startswith(_PYRO_RB) or code.co_name == "compute_expectation"
             ):
                 return assume(tensor, self.assumed)
-        return _refuse(f"It looks at the value of a tensor, by {func.__name__}(),")
+        what = f"It looks at the value of a tensor, by {func.__name__}(),"
+        return _refuse(what, code.co_filename)
 
 
 def assume(tensor: torch.Tensor, assumed: List[torch.Tensor]) -> bool:
@@ -156,7 +167,7 @@ class Operations(TorchDispatchMode):
         tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
         for x in tensors:
             if not is_tracked(x):
-                self._others.setdefault(_memory(x), x)
+                self._others.setdefault(memory(x), x)
                 if x.requires_grad and x.is_leaf and id(x) not in self.leaves:
                     self.leaves[id(x)] = x, x.grad
                     x.grad = None
@@ -165,7 +176,7 @@ class Operations(TorchDispatchMode):
             indices = args[1] if "index" in func.__name__ else [torch.ones((), dtype=torch.bool)]
             masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
             if masks:
-                _refuse("A shape depends on values")
+                _refuse("A shape depends on values", _find_caller())
         if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
             is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
             if is_condition and _find_caller().startswith(_PYRO_RB):
@@ -178,14 +189,10 @@ class Operations(TorchDispatchMode):
         for x in _flat(values):
             if not isinstance(x, torch.Tensor):
                 continue
-            other = self._others.get(_memory(x))
+            other = self._others.get(memory(x))
             if other is not None and id(other) not in self.changed:
                 with outside_of_graph():
                     self.changed[id(other)] = other, other.detach().clone()
-
-
-def _memory(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
 def _flat(value: Any) -> List[Any]:

@@ -29,7 +29,7 @@ class CallMixin(ThresholdMixin):
     #: That of the last call, and all that were found, by what model and guide look like.
     _structure: Optional[Structure]
     _structures: Dict[Tuple, Structure]
-    _num_proposed: int
+    _num_proposed: torch.Tensor
     _num_invalid: int
     _has_warned: bool
 
@@ -109,13 +109,12 @@ class CallMixin(ThresholdMixin):
         is_step: bool = False,
         names: Optional[Sequence[str]] = None,
     ) -> Accepted:
-        Z = math.nan if self.adaptation == "Z_target" else self.Z.item()
         accepted = sample(
             proposer,
             num_samples,
             lambda: self._find_threshold(proposer, is_step),
             self.epsilon,
-            self.Z_target if math.isnan(Z) else Z,
+            self._guess_acceptance(),
             self.max_steps * math.ceil(num_samples / self.num_samples),
             with_grad,
             () if torch.is_grad_enabled() else names or proposer.latents,
@@ -124,11 +123,20 @@ class CallMixin(ThresholdMixin):
         self._warn_of_invalid(accepted)
         return accepted
 
+    def _guess_acceptance(self) -> float:
+        """
+        The acceptance from which the size of rounds is chosen, one of few values: a graph that
+        is captured is for one of them.
+        """
+        Z = math.nan if self.adaptation == "Z_target" else self.Z.item()
+        return self.Z_target if math.isnan(Z) else 2.0 ** (math.floor(2 * math.log2(Z)) / 2)
+
     def _warn_of_invalid(self, accepted: Accepted) -> None:
+        self._num_proposed.add_(accepted.num_log_weights)
+        if not accepted.num_invalid or self._has_warned:
+            return
         self._num_invalid += accepted.num_invalid
-        self._num_proposed += accepted.num_log_weights
-        share = self._num_invalid / self._num_proposed
-        if share > 0.01 and self._num_proposed >= 100 and not self._has_warned:
+        if self._num_proposed >= 100 and self._num_invalid > 0.01 * self._num_proposed:
             self._has_warned = True
             warnings.warn(
                 f"{self._num_invalid} of {self._num_proposed} proposals had a log density "

@@ -21,6 +21,10 @@ ROUND_ELEMENTS = 2**22
 #: Items of the local plate that are looked at together: their columns fit in the cache.
 BLOCK = 2**14
 
+#: With at most as many elements of all sites, the first round is large enough but for one
+#: call in 200: what more proposals take is nothing beside the time of another round.
+FEW_ELEMENTS = 1000
+
 
 class RejectionSamplingError(RuntimeError):
     """Too few proposals were accepted within ``max_steps``."""
@@ -97,7 +101,8 @@ class _Search:
             is_accepted = torch.cat([self.is_accepted, is_accepted])
             columns = [torch.cat(pair) for pair in zip(self.columns, columns)]
         lacks = is_accepted.sum(0, dtype=torch.int32) < self.num_samples
-        rest = lacks.nonzero().squeeze(-1)
+        has_all = not lacks.any()
+        rest = self.T.new_empty(0, dtype=torch.long) if has_all else lacks.nonzero().squeeze(-1)
         if self.items is None:
             # What this says of items that lack some is replaced later.
             self.acceptance = a
@@ -113,8 +118,9 @@ class _Search:
             for found, x in zip(self.found, columns):
                 found[:, items] = x[index, done]
             self.items = self.items[rest]
-        self.is_accepted = is_accepted[:, rest]
-        self.columns = [x[:, rest] for x in columns]
+        is_rest = slice(0, 0) if has_all else rest
+        self.is_accepted = is_accepted[:, is_rest]
+        self.columns = [x[:, is_rest] for x in columns]
 
 
 def _gather(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -153,7 +159,8 @@ def sample(
     guess = max(guess, epsilon)
     num_items = proposer.structure.num_items
     # So that more proposals are rarely needed; for many items, the slowest counts.
-    first = math.ceil((num_samples + math.sqrt(num_samples)) / guess)
+    margin = 3.0 if proposer.structure.num_elements <= FEW_ELEMENTS else 1.0
+    first = math.ceil((num_samples + margin * math.sqrt(num_samples)) / guess)
     expected = math.ceil(first + math.log(num_items) / guess)
     largest = largest_round(proposer)
     rounds: List[Proposals] = []

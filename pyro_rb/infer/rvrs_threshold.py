@@ -125,7 +125,7 @@ class ThresholdMixin:
             age = self.T_age[index].masked_fill(is_unknown, _PILOT_AGE)
             self._put(index, T, T_step, age)
             if self.Z.isnan():
-                self.Z = torch.full_like(self.Z, self.Z_target)
+                self.Z.fill_(self.Z_target)
         return T + T_step if is_step else T
 
     def _switch_to(self, key: int) -> None:
@@ -160,9 +160,7 @@ class ThresholdMixin:
         """:param state: threshold, what a step adds to it, and age; of some items."""
         for name, new in zip(("T", "T_step", "T_age"), state):
             old = getattr(self, name)
-            # Out of place: a graph may hold the old ones.
-            new = new.detach().to(old)
-            setattr(self, name, new if index == () else old.index_put((index,), new))
+            old[index] = new.detach().to(old)
 
     def _adapt(self, proposer: Proposer, accepted: Accepted) -> None:
         """Learns from the first proposals of a call, when its draws are made."""
@@ -172,7 +170,7 @@ class ThresholdMixin:
         rate = (1 / (age + 1)).clamp(min=_FORGET)
         mean = a.mean()
         new_Z = mean if self.Z.isnan() else self.Z + rate.mean() * (mean - self.Z)
-        self.Z = new_Z.detach().to(self.Z)
+        self.Z.copy_(new_Z.detach())
         T, new = self.T[index].to(old), old
         if self._is_found_anew:
             T = new = old.mean()  # for information

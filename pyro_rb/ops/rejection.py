@@ -39,7 +39,7 @@ def clean_log_weights(log_weight: torch.Tensor) -> Tuple[torch.Tensor, int]:
     >>> clean_log_weights(torch.tensor([0.5, float("nan"), float("inf")]))
     (tensor([0.5000,   -inf,   -inf]), 2)
     """
-    if math.isfinite(log_weight.sum().item()):  # much the most frequent, and one sum
+    if log_weight.sum().isfinite():  # much the most frequent, and one sum
         return log_weight, 0
     is_invalid = ~log_weight.isfinite()
     return log_weight.masked_fill(is_invalid, -torch.inf), int(is_invalid.sum())
@@ -88,6 +88,8 @@ def first_accepted(
         count = is_accepted.cumsum(0, dtype=torch.uint8)
         fewer = [(count < i + 1).view(torch.uint8) for i in range(num_samples)]
         index = torch.stack([x.sum(0, dtype=torch.uint8) for x in fewer]).long()
+    elif is_accepted.shape[1] == 1:
+        index = is_accepted.sort(dim=0, descending=True, stable=True).indices[:num_samples]
     else:
         # By item, and for each item in the order of the proposals.
         _, order = is_accepted.t().nonzero(as_tuple=True)
@@ -109,10 +111,6 @@ def log_normalizer(num_samples: int, num_proposed: torch.Tensor) -> torch.Tensor
     >>> log_normalizer(2, torch.tensor([2, 4]))
     tensor([ 0.0000, -0.8333], dtype=torch.float64)
     """
-    if num_proposed.dim() == 0:
-        # psi(n + 1) = psi(n) + 1 / n
-        terms = range(num_samples, int(num_proposed))
-        return torch.tensor(-math.fsum(1 / n for n in terms), dtype=torch.float64)
     num = num_proposed.double()
     return torch.digamma(num.new_full((), num_samples)) - torch.digamma(num)
 
@@ -295,8 +293,8 @@ def adapt_threshold(
     A step of the threshold towards the target: Newton's, with a limit on its length and
     on how flat the acceptance may be. Its fixed point is unbiased. Where the acceptance
     is far off, or each proposal is almost surely accepted or rejected so that there is no
-    slope to follow, the step goes half of the way to what :func:`solve_threshold` says
-    of these proposals.
+    slope to follow, the step goes half of the way to where minus the threshold is below the
+    wanted share of the log weights.
 
     :param log_weight: of proposals that were decided upon with T, ``[M, *batch]``.
     :param T: threshold, ``[*batch]``.
@@ -313,17 +311,27 @@ def adapt_threshold(
     mean_a = a.mean(0)
     # That of the sigmoid in terms of the acceptance: (a - epsilon) (1 - a) / (1 - epsilon).
     slope = ((1 + epsilon) * mean_a - a.square().mean(0) - epsilon) / (1 - epsilon)
-    if T.dim() == 0:
-        mean, flat = torch.stack([mean_a, slope]).tolist()
-        if flat >= _SATURATED and target / 4 <= mean <= (1 + target) / 2:
-            # In floats, which takes a tenth of the time.
-            return T + lr * max(-2.0, min(2.0, (target - mean) / max(flat, 0.02)))
     step = ((target - mean_a) / slope.clamp(min=0.02)).clamp(-2, 2)
     new = T + lr * step
     is_off = (slope < _SATURATED) | (mean_a > (1 + target) / 2) | (mean_a < target / 4)
-    off = is_off.reshape(-1).nonzero().squeeze(-1)
-    if len(off):
-        lw = log_weight.reshape(len(log_weight), -1)[:, off]
-        middle = (T.expand_as(new)[is_off] + solve_threshold(lw, target, epsilon)) / 2
+    if T.dim() == 0:
+        middle = (T + _find_quantile(log_weight, target, epsilon)) / 2
+        new = torch.where(is_off, middle.to(new), new)
+    elif is_off.any():
+        middle = (T[is_off] + _find_quantile(log_weight[:, is_off], target, epsilon)) / 2
         new = new.masked_scatter(is_off, middle.to(new))
     return new.where(new.isfinite(), T)
+
+
+def _find_quantile(log_weight: torch.Tensor, target: float, epsilon: float) -> torch.Tensor:
+    """
+    About the threshold at which the mean acceptance is ``target``, or 9/10 of what can be
+    reached: exactly so for equal log weights, and for those that are far apart.
+
+    :param log_weight: of proposals, ``[M, *batch]``.
+    """
+    p = (target - epsilon) / (1 - epsilon)
+    num_allowed = log_weight.isfinite().sum(0, keepdim=True)
+    rank = (0.9 * num_allowed).ceil().clamp(1, math.ceil(target * len(log_weight)))
+    middle = log_weight.sort(0, descending=True).values.gather(0, rank.long() - 1).squeeze(0)
+    return math.log(p / (1 - p)) - middle

@@ -296,14 +296,6 @@ def test_generator_of_its_own():
     assert_eager(make, "generator of its own")
 
 
-def test_rejection_sampling():
-    def make():
-        model, inner, args = models.conjugate()
-        return model, pyro_rb.RVRSGuide(model, inner), args
-
-    assert_eager(make, "looks at the value of a tensor", 5)
-
-
 def test_schedule_of_a_loss():
     """What a loss counts goes on."""
 

@@ -35,7 +35,7 @@ def test_steps_are_those_of_svi():
         return losses, store, torch.get_rng_state(), svi
 
     expected = run(SVI, STLTrace_ELBO())
-    loss = pyro_rb.compile(STLTrace_ELBO())
+    loss = pyro_rb.compile(STLTrace_ELBO(), background=False)
     actual = run(CompiledSVI, loss)
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-4)
@@ -50,10 +50,9 @@ def test_without_a_compiler(monkeypatch):
     def fail(*args):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr("pyro_rb.compiled.graph.compile_graph", fail)
-    monkeypatch.setattr("pyro_rb.compiled.fused.compile_graph", fail)
+    monkeypatch.setattr("pyro_rb.compiled.background.compile_graph", fail)
     model, guide, args = models.conjugate()
-    loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0))
+    loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0), background=False)
     svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss)
     with pytest.warns(UserWarning, match="Inductor failed.*replayed.*no C\\+\\+ compiler") as caught:
         svi.run(10, *args(0), progress_bar=False)
