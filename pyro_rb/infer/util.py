@@ -111,16 +111,16 @@ def find_density_scale(site: Any) -> Any:
     factor = _sum_to(site["scale"] * mask, fn.batch_shape)
     if isinstance(factor, torch.Tensor):
         factor = unsqueeze_right(factor, fn.event_dim)
-    is_inside_of_func = False
+    is_transformed = False
     while layer is not None:
         if isinstance(layer, MaskedDistribution):
-            if is_inside_of_func:
+            if is_transformed:
                 return None
             mask = layer._mask
             if isinstance(mask, torch.Tensor):
                 mask = unsqueeze_right(mask, layer.event_dim)
             factor = factor * mask
-        is_inside_of_func |= isinstance(layer, torch.distributions.TransformedDistribution)
+        is_transformed |= isinstance(layer, torch.distributions.TransformedDistribution)
         layer = getattr(layer, "base_dist", None)
     if not isinstance(factor, torch.Tensor):
         return float(factor)

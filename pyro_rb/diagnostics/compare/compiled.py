@@ -169,7 +169,7 @@ def _time(one: CompiledTime, problem: Problem, loss: Any, optim: PyroOptim) -> N
 def _svi(cls: Any, problem: Problem, loss: Any, optim: PyroOptim, backend: str = "") -> Any:
     loss, optim = copy.deepcopy(loss), PyroOptim(optim.pt_optim_constructor, optim.pt_optim_args, optim.pt_clip_args)
     settle_plates(loss, problem.traces)
-    return cls(problem.model, problem.guide, optim, compile(loss, backend) if backend else loss)
+    return cls(problem.model, problem.guide, optim, compile(loss, backend, background=False) if backend else loss)
 
 
 def _timed(svi: Any, problem: Problem) -> Callable[[Callable[[], float]], float]:
