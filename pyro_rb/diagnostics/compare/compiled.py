@@ -18,6 +18,7 @@ from pyro.optim import PyroOptim
 from pyro_rb.compiled.elbo import compile
 from pyro_rb.compiled.svi import CompiledSVI
 from pyro_rb.diagnostics.compare.recommend import (
+    BAD_START,
     WORTHWHILE,
     Recommendation,
     ranked_by_time,
@@ -37,8 +38,10 @@ MOST_COMPILED, CLOSE = 2, 2.0
 #: A graph that takes more than this share of the time of a step when it is replayed is not handed to Inductor:
 #: then the operations take the time, and not Python.
 WORTH_COMPILING = 0.85
-#: Steps until all is compiled, and those that are timed, at most, and the seconds for these.
-MOST_WARM_UP, NUM_TIMED, MOST_SECONDS = 40, 60, 3.0
+#: Steps before the times are taken: an adaptive loss learns at each of the first 50. Fewer if they take too long.
+WARM_UP, LEAST_WARM_UP, WARM_UP_SECONDS = 70, 6, 10.0
+#: Steps that are timed, at most, and the seconds for them.
+NUM_TIMED, MOST_SECONDS = 60, 3.0
 
 
 @dataclass
@@ -106,9 +109,11 @@ def time_best(
     if any(state.stopped == "max_seconds" for state in states):
         return
     advice = recommend(states)
-    ranked = {one.name: one.time for one in advice.ranking}
+    ranked = {one.name: one for one in advice.ranking}
     if advice.loss is not None:
-        others = [name for name in ranked if name != advice.loss and ranked[name] < CLOSE * ranked[advice.loss]]
+        most = CLOSE * ranked[advice.loss].time
+        starts = [one.name for one in advice.ranking if one.time < most and one.by_state[0] <= BAD_START]
+        others = [name for name in starts if name != advice.loss]
         bar.start()
         for name in [advice.loss, *others][:MOST_COMPILED]:
             times += time_compiled(problem, name, made[name], optim)
@@ -147,15 +152,18 @@ def _time(one: CompiledTime, problem: Problem, loss: Any, optim: PyroOptim) -> N
     svis = [_svi(SVI, problem, loss, optim), _svi(CompiledSVI, problem, loss, optim, one.backend)]
     steps = [_timed(svi, problem) for svi in svis]
     clock = time.perf_counter
+    steps[0](clock)
+    eager = steps[0](clock)
     program = svis[1].compiled.program(problem.model, problem.guide)
     warm: List[float] = []
-    # The first step is eager, the second compiles the loss, the third the update. A loss may learn before.
-    while len(warm) < 4 or not any(graph.is_compiled or one.backend == "replay" for graph in program.graphs):
-        steps[0](clock)
+    while len(warm) < min(WARM_UP, max(LEAST_WARM_UP, int(WARM_UP_SECONDS / eager))):
         warm.append(steps[1](clock))
-        if program.reason or len(warm) == MOST_WARM_UP:
-            one.error = program.reason or "nothing was compiled in so many steps"
+        if program.reason:
+            one.error = program.reason
             return
+    if not any(graph.is_compiled or one.backend == "replay" for graph in program.graphs):
+        one.error = f"nothing was compiled in {len(warm)} steps"
+        return
     if torch.get_num_threads() == 1 and next(iter(problem.parameters.values())).device.type == "cpu":
         clock = time.process_time  # which other programs do not disturb
     end = time.perf_counter() + MOST_SECONDS
@@ -199,7 +207,11 @@ def with_compiled(advice: Recommendation, times: Sequence[CompiledTime], num_ste
     if not options or advice.loss is None:
         return advice
     advice.ranking = ranked_by_time([*advice.ranking, *(ranked for _, ranked in options)])
-    best, ranked = min(options, key=lambda pair: pair[1].time)
+    usual = [pair for pair in options if pair[0].name == advice.loss]
+    best, ranked = min(usual or options, key=lambda pair: pair[1].time)
+    for one, other in options:
+        if other.time < (1 - WORTHWHILE) * ranked.time:
+            best, ranked = one, other
     if ranked.time > (1 - WORTHWHILE) * eager[advice.loss].time:
         pays = min([one.pays_from for one, _ in options if one.pays_from is not None], default=None)
         if pays is not None and best.seconds < (1 - WORTHWHILE) * best.eager_seconds:

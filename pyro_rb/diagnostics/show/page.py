@@ -120,7 +120,7 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     if len(ranked) > 1:
         parts.append(_table(headers, ranked, ["best" if row[0] == advice.loss else "" for row in ranked]))
     for sentence, headers, rows in trained(comparison):
-        parts += [f"<p>{escape(sentence)}</p>", _table(headers, rows, [""] * len(rows))]
+        parts += [f"<p>{escape(sentence)}</p>", *([_table(headers, rows, [""] * len(rows))] if rows else [])]
     if advice.usage:
         parts.append(f"<pre>{escape(advice.usage)}</pre>")
     for state in comparison.states:

@@ -36,7 +36,8 @@ def table(comparison: Comparison) -> str:
     for text in comparison.recommendation.caveats:
         lines += _wrapped(text)
     for sentence, headers, rows in trained(comparison):
-        lines += ["", *_wrapped(sentence), "", _fitted(rows, headers, _left_then_right(headers))]
+        lines += ["", *_wrapped(sentence)]
+        lines += ["", _fitted(rows, headers, _left_then_right(headers))] if rows else []
     if comparison.left_out or comparison.notes:
         lines.append("")
     lines += _wrapped(left_out(comparison))
@@ -53,7 +54,9 @@ def text(comparison: Comparison) -> str:
 def trained(comparison: Comparison) -> Iterator[Tuple[str, List[str], List[List[str]]]]:
     """What was tried out beside the gradients, if it was: a sentence, headers and rows of each."""
     if comparison.compiled:
-        yield "A step of SVI, with the update of the parameters, and compiled:", *_compiled_rows(comparison.compiled)
+        errors = [f" {one.name} is not compiled: {one.error}." for one in comparison.compiled if one.error is not None]
+        sentence = "Whole steps, with the update of the parameters: of SVI, and of CompiledSVI."
+        yield sentence + "".join(errors), *_compiled_rows(comparison.compiled)
     if comparison.race is not None:
         yield str(comparison.race), *_race_rows(comparison.race)
     if comparison.guides is not None:
@@ -63,18 +66,12 @@ def trained(comparison: Comparison) -> Iterator[Tuple[str, List[str], List[List[
 def _compiled_rows(times: Sequence[CompiledTime]) -> Tuple[List[str], List[List[str]]]:
     rows = []
     for one in times:
-        if one.error is not None:
-            rows.append([one.name, one.backend, "-", "-", "-", "-", _shortened(one.error)])
-            continue
-        ms = [f"{1e3 * seconds:.3g}" for seconds in (one.eager_seconds, one.seconds)]
-        pays = "never" if one.pays_from is None else f"{one.pays_from} steps"
-        faster = f"{one.eager_seconds / one.seconds:.1f}"
-        rows.append([one.name, one.backend, *ms, faster, f"{one.setup_seconds:.2g} s", pays])
+        if one.error is None:
+            ms = [f"{1e3 * seconds:.3g}" for seconds in (one.eager_seconds, one.seconds)]
+            pays = "never" if one.pays_from is None else f"{one.pays_from} steps"
+            faster = f"{one.eager_seconds / one.seconds:.1f}"
+            rows.append([one.name, one.backend, *ms, faster, f"{one.setup_seconds:.2g} s", pays])
     return ["loss", "backend", "eager, ms", "compiled, ms", "times as fast", "compilation", "pays from"], rows
-
-
-def _shortened(text: str) -> str:
-    return textwrap.shorten(text, 60, placeholder=" ...")
 
 
 def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:

@@ -121,6 +121,12 @@ def test_the_second_may_win_once_compiled():
     assert 'compile(RaoBlackwell_ELBO(), "replay")' in found.usage
 
 
+def test_a_compiled_loss_must_be_worth_the_change():
+    seconds = {"Trace_ELBO": 1e-3, "A": 9.8e-4}
+    times = [CompiledTime(name, "replay", 4e-3, seconds[name], 1.0) for name in seconds]
+    assert with_compiled(advice(Trace_ELBO=1.0, A=1.0), times, 10000).loss == "Trace_ELBO"
+
+
 def test_without_advice_nothing_is_added():
     thin = Recommendation(None, "No advice.", [], [Ranked("Trace_ELBO", 1.0, 0.0, [1.0])])
     assert with_compiled(thin, [CompiledTime("Trace_ELBO", "replay", 4e-3, 1e-3, 1.0)], 10000).usage is None
@@ -136,10 +142,21 @@ def test_compare_times_what_it_recommends(replay_only):
     assert [one.backend for one in result.compiled] == ["replay"] * len(result.compiled)
     assert result.compiled[0].name == compare(model, guide, ["TraceMeanField_ELBO"], **options).recommendation.loss
     assert "CompiledSVI" in result.recommendation.usage and "replayed" in result.table()
-    assert "times as fast" in result.table() and "times as fast" in result.to_html()
+    assert "Whole steps" in result.table() and "times as fast" in result.table() and "times as fast" in result.to_html()
     assert json.loads(json.dumps(result.to_dict()))["compiled"][0]["backend"] == "replay"
     for name, value in pyro.get_param_store().items():
         assert torch.equal(value, before[name])
+
+
+def test_the_reason_why_nothing_is_compiled_is_shown():
+    def branches(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z if z > 0 else -z, 1.0), obs=x[0])
+
+    options = dict(args=(X,), num_samples=60, num_burn_in=5, train_steps=[5], progress=False)
+    result = compare(branches, AutoNormal(branches), ["STLTrace_ELBO:1.0"], steps=1000, **options)
+    assert "is not compiled: It looks at the value of a tensor" in " ".join(result.table().split())
+    assert "times as fast" not in result.to_html()
 
 
 def test_steps_are_checked():
