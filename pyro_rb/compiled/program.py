@@ -17,7 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
-from pyro_rb.compiled.graph import Gradient, Graph, difference
+from pyro_rb.compiled.graph import (
+    COMPILED,
+    REPLAYED,
+    ROUNDED,
+    Gradient,
+    Graph,
+    difference,
+)
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
@@ -304,7 +311,12 @@ class Program:
             step = graph(tensors)
             if step.held is not None and not step.held:
                 return False  # such a step is eager
-            problem = difference(step, graph.captured.parameters, result, not graph.is_compiled)
+            parameters = graph.captured.parameters
+            problem = difference(step, parameters, result, COMPILED if graph.is_compiled else REPLAYED)
+            if problem and graph.is_compiled and not difference(step, parameters, result, ROUNDED):
+                # Is it but the rounding of the compiled program? The operations one by one tell.
+                before.restore()
+                problem = difference(graph(tensors, is_replayed=True), parameters, result, REPLAYED)
             if not problem:
                 problem = after.compare()
         except RuntimeError as e:

@@ -606,3 +606,27 @@ def test_module_with_an_optimizer_of_torch():
     loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0), "replay")
     torch.testing.assert_close(run(loss), run(STLTrace_ELBO(control_variate_scale=1.0)))
     assert loss.num_graphs == 1
+
+
+@pytest.mark.parametrize("factor, is_kept", [(1 + 3e-4, True), (1 + 1e-2, False)])
+def test_what_a_compiled_program_rounds_is_told_from_what_is_stale(factor, is_kept):
+    """A program that is off by more than usual is kept if the same operations one by one are not."""
+    model, guide, args = models.conjugate()
+    elbo = pyro_rb.compile(Trace_ELBO(), "replay", check_every=5)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+    for _ in range(3):
+        svi.step(*args(0))
+    (graph,) = elbo.program(model, guide).graphs
+    run = graph._run
+
+    def rounded(*inputs):
+        loss, held, *grads = run(*inputs)
+        return loss, held, *[factor * grad for grad in grads]
+
+    graph._run, graph.is_compiled = rounded, True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            svi.step(*args(0))
+    assert bool(elbo.program(model, guide).graphs) == is_kept
+    assert any("differ for the same random numbers" in str(w.message) for w in caught) != is_kept
