@@ -110,7 +110,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     :param int budget: evaluations at a discrete site, ``>= 1``, shared out between sums and
         draws by element. Defaults to 3, if neither of the two above is given.
     :param int sum_up_to: the most values of a discrete site that are all summed, whatever the
-        three above say, ``>= 0``. They are not, as :meth:`report` tells, if with those of earlier sites
+        three above say, ``>= 0``. They are not, as ``report()`` tells, if with those of earlier sites
         that the site may depend on there would be more than 256 evaluations, or more than
         262,144 elements at a site: evaluations times the sizes of plates and of the event,
         such as that of an image. Defaults to 32, if none of the three is given, else to 0.
