@@ -113,6 +113,17 @@ def test_what_compilation_saves_is_counted_over_the_steps():
     assert few.caveats == ["Compiled steps pay from 2632 steps, more than the 100 that are intended."]
 
 
+@pytest.mark.parametrize("num_steps, expected", [(1000, 3.0), (10000, 12.0)])
+def test_steps_are_replayed_until_inductor_is_done(num_steps, expected):
+    replay = CompiledTime("STLTrace_ELBO", "replay", 4e-3, 2e-3, 1.0)
+    one = CompiledTime("STLTrace_ELBO", "inductor", 4e-3, 2e-4, 11.0, 2e-3, 1.0)
+    assert num_steps * 4e-3 * one.share(num_steps) == pytest.approx(expected)
+    assert one.pays_from == replay.pays_from == 500
+    found = with_compiled(advice(Trace_ELBO=1.0, STLTrace_ELBO=0.5), [replay, one], num_steps)
+    assert found.usage.endswith("CompiledSVI(model, guide, optim, loss=STLTrace_ELBO())")
+    assert "after 11 s of compilation, until which it takes 2 ms" in found.caveats[0]
+
+
 def test_the_second_may_win_once_compiled():
     slow = CompiledTime("STLTrace_ELBO", "inductor", 4e-3, 3e-3, 1.0)
     fast = CompiledTime("RaoBlackwell_ELBO", "replay", 4e-3, 1e-3, 1.0)
