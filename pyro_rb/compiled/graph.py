@@ -14,7 +14,6 @@ from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.torch_private import has_hooks, plain_calls
 from pyro_rb.infer.util import announce_parameters, parameter_table
 
-
 #: Powers of the precision of floats: what may differ where operations are the same, where Inductor has fused them, and
 #: where the same operations show that there is nothing else but that.
 REPLAYED, COMPILED, ROUNDED = 0.75, 0.6, 0.4
