@@ -11,7 +11,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
 
@@ -29,6 +28,7 @@ from pyro_rb.diagnostics.run.losses import usage
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.parameters import current_args
 from pyro_rb.diagnostics.run.problem import Problem
+from pyro_rb.diagnostics.run.sampler import choose_clock
 from pyro_rb.diagnostics.run.sites import settle_plates
 
 #: For how many steps a compilation is to pay, where nothing is said.
@@ -182,8 +182,7 @@ def _time(one: CompiledTime, problem: Problem, loss: Any, optim: PyroOptim) -> N
     if not any(graph.is_compiled or one.backend == "replay" for graph in program.graphs):
         one.error = f"nothing was compiled in {len(warm)} steps"
         return
-    if torch.get_num_threads() == 1 and next(iter(problem.parameters.values())).device.type == "cpu":
-        clock = time.process_time  # which other programs do not disturb
+    clock = choose_clock(problem.parameters.values())
     end = time.perf_counter() + MOST_SECONDS
     times: List[Tuple[float, float]] = []
     while len(times) < NUM_TIMED and (len(times) < 3 or time.perf_counter() < end):

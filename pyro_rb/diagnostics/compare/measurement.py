@@ -4,7 +4,6 @@
 """Measures one loss at one state of the parameters: :class:`Gauge`."""
 
 import math
-import time
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -12,7 +11,7 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.report import LossResult
-from pyro_rb.diagnostics.run.sampler import GradientSampler
+from pyro_rb.diagnostics.run.sampler import GradientSampler, choose_clock
 from pyro_rb.diagnostics.stats import summary as stats
 from pyro_rb.diagnostics.stats.agreement import Agreement
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
@@ -56,9 +55,7 @@ class Gauge:
         self.block = RunningMoments()
         self.block_variances: List[Tensor] = []  # each [number of parameters]
         self.cuda = any(tensor.is_cuda for tensor in sampler.tensors)
-        # Other processes do not take from the CPU time; but that of threads adds up.
-        alone = torch.get_num_threads() == 1 and not self.cuda
-        self.clock = time.process_time if alone else time.perf_counter
+        self.clock = choose_clock(sampler.tensors)
         self.memory: Optional[int] = None
 
     def draw(self, seed: int) -> Draw:

@@ -5,7 +5,6 @@
 
 import copy
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -18,6 +17,7 @@ from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.problem import Problem
+from pyro_rb.diagnostics.run.sampler import choose_clock
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
 
 #: From which the learning rate of each loss is chosen, with Adam.
@@ -102,7 +102,7 @@ class Training:
             for tensor, value in zip(self.tensors, self.values):
                 tensor.copy_(value)
         set_rng_seed((self.seed * 1000003 + self.num_steps) % 2**32)
-        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        clock = choose_clock(self.sampler.tensors)
         start = clock() - self.seconds
         try:
             while self.seconds < until and self.error is None:

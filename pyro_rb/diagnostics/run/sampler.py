@@ -3,7 +3,18 @@
 
 """Draws of the gradient that a loss estimates: :class:`GradientSampler`."""
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+import time
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor
@@ -112,6 +123,22 @@ class GradientSampler:
         optim(self.tensors)
         self.clear()
         return loss
+
+
+def choose_clock(tensors: Iterable[Tensor]) -> Callable[[], float]:
+    """
+    What measures seconds of work on these tensors: CPU time, from which other processes take nothing, or the time that
+    passes, as the CPU time of threads adds up, and a GPU has none.
+
+    **Example**
+
+    >>> clock = choose_clock([torch.zeros(2)])
+    >>> start = clock()
+    >>> clock() - start >= 0
+    True
+    """
+    alone = torch.get_num_threads() == 1 and not any(tensor.is_cuda for tensor in tensors)
+    return time.process_time if alone else time.perf_counter
 
 
 def draw_seeds(seed: int, num_samples: int, num_burn_in: int = 0) -> Tuple[List[int], List[int]]:
