@@ -7,7 +7,7 @@ eager loss, and when they are given up.
 """
 
 import warnings
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import pyro
 import torch
@@ -43,6 +43,17 @@ MAX_UNSTABLE = 3
 #: Captures of a loss that takes another way for rare random numbers.
 MAX_ATTEMPTS = 5
 ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
+
+
+class Ready(NamedTuple):
+    """What may make steps."""
+
+    graph: Graph
+    #: Among the arguments.
+    tensors: List[torch.Tensor]
+    #: All that are for such arguments.
+    graphs: List[Graph]
+    phase: Any
 
 
 class Program:
@@ -110,12 +121,9 @@ class Program:
         self.backend = "replay"
         self._warn(f"Inductor failed, so that the graph is replayed: {error}")
 
-    def ready(
-        self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]
-    ) -> Optional[Tuple[Graph, List[torch.Tensor]]]:
+    def ready(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Optional["Ready"]:
         """
-        :return: a graph that may make the next steps, without any that is eager, and the
-            tensors among the arguments; None if there is none.
+        :return: a graph that may make the next steps, without any that is eager, if there is one.
         """
         if self.reason or not is_plain_call():
             return None
@@ -125,15 +133,24 @@ class Program:
             return None
         graphs = self._graphs.get(key, [])
         learns = any(graph.learning.is_due(num_steps) for graph in graphs)
-        if learns and num_steps > 1:
-            return None
-        if self._phase(num_steps) != self._phase():
-            return None
         for graph in graphs:
             if graph.learning.learns == learns and graph.why_invalid() is None:
-                is_checked = graph.calls + num_steps >= graph.next_check or graph.is_due
-                return None if is_checked else (graph, tensors)
+                ready = Ready(graph, tensors, graphs, self._phase())
+                return ready if self.goes_on(ready, num_steps) else None
         return None
+
+    def goes_on(self, ready: "Ready", num_steps: int) -> bool:
+        """
+        Whether what was ready may make the next steps, too, if nothing but steps of it has run
+        in between.
+        """
+        graph = ready.graph
+        if graph.calls + num_steps >= graph.next_check or graph.is_due:
+            return False
+        learns = any(other.learning.is_due(num_steps) for other in ready.graphs)
+        if learns != graph.learning.learns or (learns and num_steps > 1):
+            return False
+        return bool(self._phase(num_steps) == ready.phase == self._phase())
 
     def _phase(self, num_steps: int = 1) -> Any:
         """What the next steps are to be alike in; None if one of them is to be eager."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import warnings
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,9 @@ from pyro_rb.compiled.elbo import CompiledELBO, compile
 from pyro_rb.compiled.fused import FusedSteps
 from pyro_rb.compiled.graph import Graph
 from pyro_rb.compiled.program import Program
+
+#: Steps, or a few unrolled ones, that are made without a look at whether the graph is still valid.
+_IN_A_ROW = 100
 
 
 class _Steps(NamedTuple):
@@ -83,15 +86,17 @@ class CompiledSVI(SVI):
 
         :return: an estimate of the loss.
         """
-        losses = self._fused(1, args, kwargs)
-        loss: float = super().step(*args, **kwargs) if losses is None else losses[0]
-        return loss
+        for (loss,) in self._fused(1, args, kwargs):
+            return loss
+        found: float = super().step(*args, **kwargs)
+        return found
 
     def run(
         self, num_steps: int, *args: Any, progress_bar: bool = True, **kwargs: Any
     ) -> torch.Tensor:
         """
-        Makes steps, all with the same arguments. Ctrl-C ends it early.
+        Makes steps, all with the same arguments. Ctrl-C ends it early. What model and guide depend on
+        must not be replaced meanwhile, by another thread, say: it is looked at every 100 steps only.
 
         :param int num_steps: how many, ``>= 0``.
         :param args: of model and guide.
@@ -103,28 +108,38 @@ class CompiledSVI(SVI):
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
             try:
                 while len(losses) < num_steps:
-                    found = None
-                    if num_steps - len(losses) >= self.unroll > 1:
-                        found = self._fused(self.unroll, args, kwargs)
-                    if found is None:
-                        found = [self.step(*args, **kwargs)]
-                    losses += found
-                    bar.update(len(found))
-                    if len(losses) % 100 < len(found):
-                        bar.set_postfix(loss=f"{found[-1]:.4g}", refresh=False)
+                    size = self.unroll if num_steps - len(losses) >= self.unroll else 1
+                    for found in self._make(size, args, kwargs):
+                        losses += found
+                        bar.update(len(found))
+                        if len(losses) % 100 < len(found):
+                            bar.set_postfix(loss=f"{found[-1]:.4g}", refresh=False)
+                        if num_steps - len(losses) < size:
+                            break
             except KeyboardInterrupt:
                 pass
         return torch.tensor(losses)
 
-    def _fused(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Optional[List[float]]:
-        """The losses of some steps, or None if they are not to be made by a graph."""
+    def _make(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Iterator[List[float]]:
+        """Yields the losses of the next steps, a few at a time: those that a graph makes, or that of one step."""
+        is_eager = True
+        for losses in self._fused(num_steps, args, kwargs):
+            is_eager = False
+            yield losses
+        if is_eager:
+            yield [self.step(*args, **kwargs)]
+
+    def _fused(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Iterator[List[float]]:
+        """
+        Yields the losses of steps that a graph makes, ``num_steps`` at a time; nothing if it must
+        not. Nothing else may run in between but what looks at the losses.
+        """
         program = self.compiled.program(self.model, self.guide)
         ready = program.ready(num_steps, args, kwargs)
         if ready is None or self._why_loop:
-            return None
-        graph, tensors = ready
+            return
         try:
-            fused = self._find(graph, num_steps, tensors, program)
+            fused = self._find(ready.graph, num_steps, ready.tensors, program)
         except (NotImplementedError, RuntimeError) as e:
             self._why_loop = str(e)
             warnings.warn(
@@ -133,8 +148,16 @@ class CompiledSVI(SVI):
                 "gradient of all parameters that are used.",
                 stacklevel=3,
             )
-            return None
-        return fused(graph, tensors) if fused is not None and fused.is_free() else None
+            return
+        if fused is None or not fused.is_free():
+            return
+        for _ in range(_IN_A_ROW):
+            losses = fused(ready.graph, ready.tensors)
+            if losses is None:
+                return
+            yield losses
+            if not program.goes_on(ready, num_steps):
+                return
 
     def _find(
         self, graph: Graph, num_steps: int, tensors: List[torch.Tensor], program: Program

@@ -3,7 +3,8 @@
 
 """The step of an optimizer as tensor operations, on the state that Pyro's optimizers keep."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import operator
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
@@ -14,6 +15,58 @@ from pyro_rb.compiled.torch_private import foreach
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, ClippedAdam)
 #: Options that have no update here.
 _OFF = ("amsgrad", "maximize", "differentiable", "capturable")
+#: Options that are constants of the graph.
+_OPTIONS = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
+
+
+class _Member(NamedTuple):
+    """A parameter, and what Pyro keeps of its optimizer."""
+
+    parameter: torch.Tensor
+    object: Any
+    optimizer: Any
+    group: Dict[str, Any]
+    state: Dict[str, Any]
+    read: Callable[[Dict[str, Any]], Tuple]
+    #: What it read.
+    options: Tuple
+
+    @classmethod
+    def make(cls, optim: Any, p: torch.Tensor) -> "_Member":
+        obj = optim.optim_objs[p]
+        optimizer = obj.optimizer if is_scheduler(obj) else obj
+        group, state, name = optimizer.param_groups[0], optimizer.state[p], type(optimizer).__name__
+        if type(optimizer) not in _ADAMS:
+            raise NotImplementedError(name)
+        used = [option for option in _OFF if group.get(option)]
+        if used or optim.grad_clip.get(p) is not None:
+            raise NotImplementedError(f"{name} with {', '.join(used) or 'clip_args'}")
+        if p.is_complex() or not state:
+            raise NotImplementedError(f"{name} without state, or of a complex parameter")
+        read: Any = operator.itemgetter(*(option for option in _OPTIONS if option in group))
+        return cls(p, obj, optimizer, group, state, read, read(group))
+
+
+def _share(states: Sequence[Dict[str, Any]]) -> List[torch.Tensor]:
+    """
+    Makes views of one tensor of all numbers of steps that are tensors of one kind, so that one
+    operation counts them.
+    """
+    kinds: Dict[Any, List[Dict[str, Any]]] = {}
+    for state in states:
+        if isinstance(state["step"], torch.Tensor):
+            kinds.setdefault((state["step"].dtype, state["step"].device), []).append(state)
+    shared = []
+    for members in kinds.values():
+        steps = [state["step"] for state in members]
+        whole = steps[0]._base
+        is_shared = whole is not None and len(whole) == len(steps)
+        if not is_shared or any(x._base is not whole for x in steps):
+            whole = torch.stack(steps)
+            for i, state in enumerate(members):
+                state["step"] = whole[i]
+        shared.append(whole)
+    return shared
 
 
 class Update:
@@ -27,44 +80,28 @@ class Update:
 
     def __init__(self, optim: Any, parameters: Sequence[torch.Tensor]) -> None:
         self._optim = optim
-        self._parameters = list(parameters)
-        self._objects = [optim.optim_objs[p] for p in parameters]
-        self._optimizers = [o.optimizer if is_scheduler(o) else o for o in self._objects]
-        self._groups = [optimizer.param_groups[0] for optimizer in self._optimizers]
-        self._states = [o.state[p] for o, p in zip(self._optimizers, parameters)]
-        for p, optimizer, group in zip(parameters, self._optimizers, self._groups):
-            name = type(optimizer).__name__
-            if type(optimizer) not in _ADAMS:
-                raise NotImplementedError(name)
-            used = [option for option in _OFF if group.get(option)]
-            if used or optim.grad_clip.get(p) is not None:
-                raise NotImplementedError(f"{name} with {', '.join(used) or 'clip_args'}")
-            if p.is_complex() or not optimizer.state[p]:
-                raise NotImplementedError(f"{name} without state, or of a complex parameter")
-        self._options = self._read_options()
+        self._members = [_Member.make(optim, p) for p in parameters]
+        self._groups = [member.group for member in self._members]
+        self._states = [member.state for member in self._members]
         self._betas = torch.tensor([g["betas"] for g in self._groups], dtype=torch.float64).T
         #: Learning rate and number of steps so far, by parameter, and whether all steps of the
         #: graph were good: [3, parameters].
         self._numbers = torch.ones(3, len(parameters), dtype=torch.float64)
         #: What they were made of, as far as the graph has gone on since.
         self._known: Any = None
-        steps = [state["step"] for state in self._states]
-        self._counts = [x for x in steps if isinstance(x, torch.Tensor)]
-
-    def _read_options(self) -> List[Tuple]:
-        names = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
-        return [tuple(map(group.get, names)) for group in self._groups]
+        #: The numbers of steps that are tensors, and what they are views of.
+        self._steps: List[torch.Tensor] = []
+        self._counts: List[torch.Tensor] = []
 
     def is_valid(self) -> bool:
         """Whether the optimizers, their options and states are those that it was made for."""
         objects = self._optim.optim_objs
-        same = [objects.get(p) is o for p, o in zip(self._parameters, self._objects)]
-        kept = zip(self._optimizers, self._parameters, self._states)
-        return (
-            all(same)
-            and all(o.state.get(p) is s for o, p, s in kept)
-            and self._options == self._read_options()
-        )
+        for m in self._members:
+            if objects.get(m.parameter) is not m.object or m.read(m.group) != m.options:
+                return False
+            if m.optimizer.state.get(m.parameter) is not m.state:
+                return False
+        return True
 
     @property
     def tensors(self) -> List[torch.Tensor]:
@@ -85,13 +122,15 @@ class Update:
         steps = [float(state["step"]) for state in self._states]
         ones = [1.0] * len(rates)
         self._numbers.copy_(torch.tensor([rates, steps, ones], dtype=torch.float64))
+        self._counts = _share(self._states)
+        self._steps = [s["step"] for s in self._states if isinstance(s["step"], torch.Tensor)]
 
     def finish(self, num_steps: int) -> None:
         """Tells the optimizers what the graph has done."""
-        if self._counts:
-            foreach("add_")(self._counts, num_steps)
+        for counts in self._counts:
+            counts.add_(num_steps)
         for group, state in zip(self._groups, self._states):
-            if not isinstance(state["step"], torch.Tensor):
+            if isinstance(state["step"], int):
                 state["step"] += num_steps
             if "lrd" in group:
                 for _ in range(num_steps):
@@ -108,7 +147,8 @@ class Update:
         if any(isinstance(rate, torch.Tensor) for rate in rates):
             return None
         steps = [state["step"] for state in self._states]
-        return rates, [(id(x), x._version) if isinstance(x, torch.Tensor) else x for x in steps]
+        kept = [x if isinstance(x, int) else id(x) for x in steps]
+        return rates, kept, [x._version for x in self._counts]
 
     def apply(
         self,
@@ -138,7 +178,7 @@ class Update:
         first, second = (1.0 - beta**steps for beta in self._betas)
         kinds: Dict[Any, List[int]] = {}
         for i, p in enumerate(parameters):
-            kind = type(self._optimizers[i]), self._options[i], p.dtype, p.device
+            kind = type(self._members[i].optimizer), self._members[i].options, p.dtype, p.device
             kinds.setdefault(kind, []).append(i)
         for members in kinds.values():
             old = [
@@ -162,7 +202,7 @@ class Update:
         :param size: learning rates over the corrections of the first moments.
         :param root: roots of the corrections of the second moments.
         """
-        group, kind = self._groups[member], type(self._optimizers[member])
+        group, kind = self._groups[member], type(self._members[member].optimizer)
         (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
         is_clipped = kind is ClippedAdam
         if is_clipped:
