@@ -12,7 +12,7 @@ import torch
 
 from pyro_rb.compiled.simplify import simplify
 from pyro_rb.compiled.torch_private import has_hooks, trace
-from pyro_rb.compiled.watch import NotCapturable, Operations, Watch
+from pyro_rb.compiled.watch import Assumptions, NotCapturable, Operations, Watch
 
 
 class Captured(NamedTuple):
@@ -29,6 +29,8 @@ class Captured(NamedTuple):
     parameters: List[torch.Tensor]
     #: Tensors of others that it changes in place, such as running means.
     changed: List[torch.Tensor]
+    #: Where it looks at values that it takes for granted.
+    places: List[str]
 
 
 def capture(
@@ -43,15 +45,16 @@ def capture(
     :param extra: to which it adds what else is to be returned.
     :raises NotCapturable: saying why.
     """
-    watch = Watch()
-    operations = Operations(watch.assumed)
+    assumptions = Assumptions()
+    watch, operations = Watch(assumptions), Operations(assumptions)
     parameters: List[torch.Tensor] = []
 
     def run(*inputs: torch.Tensor) -> Tuple[Any, ...]:
         with pyro.validation_enabled(False), watch, operations:
             loss = loss_and_grads(*inputs)
             loss = torch.as_tensor(loss).detach().clone()
-            held = torch.stack(watch.assumed).all() if watch.assumed else None
+            conditions = assumptions.conditions
+            held = torch.stack(conditions).all() if conditions else None
         leaves = [x for x, _ in operations.leaves.values()]
         parameters.extend(x for x in leaves if x.grad is not None)
         return (loss, held, *[x.grad for x in parameters], *extra)
@@ -74,7 +77,7 @@ def capture(
     fixed = _lift(module)
     simplify(module)
     changed = [x for x, _ in operations.changed.values()]
-    return Captured(module, fixed, parameters, changed)
+    return Captured(module, fixed, parameters, changed, assumptions.places)
 
 
 def _lift(module: torch.fx.GraphModule) -> List[torch.Tensor]:

@@ -40,9 +40,9 @@ def compile(
     **Requirements.** All that changes from step to step is a tensor among the arguments, a
     parameter, or a tensor that is changed in place. Plain numbers among the arguments, in
     closures, modules and attributes are part of the graph; another one for each of them is
-    captured, up to 8. Structure must not depend on values: no ``if`` on a draw, no
-    ``.item()``. Handlers around ``SVI.step``, hooks of parameters and arguments that require
-    grad make steps eager.
+    captured, up to 8. Structure must not depend on draws: no ``if`` on one, no ``.item()``. If
+    it depends on arguments or data, steps are eager where it differs. Handlers around
+    ``SVI.step``, hooks of parameters and arguments that require grad make steps eager.
 
     **When it is worse.** Capturing takes as long as a hundred steps or so, and Inductor 10 to
     60 seconds of another process for each shape; until it is ready, the graph is replayed.

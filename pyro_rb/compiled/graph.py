@@ -53,6 +53,8 @@ class Graph:
         self.reach = reach
         self.calls = 0
         self.next_check = 0
+        #: Steps at which something was not so that it takes for granted.
+        self.misses = 0
         self.is_compiled = False
         self._compilation: Optional[Compilation] = None
         self.learning = learning

@@ -42,6 +42,8 @@ MAX_GRAPHS = 8
 MAX_UNSTABLE = 3
 #: Captures of a loss that takes another way for rare random numbers.
 MAX_ATTEMPTS = 5
+#: Steps at which a graph was not valid, if they are more than one in so many.
+MAX_MISSES = 5
 ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
 
 
@@ -219,7 +221,9 @@ class Program:
         changed = [(x, x.clone()) for x in graph.captured.changed]
         step = graph(tensors)
         loss = step.loss.item()
-        if loss != loss or not (step.held is None or step.held):
+        held = step.held is None or bool(step.held)
+        if loss != loss or not held:
+            self._count_miss(graph, held)
             # The eager loss says where, or does without what was taken for granted.
             set_torch_generators(generators)
             for x, value in changed:
@@ -228,6 +232,21 @@ class Program:
         graph.count_steps(1, step.learned)
         graph.announce()
         return Gradient(loss, graph.captured.parameters, step.grads)
+
+    def _count_miss(self, graph: Graph, held: bool) -> None:
+        """Drops a graph that was made for values which come up no more."""
+        places = "; ".join(dict.fromkeys(graph.captured.places))
+        graph.misses += not held
+        if not places or graph.misses < MAX_MISSES or graph.misses <= graph.calls // MAX_MISSES:
+            return
+        for graphs in self._graphs.values():
+            graphs[:] = [other for other in graphs if other is not graph]
+        self._unstable += 1
+        if self._unstable >= MAX_UNSTABLE:
+            self._give_up(
+                f"{places}. A graph is made for one value, and others keep coming up. Expected tensor "
+                "operations only, such as torch.where"
+            )
 
     def _reach(self) -> Reachable:
         return Reachable({"the model": self.model, "the guide": self.guide}, self.elbo)
@@ -327,6 +346,7 @@ class Program:
         try:
             step = graph(tensors)
             if step.held is not None and not step.held:
+                self._count_miss(graph, False)
                 return False  # such a step is eager
             parameters = graph.captured.parameters
             problem = difference(step, parameters, result, COMPILED if graph.is_compiled else REPLAYED)

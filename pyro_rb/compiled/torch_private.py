@@ -77,27 +77,41 @@ def is_tracked(tensor: torch.Tensor) -> bool:
     return mode is not None and has_proxy_slot(tensor, mode.tracer)
 
 
-def is_constant(tensor: torch.Tensor) -> bool:
-    """Whether a tracked tensor is the same at each run: made of numbers in the code only."""
+#: What a tensor in the graph depends on, the worst of all.
+NOTHING, INPUTS, PARAMETERS, DRAWS = range(4)
+
+
+def origin(tensor: torch.Tensor) -> int:
+    """
+    What the value of a tensor depends on: on numbers in the code only, on inputs of the graph that need no gradient,
+    on parameters, or on random numbers.
+    """
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
-    mode = get_proxy_mode()
-    assert mode is not None
-    waiting = [get_proxy_slot(tensor, mode.tracer).proxy.node]
+    mode: Any = get_proxy_mode()
+    if not is_tracked(tensor):
+        return PARAMETERS if tensor.requires_grad else INPUTS
+    waiting: List[Any] = [get_proxy_slot(tensor, mode.tracer).proxy.node]
     seen = set(waiting)
+    worst = NOTHING
     while waiting:
         node = waiting.pop()
-        if node.op == "get_attr":
+        if node.op == "placeholder":
+            worst = max(worst, INPUTS)
+        elif node.op == "get_attr":
             if any(user.target != torch.ops.aten.lift_fresh_copy.default for user in node.users):
-                return False
-        elif node.op != "call_function":
-            return False
-        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return False
+                found = getattr(mode.tracer.root, node.target)
+                worst = max(worst, PARAMETERS if found.requires_grad else INPUTS)
+        elif node.op != "call_function" or _draws(node.target):
+            return DRAWS
         new = [x for x in node.all_input_nodes if x not in seen]
         seen.update(new)
         waiting.extend(new)
-    return True
+    return worst
+
+
+def _draws(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def outside_of_graph() -> Any:

@@ -17,10 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 import pyro_rb
 from pyro_rb.compiled.torch_private import (
+    DRAWS,
+    INPUTS,
+    NOTHING,
     TorchDispatchMode,
-    is_constant,
     is_tracked,
     memory,
+    origin,
     outside_of_graph,
     written,
 )
@@ -30,6 +33,7 @@ _LIBRARIES = tuple(
     for module in (torch, pyro, pyro_rb)
 )
 _PYRO_RB = _LIBRARIES[2]
+_DISTRIBUTION = os.path.abspath(torch.distributions.distribution.__file__)
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _CAPTURE = _OWN + "capture.py"
 _LOOKS = {
@@ -80,31 +84,66 @@ def _refuse(what: str, caller: str = "") -> Any:
     )
 
 
-class Watch(TorchFunctionMode):
-    """
-    Keeps losses from reading their own values, as they do for the loss that they return, and
-    refuses all other looks at numbers that differ from step to step.
-    """
+class Assumptions:
+    """What a graph takes for granted."""
 
     def __init__(self) -> None:
+        #: Scalars that are true.
+        self.conditions: List[torch.Tensor] = []
+        #: Where code that is no library's looks at a value.
+        self.places: List[str] = []
+
+    def decide(self, tensor: torch.Tensor) -> bool:
+        """The value of a condition."""
+        with outside_of_graph():
+            value = bool(tensor)
+        self.conditions.append((tensor if value else ~tensor.bool()).bool().reshape(()))
+        return value
+
+    def look(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """The value of a tensor, on which operations are not part of the graph."""
+        self.places.append(f"{what}{find_user_line()}")
+        with outside_of_graph():
+            value = tensor.detach().clone()
+        same = tensor.detach() == value
+        if value.is_floating_point():
+            same = same | (tensor.detach().isnan() & value.isnan())
+        self.conditions.append(same.all())
+        return value
+
+
+class Watch(TorchFunctionMode):
+    """
+    Keeps losses from reading their own values, as they do for the loss that they return. Of
+    other looks at numbers, those that only depend on what goes into the graph are noted as what it
+    takes for granted, and those at draws, and at the values of parameters, are refused.
+    """
+
+    def __init__(self, assumptions: Assumptions) -> None:
         super().__init__()
-        #: Scalars that the graph takes to be true.
-        self.assumed: List[torch.Tensor] = []
+        self._assumptions = assumptions
 
     def __torch_function__(
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
-        if func in _LOOKS and args and is_tracked(args[0]):
-            if is_constant(args[0]):  # such as the index of a sequential plate
-                with outside_of_graph():
-                    return func(*args, **(kwargs or {}))
-            return self._look(func, args[0], sys._getframe(1).f_code)
+        if func in _LOOKS and args and isinstance(args[0], torch.Tensor):
+            code = sys._getframe(1).f_code
+            if is_tracked(args[0]):
+                return self._look(func, args, kwargs or {}, code)
+            if not code.co_filename.startswith(_LIBRARIES):
+                return self._look_at_others(func, args, kwargs or {}, code)
         return func(*args, **(kwargs or {}))
 
-    def _look(self, func: Any, tensor: torch.Tensor, code: Any) -> Any:
+    def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], code: Any) -> Any:
+        tensor = args[0]
+        if origin(tensor) == NOTHING:  # such as the index of a sequential plate
+            with outside_of_graph():
+                return func(*args, **kwargs)
         if code.co_filename.startswith(_LIBRARIES):
             if code.co_name in ("warn_if_nan", "warn_if_inf"):
                 return False  # the value of the graph is looked at
+            if func is torch.Tensor.__bool__ and code.co_filename == _DISTRIBUTION:
+                return True  # a draw is valid, which eager steps look at
             if func is torch.Tensor.item and code.co_name == "torch_item" or _is_loss(code):
                 # In the precision of the number that it stands for.
                 if func is torch.Tensor.item:
@@ -114,17 +153,20 @@ class Watch(TorchFunctionMode):
             if func is torch.Tensor.__bool__ and (
                 code.co_filename.startswith(_PYRO_RB) or code.co_name == "compute_expectation"
             ):
-                return assume(tensor, self.assumed)
+                return self._assumptions.decide(tensor)
+        return self._look_at_others(func, args, kwargs, code)
+
+    def _look_at_others(self, func: Any, args: Tuple, kwargs: Dict[str, Any], code: Any) -> Any:
         what = f"It looks at the value of a tensor, by {func.__name__}(),"
-        return _refuse(what, code.co_filename)
-
-
-def assume(tensor: torch.Tensor, assumed: List[torch.Tensor]) -> bool:
-    """The value of a condition, which is noted as what the graph takes for granted."""
-    with outside_of_graph():
-        value = bool(tensor)
-    assumed.append((tensor if value else ~tensor).bool().reshape(()))
-    return value
+        is_condition = func is torch.Tensor.__bool__
+        if origin(args[0]) > INPUTS and not (is_condition and origin(args[0]) < DRAWS):
+            _refuse(what, code.co_filename)
+        if is_condition:
+            self._assumptions.places.append(f"{what}{find_user_line()}")
+            return self._assumptions.decide(args[0])
+        value = self._assumptions.look(args[0], what)
+        with outside_of_graph():
+            return func(value, *args[1:], **kwargs)
 
 
 def _find_caller() -> str:
@@ -148,9 +190,9 @@ class Operations(TorchDispatchMode):
     depend on values.
     """
 
-    def __init__(self, assumed: List[torch.Tensor]) -> None:
+    def __init__(self, assumptions: Assumptions) -> None:
         super().__init__()
-        self._assumed = assumed
+        self._assumptions = assumptions
         #: Tensors that are changed in place, and copies of what they were.
         self.changed: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
         #: Tensors of others, by their memory.
@@ -180,8 +222,13 @@ class Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
             is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
             if is_condition and _find_caller().startswith(_PYRO_RB):
-                return assume(tensors[0], self._assumed)
-            _refuse("It looks at the value of a tensor")
+                return self._assumptions.decide(tensors[0])
+            if func is not torch.ops.aten.equal.default or max(map(origin, tensors)) == DRAWS:
+                _refuse("It looks at the value of a tensor")
+            if tensors[0].shape != tensors[1].shape:
+                return False
+            self._assumptions.places.append(f"It compares the values of tensors{find_user_line()}")
+            return self._assumptions.decide((tensors[0] == tensors[1]).all())
         return func(*args, **kwargs)
 
     def _save(self, values: List[Any]) -> None:

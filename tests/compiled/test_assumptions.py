@@ -1,0 +1,138 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Looks at values that only depend on what goes into a graph are what it takes for granted, at each step."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+import pyro_rb
+from pyro_rb import STLTrace_ELBO
+from tests.compiled.test_guards import X, assert_eager, guide, observe
+from tests.compiled.training import assert_equal, assert_replayed, train
+
+LIMIT = torch.tensor(1.0)
+
+
+def branch(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    observe(z if x.sum() < 5.0 else 2.0 * z, x)
+
+
+def branch_by_parameter(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    observe(z if pyro.param("s") > 0.5 else 2.0 * z, x)
+
+
+def number(x):
+    observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x, scale=1.0 + abs(x[0].item()))
+
+
+def count(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    for i in range(int((x.abs() > 1.0).sum())):
+        pyro.factor(f"factor_{i}", -z.square())
+    observe(z, x)
+
+
+def as_list(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    observe(z, x, scale=1.0 + abs(x.tolist()[1]))
+
+
+def as_array(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    observe(z, x, scale=float(x.numpy().std()))
+
+
+def constant(x):
+    """Which no operation of the graph uses."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    observe(z if LIMIT > 0.5 else 2.0 * z, x, scale=1.0 + LIMIT.item())
+
+
+def equal(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    observe(2.0 * z if torch.equal(x, X) else z, x)
+
+
+MODELS = [branch, branch_by_parameter, number, count, as_list, as_array, constant, equal]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_same_value(model):
+    loss = assert_replayed(Trace_ELBO, lambda: (model, lambda x: guide(), lambda i: (X,)), 40)
+    assert loss.report()[-1].treatment == "replayed"
+
+
+@pytest.mark.parametrize("model", [branch, number, count, as_list, as_array, equal])
+def test_other_value_now_and_then(model):
+    """Such a step is eager, and the others are not."""
+
+    def make():
+        return model, lambda x: guide(), lambda i: (X if i % 13 else 3.0 * X,)
+
+    loss = assert_replayed(STLTrace_ELBO, make, 60, num_graphs=2)
+    assert all(graph.misses <= 5 for program in loss._programs.values() for graph in program.graphs)
+
+
+@pytest.mark.parametrize("model", [number, as_list, as_array])
+def test_value_that_keeps_changing(model):
+    def make():
+        return model, lambda x: guide(), lambda i: ((1.0 + 0.01 * i) * X,)
+
+    message = assert_eager(make, "A graph is made for one value, and others keep coming up", 40)
+    assert __file__ in message and "observe(z" in message or "x[0].item()" in message
+
+
+def test_constant_that_changes_in_place():
+    """Is noticed at the next step, not at the next comparison, and another graph is made."""
+
+    def run(loss):
+        LIMIT.fill_(1.0)
+        return train(loss, lambda: (constant, lambda x: guide(), args), 30)
+
+    def args(i):
+        LIMIT.fill_(1.0 if i < 12 else 0.3)
+        return (X,)
+
+    try:
+        expected = run(Trace_ELBO())
+        loss = pyro_rb.compile(Trace_ELBO(), "replay")
+        assert_equal(run(loss), expected)
+        assert loss.num_graphs == 1
+        assert loss.report()[-1].treatment == "replayed"
+    finally:
+        LIMIT.fill_(1.0)
+
+
+def test_parameter_that_crosses_a_limit():
+    def make():
+        return branch_by_parameter, lambda x: guide(), lambda i: (cross(i), X)[1:]
+
+    def cross(i):
+        if i:
+            with torch.no_grad():
+                value = pyro.get_param_store().get_state()["params"]["s"]
+                value.fill_(0.0 if i % 10 else -2.0)
+
+    assert_replayed(Trace_ELBO, make, 40)
+
+
+def test_distribution_that_was_made_outside():
+    """Has been told to look at whether draws are valid."""
+    prior = dist.Normal(torch.zeros(3), 1.0, validate_args=True).expand([2, 3]).to_event(2)
+    assert prior.base_dist._validate_args
+
+    def model():
+        z = pyro.sample("z", prior)
+        observe(z.sum(0))
+
+    def wide():
+        loc = pyro.param("loc", torch.zeros(2, 3))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(2))
+
+    assert_replayed(Trace_ELBO, lambda: (model, wide, lambda i: ()))
