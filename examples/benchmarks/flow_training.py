@@ -12,6 +12,7 @@ data from scikit-learn, and is left out without::
     python examples/benchmarks/flow_training.py --json flow_training.json --csv flow_training.csv
 """
 
+import math
 from functools import partial
 from itertools import product
 
@@ -93,20 +94,25 @@ class Training:
         self.model, self.guide, self.loss, self.lr = model, make_guide(model), LOSSES[loss](), lr
         self.guide()
         self.optimiser = torch.optim.Adam(self.guide.parameters(), lr=lr)
-        self.seconds, self.num_steps = 0.0, 0
+        self.seconds, self.num_steps, self.is_lost = 0.0, 0, False
 
     def go_on(self, num_steps, limit):
         start = now()
-        for _ in range(num_steps):
-            self.optimiser.param_groups[0]["lr"] = self.lr * 0.01 ** (self.seconds / limit)
-            self.optimiser.zero_grad()
-            self.loss.differentiable_loss(self.model, self.guide).backward()
-            self.optimiser.step()
+        try:
+            for _ in range(num_steps):
+                self.optimiser.param_groups[0]["lr"] = self.lr * 0.01 ** (self.seconds / limit)
+                self.optimiser.zero_grad()
+                self.loss.differentiable_loss(self.model, self.guide).backward()
+                self.optimiser.step()
+        except ValueError:  # a distribution says that a parameter is not finite
+            self.is_lost = True
         self.seconds += now() - start
         self.num_steps += num_steps
 
     def evaluate(self, num_blocks):
-        """The loss by blocks of 100 draws, and its standard error."""
+        """The loss by blocks of 100 draws, and its standard error; infinite if it became NaN in training."""
+        if self.is_lost:
+            return math.inf, 0.0
         elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)
         with torch.no_grad():
             return mean_and_error([elbo.loss(self.model, self.guide) for _ in range(num_blocks)])
@@ -120,9 +126,9 @@ def train(make, keys, seed, limit, num_blocks):
     :return: by key, the loss at the end with its standard error, and the number of steps.
     """
     runs = {key: Training(*key, make, seed) for key in keys}
-    while any(one.seconds <= limit for one in runs.values()):
+    while any(one.seconds <= limit and not one.is_lost for one in runs.values()):
         for one in runs.values():
-            if one.seconds <= limit:
+            if one.seconds <= limit and not one.is_lost:
                 one.go_on(50 if limit else 1, max(limit, 1e-6))
     return {key: (*one.evaluate(num_blocks), one.num_steps) for key, one in runs.items()}
 
@@ -151,7 +157,8 @@ def main(args):
     set_up(args)
     sizes = (0.0, 1, 2) if args.smoke_test else (args.seconds, args.num_seeds, args.num_blocks)
     results = {}
-    for name, *make in tqdm(list(cases()), disable=args.smoke_test):
+    chosen = [case for case in cases() if args.case in case[0]]
+    for name, *make in tqdm(chosen, disable=args.smoke_test):
         results[name] = compare(make, args, *sizes)
         tqdm.write(f"{name} {results[name]}")
     write(args, results, [row(*item) for item in results.items()])
@@ -170,4 +177,5 @@ if __name__ == "__main__":
     parser.add_argument("--num-seeds", type=int, default=3, help="of each case, beside that of the choice")
     parser.add_argument("--num-blocks", type=int, default=100, help="of 100 draws, for the loss of a trained guide")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="of which each has its best")
+    parser.add_argument("--case", default="", help="a part of its name")
     run(main, parser)

@@ -55,9 +55,13 @@ def find_effect(guide, x):
     return draws["difference"].mean().item()
 
 
+def make():
+    """Model, guide, and the arguments of both."""
+    return model, AutoMultivariateNormal(model), simulate()
+
+
 def train(name, args):
-    data = simulate()
-    guide = AutoMultivariateNormal(model)
+    _, guide, data = make()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": args.lr}), make_loss(name))
     for _ in range(args.num_steps):
         svi.step(*data)

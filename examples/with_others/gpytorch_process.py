@@ -37,16 +37,21 @@ class Process(gpytorch.models.PyroGP):
         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
 
-def train(name, args):
+def make():
+    """Model, guide, and the arguments of both."""
     x = torch.linspace(0.0, 4.0, 200)
     y = dist.Poisson((torch.sin(3.0 * x) + 1.0).exp()).sample()
     process = Process(torch.linspace(0.0, 4.0, 16), len(x))
+    return process.model, process.guide, (x, y)
+
+
+def train(name, args):
+    model, guide, data = make()
     loss = make_loss(with_options(name, "Trace_ELBO:retain_graph=True"))
-    svi = SVI(process.model, process.guide, pyro.optim.Adam({"lr": args.lr}), loss)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": args.lr}), loss)
     for _ in range(args.num_steps):
-        process.zero_grad()
-        svi.step(x, y)
-    return -Trace_ELBO(num_particles=100).loss(process.model, process.guide, x, y)
+        svi.step(*data)
+    return -Trace_ELBO(num_particles=100).loss(model, guide, *data)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 Lightning: a loss inside of a LightningModule, in one or several processes, with a checkpoint on the way.
 
 ``loss(model, guide)`` is a ``torch.nn.Module``; from there on all is PyTorch's and Lightning's. What a loss has learned
-is no parameter, so two methods put it into the checkpoint. With ``--num-processes 2`` each process has its part of the
-data, and the gradients are averaged, by gloo on this machine::
+is no parameter, so two methods put it into the checkpoint. After that, a callback ends the training when the loss falls
+no more. With ``--num-processes 2`` each process has its part of the data, and the gradients are averaged, by gloo on
+this machine::
 
     python examples/with_others/lightning_module.py --loss Trace_ELBO STLTrace_ELBO --num-processes 2
 
@@ -31,7 +32,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_rb import GradientGuard
+from pyro_rb import GradientGuard, StopRule
 from pyro_rb.diagnostics.run.losses import make_loss
 
 NUM_FEATURES, NUM_FACTORS = 10, 3
@@ -87,6 +88,22 @@ class Training(lightning.LightningModule):
             self.loss.load_state_dict(checkpoint["loss"])
 
 
+class Stop(lightning.Callback):
+    """
+    Ends the training when the loss falls no more.
+
+    :param options: of :class:`~pyro_rb.StopRule`.
+    """
+
+    def __init__(self, **options):
+        self.rule = StopRule(**options)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        # The same in all processes.
+        loss = trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")
+        trainer.should_stop = trainer.should_stop or self.rule.update(loss)
+
+
 def simulate(num_items=2000):
     z = torch.randn(num_items, NUM_FACTORS)
     return z @ torch.randn(NUM_FACTORS, NUM_FEATURES) + 0.5 * torch.randn(num_items, NUM_FEATURES)
@@ -101,9 +118,12 @@ def highest_likelihood(data):
 
 
 def fit(training, data, args, num_steps, to_folder=None, from_file=None):
-    """Up to that number of steps, from a checkpoint if one is given; the end is saved if there is a folder for it."""
+    """
+    Up to that number of steps, the last of which is saved if there is a folder for it, or from a checkpoint until the
+    loss falls no more.
+    """
     parallel = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-    callbacks = [ModelCheckpoint(to_folder, "half", every_n_train_steps=num_steps)] if to_folder else []
+    callback = ModelCheckpoint(to_folder, "half", every_n_train_steps=num_steps) if to_folder else Stop(tolerance=0.001)
     trainer = lightning.Trainer(
         max_steps=num_steps,
         devices=args.num_processes,
@@ -111,8 +131,8 @@ def fit(training, data, args, num_steps, to_folder=None, from_file=None):
         accelerator="cpu" if args.device == "cpu" else "gpu",
         gradient_clip_val=100.0,
         logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=bool(callbacks),
+        callbacks=[callback],
+        enable_checkpointing=to_folder is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
     )

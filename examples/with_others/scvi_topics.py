@@ -16,6 +16,7 @@ import warnings
 import anndata
 import numpy as np
 import scvi
+import torch
 from common import run
 
 from pyro_rb.diagnostics.run.losses import make_loss
@@ -28,14 +29,25 @@ def simulate(num_cells=300, num_genes=80, num_topics=5):
     return anndata.AnnData(rng.poisson(500.0 * shares @ topics).astype(np.float32))
 
 
+def make_topics():
+    cells = simulate()
+    scvi.model.AmortizedLDA.setup_anndata(cells)
+    return scvi.model.AmortizedLDA(cells, n_topics=5, n_hidden=32)
+
+
+def make():
+    """Model, guide, and the arguments of both: all cells at once."""
+    module = make_topics().module
+    counts = torch.tensor(simulate().X)
+    return module.model, module.guide, (counts, counts.sum(1, keepdim=True), len(counts))
+
+
 def train(name, args):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     scvi.settings.seed = args.seed
-    cells = simulate()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning: on workers, logs and precision
-        scvi.model.AmortizedLDA.setup_anndata(cells)
-        lda = scvi.model.AmortizedLDA(cells, n_topics=5, n_hidden=32)
+        lda = make_topics()
         lda.train(
             max_steps=args.num_steps,
             batch_size=100,

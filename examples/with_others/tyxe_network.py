@@ -32,15 +32,27 @@ def simulate(num_rows=100):
     return x, torch.sin(3.0 * x) + 0.2 * torch.randn(num_rows, 1)
 
 
-def train(name, args):
-    x, y = simulate()
-    network = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1))
-    bnn = tyxe.VariationalBNN(
-        network,
+def make_network(sizes, num_rows):
+    pairs = zip(sizes, sizes[1:])
+    layers = [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
+    return tyxe.VariationalBNN(
+        nn.Sequential(*layers[:-1]),
         tyxe.priors.IIDPrior(dist.Normal(0.0, 1.0)),
-        tyxe.likelihoods.HomoskedasticGaussian(len(x), scale=0.2),
+        tyxe.likelihoods.HomoskedasticGaussian(num_rows, scale=0.2),
         partial(AutoNormal, init_scale=0.05),  # that of TyXe asks for an older Pyro
     )
+
+
+def make(sizes=(1, 100, 1)):
+    """Model, guide, and the arguments of both."""
+    x, y = simulate()
+    bnn = make_network(sizes, len(x))
+    return bnn.model, bnn.guide, (x, y)
+
+
+def train(name, args):
+    x, y = simulate()
+    bnn = make_network((1, 100, 1), len(x))
     batches = DataLoader(TensorDataset(x, y), len(x), shuffle=True)
     with mock.patch("tyxe.bnn.TraceMeanField_ELBO", side_effect=lambda *_: make_loss(name)) as patched:
         bnn.fit(batches, pyro.optim.Adam({"lr": args.lr}), args.num_steps)
