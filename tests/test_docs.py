@@ -14,7 +14,7 @@ import pytest
 
 import pyro_rb
 
-API = Path(__file__).resolve().parents[1] / "docs" / "source" / "api.rst"
+API = Path(__file__).resolve().parents[1] / "docs" / "source" / "reference" / "index.rst"
 MODULES = re.findall(r"^\.\. automodule:: (\S+)$", API.read_text(encoding="utf-8"), re.M)
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Runs the comparison of ``docs/source/compare.rst``: a regression on a discrete dose, which
+Runs the comparison of ``docs/source/howto/compare.rst``: a regression on a discrete dose, which
 is measured with an error. Takes about two minutes.
 
 Writes ``efficiency.png``, ``training.png``, ``parameters.png``, ``elbo.png``, ``table.txt`` and
