@@ -19,6 +19,7 @@ turns by epochs. Times are CPU times of the training steps.
 
 from functools import partial
 
+import _path  # noqa: F401
 import numpy as np
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
