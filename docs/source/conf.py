@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import importlib
+import importlib.util
 import os
 import pkgutil
 import re
@@ -31,8 +32,6 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
-    # MathJax lies beside the pages: formulas need no network.
-    "sphinx-mathjax-offline",
     "sphinx_copybutton",
     "sphinx_design",
 ]
@@ -54,7 +53,10 @@ numfig = True
 
 html_theme = "furo"
 html_title = f"pyro_rb {release}"
-html_static_path = ["_static"]
+# MathJax lies beside the pages, so that formulas need no network. Of the package only the files are used: as an
+# extension it does not allow for parallel builds.
+html_static_path = ["_static", str(Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static")]
+mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["custom.css"]
 # Light or dark as the reader's system says, or by the button on top of each page. custom.css uses
 # the variables that are set here.
