@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Checks that text of built HTML pages stands out from what it is written on, light and dark: by a ratio of 4.5, as the Web
+Checks that text of built HTML pages stands out from its background, light and dark: by a ratio of 4.5, as the Web
 Content Accessibility Guidelines ask for (level AA). Colours are read from the style sheets of the build::
 
     python .ci/check_contrast.py docs/build
