@@ -10,12 +10,16 @@ import pkgutil
 import re
 from pathlib import Path
 
+import pyro.infer
 import pytest
 
 import pyro_rb
+import pyro_rb.compiled
 import pyro_rb.diagnostics
+import pyro_rb.infer
 
-API = Path(__file__).resolve().parents[1] / "docs" / "source" / "reference" / "index.rst"
+SOURCE = Path(__file__).resolve().parents[1] / "docs" / "source"
+API = SOURCE / "reference" / "index.rst"
 NAMES = re.findall(r"^   (pyro_rb\.\S+)$", API.read_text(encoding="utf-8"), re.M)
 
 
@@ -60,3 +64,26 @@ def test_each_name_of_the_api_has_an_example(name):
 def test_all_that_is_exported_is_in_the_api(package):
     found = set(map(id, map(resolve, NAMES)))
     assert not [name for name in package.__all__ if id(getattr(package, name)) not in found]
+
+
+def rows(page):
+    """The cells of the first table of a page, row by row, without its heading."""
+    table = page[page.index(".. list-table::") :].split("\n\n")[1]
+    cells = re.split(r"^   (\* -|  -)", table, flags=re.M)[1:]
+    row = []
+    for mark, text in zip(cells[::2], cells[1::2]):
+        if mark == "* -" and row:
+            yield row
+            row = []
+        row.append(" ".join(text.split()))
+    yield row
+
+
+MIGRATION = (SOURCE / "howto" / "from_pyro.rst").read_text(encoding="utf-8")
+WRITE = [re.findall(r"``(.+?)``", row[1])[0] for row in list(rows(MIGRATION))[1:] if "``" in row[1]]
+
+
+@pytest.mark.parametrize("line", WRITE)
+def test_what_is_to_be_written_can_be_made(line):
+    loss = eval(line, {**vars(pyro.infer), **vars(pyro_rb.infer), "pyro_rb": pyro_rb})
+    assert isinstance(loss, pyro.infer.ELBO)
