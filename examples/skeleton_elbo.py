@@ -21,7 +21,7 @@ from pyro.infer.util import is_identically_zero, torch_item
 from pyro.util import warn_if_nan
 
 from pyro_rb.diagnostics import gradient_moments
-from utils.command_line import make_parser, run
+from support.command_line import make_parser, run
 
 
 class LeaveOneOut_ELBO(Trace_ELBO):

@@ -5,17 +5,30 @@
 
 import dataclasses
 import doctest
-import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
+import pyro.infer
 import pytest
 
 import pyro_rb
+import pyro_rb.compiled
+import pyro_rb.diagnostics
+import pyro_rb.infer
 
-API = Path(__file__).resolve().parents[1] / "docs" / "source" / "api.rst"
-MODULES = re.findall(r"^\.\. automodule:: (\S+)$", API.read_text(encoding="utf-8"), re.M)
+SOURCE = Path(__file__).resolve().parents[1] / "docs" / "source"
+API = SOURCE / "reference" / "index.rst"
+NAMES = re.findall(r"^   (pyro_rb\.\S+)$", API.read_text(encoding="utf-8"), re.M)
+
+
+def resolve(name):
+    """As a user writes it: an import of the package, and attributes."""
+    value = pyro_rb
+    for part in name.split(".")[1:]:
+        value = getattr(value, part) if hasattr(value, part) else pkgutil.resolve_name(f"{value.__name__}.{part}")
+    return value
 
 
 def is_shown_elsewhere(value):
@@ -24,29 +37,53 @@ def is_shown_elsewhere(value):
     return inspect.isclass(value) and (is_record or issubclass(value, BaseException))
 
 
-def documented(module):
-    """Classes and functions that Sphinx shows: public, with a docstring, defined there."""
-    for name, value in vars(module).items():
-        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+def documented(value):
+    """The class or function itself; of a module, what Sphinx shows: public, with a docstring, defined there."""
+    if not inspect.ismodule(value):
+        yield value.__name__, value
+        return
+    for name, member in vars(value).items():
+        if name.startswith("_") or getattr(member, "__module__", None) != value.__name__:
             continue
-        if (inspect.isclass(value) or inspect.isfunction(value)) and inspect.getdoc(value):
-            yield name, value
+        if (inspect.isclass(member) or inspect.isfunction(member)) and inspect.getdoc(member):
+            yield name, member
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_name_of_the_api_has_an_example(name):
-    module = importlib.import_module(name)
     lacking = [
         key
-        for key, value in documented(module)
+        for key, value in documented(resolve(name))
         if not is_shown_elsewhere(value)
         and not any(test.examples for test in doctest.DocTestFinder().find(value, key))
     ]
     assert not lacking, f"no example in the docstring of {', '.join(lacking)}"
 
 
-def test_all_that_is_exported_is_in_the_api():
-    exported = [getattr(pyro_rb, name) for name in pyro_rb.__all__]
-    text = API.read_text(encoding="utf-8")
-    lacking = [v.__name__ for v in exported if v.__module__ not in MODULES and v.__name__ not in text]
-    assert not lacking
+@pytest.mark.parametrize("package", [pyro_rb, pyro_rb.diagnostics])
+def test_all_that_is_exported_is_in_the_api(package):
+    found = set(map(id, map(resolve, NAMES)))
+    assert not [name for name in package.__all__ if id(getattr(package, name)) not in found]
+
+
+def rows(page):
+    """The cells of the first table of a page, row by row, without its heading."""
+    table = page[page.index(".. list-table::") :].split("\n\n")[1]
+    cells = re.split(r"^   (\* -|  -)", table, flags=re.M)[1:]
+    row = []
+    for mark, text in zip(cells[::2], cells[1::2]):
+        if mark == "* -" and row:
+            yield row
+            row = []
+        row.append(" ".join(text.split()))
+    yield row
+
+
+MIGRATION = (SOURCE / "howto" / "from_pyro.rst").read_text(encoding="utf-8")
+WRITE = [re.findall(r"``(.+?)``", row[1])[0] for row in list(rows(MIGRATION))[1:] if "``" in row[1]]
+
+
+@pytest.mark.parametrize("line", WRITE)
+def test_what_is_to_be_written_can_be_made(line):
+    loss = eval(line, {**vars(pyro.infer), **vars(pyro_rb.infer), "pyro_rb": pyro_rb})
+    assert isinstance(loss, pyro.infer.ELBO)

@@ -12,21 +12,21 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from bayesian_regression import model as regression
-from mixture import evaluate as mixture_elbo
-from mixture import guide as mixture_guide
-from mixture import model as mixture
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
-from sparse_gamma_def import SparseGammaDEF
-from ss_vae import SemiSupervisedVae, make_batches
 
+from models.bayesian_regression import model as regression
+from models.mixture import evaluate as mixture_elbo
+from models.mixture import guide as mixture_guide
+from models.mixture import model as mixture
+from models.sparse_gamma_def import SparseGammaDEF
+from models.ss_vae import SemiSupervisedVae, make_batches
 from pyro_rb import RaoBlackwellTopK_ELBO
 from pyro_rb.diagnostics.run.losses import make_loss
-from utils.command_line import find_device, make_parser, run
-from utils.losses import add_loss_option, mark_for, train_each
-from utils.results import report
-from utils.training import Run, end_of, take_turns
+from support.command_line import find_device, make_parser, run
+from support.losses import add_loss_option, mark_for, train_each
+from support.results import report
+from support.training import Run, end_of, take_turns
 
 
 def test_device_that_is_not_there():

@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Runs the comparison of ``docs/source/compare.rst``: a regression on a discrete dose, which
+Runs the comparison of ``docs/source/howto/compare.rst``: a regression on a discrete dose, which
 is measured with an error. Takes about two minutes.
 
-Writes ``efficiency.png``, ``training.png``, ``parameters.png``, ``elbo.png``, ``table.txt`` and
 ``result.json``::
 
     python docs/figures/compare_example.py
@@ -69,9 +68,8 @@ def main(args: argparse.Namespace) -> None:
         title="Regression on a discrete dose that is measured with an error",
         **sizes,
     )
-    for kind in ("efficiency", "training", "parameters", "elbo"):
+    for kind in ("efficiency", "training"):
         result.plot(str(args.out / f"{kind}.png"), kind)
-    (args.out / "table.txt").write_text(result.table() + "\n")
     (args.out / "result.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     print(result)
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Draws, for ``docs/source/dreg.rst``, the signal-to-noise ratio of the gradient of the
+Draws, for ``docs/source/estimators/dreg.rst``, the signal-to-noise ratio of the gradient of the
 importance-weighted bound along the number of particles, and its variance along the scale
 of the guide. Takes about three minutes.
 

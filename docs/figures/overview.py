@@ -109,7 +109,7 @@ def draw_gains(axes: Any, models: Dict[str, Any]) -> None:
             )
             if last:
                 axes.plot([1.0, value], [place, place], color=OURS, lw=3, alpha=0.5, zorder=1)
-        text = f"{problem.loss}\n{_times(value)} variance x time"
+        text = f"{_short(problem.loss)}\n{_times(value)}"
         axes.annotate(
             text,
             (1.0, place),

@@ -3,7 +3,7 @@
 
 """
 Draws the variance of the STL gradient relative to Trace_ELBO, along the scale of a
-Normal guide, for ``docs/source/stl.rst``. Takes about four minutes.
+Normal guide, for ``docs/source/estimators/stl.rst``. Takes about four minutes.
 
 Writes ``variance.png`` and ``variance.json``::
 

@@ -1,7 +1,11 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import importlib
+import importlib.util
 import os
+import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -24,11 +28,18 @@ version = release = pyro_rb.__version__
 extensions = [
     "nbsphinx",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
     "sphinx_design",
 ]
+templates_path = ["_templates"]
+# What is copied from an example is its code, without prompts and results.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_selector = "div.highlight pre"
 
 # Notebooks are committed without their results and run whenever the pages are built.
 nbsphinx_execute = "always"
@@ -42,7 +53,10 @@ numfig = True
 
 html_theme = "furo"
 html_title = f"pyro_rb {release}"
-html_static_path = ["_static"]
+# MathJax lies beside the pages, so that formulas need no network. Of the package only the files are used: as an
+# extension it does not allow for parallel builds.
+html_static_path = ["_static", str(Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static")]
+mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["custom.css"]
 # Light or dark as the reader's system says, or by the button on top of each page. custom.css uses
 # the variables that are set here.
@@ -51,7 +65,8 @@ html_theme_options = {
     # Figures are drawn on white; on a dark page they lie on a light card.
     "dark_css_variables": {"figure-card": "white", "figure-filter": "brightness(0.88)"},
 }
-pygments_style = "tango"
+# Both pass .ci/check_contrast.py.
+pygments_style = "default"
 pygments_dark_style = "monokai"
 # In the list of contents of the API, method names alone are enough.
 toc_object_entries_show_parents = "hide"
@@ -79,7 +94,71 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(pyro|torch|numpy|matplotlib)\..*"),
     (r"py:.*", r"(collections|contextlib|functools|json|math|pathlib|random|typing)(\..*)?"),
     # Python has no class of that name: it is anything that can be called.
-    (r"py:class", r"(callable|Trace|Cost|TopK|queue\.LifoQueue|tqdm\..*)"),
+    (r"py:class", r"(callable|Trace|queue\.LifoQueue|tqdm\..*)"),
     # Type variables.
     (r"py:class", r"pyro_rb\..*\.(Key|T)"),
 ]
+
+
+def setup(app):
+    app.connect("missing-reference", resolve)
+    app.connect("html-page-context", without_back_links)
+
+
+def without_back_links(app, pagename, templatename, context, doctree):
+    """On pages of source code: viewcode makes them for one public module a file, and some files serve two."""
+    if pagename.startswith("_modules/"):
+        context["body"] = re.sub(r'<a class="viewcode-back".*?</a>', "", context["body"], flags=re.S)
+
+
+def resolve(app, env, node, contnode):
+    """
+    Docstrings name what stands in their module. The reference has it under its public name; what is internal is
+    shown without a link. Names that do not exist stay missing.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    domain, name = env.domains["py"], node["reftarget"]
+    found = find(name, node.get("py:module"), node.get("py:class"))
+    if found is None:
+        return None
+    public = public_names(domain).get(id(found))
+    if public is None:
+        return contnode
+    kind = domain.objects[public].objtype
+    return domain.resolve_xref(env, node["refdoc"], app.builder, domain.role_for_objtype(kind), public, node, contnode)
+
+
+def find(name, *scopes):
+    """The object of a name: as it stands, within one of the scopes, or within any of our modules."""
+    modules = [m for key, m in sorted(sys.modules.items()) if key.split(".")[0] == "pyro_rb"]
+    tried = [name, *(f"{scope}.{name}" for scope in scopes if scope)]
+    for path in tried:
+        try:
+            return pkgutil.resolve_name(path)
+        except (ImportError, AttributeError, ValueError):
+            pass
+    for module in modules:
+        value = module
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value is not None and getattr(value, "__module__", "").split(".")[0] == "pyro_rb":
+            return value
+    return None
+
+
+def public_names(domain):
+    """By identity of the object: the name that it is documented under."""
+    names = {}
+    for name, entry in domain.objects.items():
+        if not entry.aliased and name.startswith("pyro_rb"):
+            try:
+                names[id(pkgutil.resolve_name(name))] = name
+            except (ImportError, AttributeError):
+                pass  # an attribute of instances
+    return names
+
+
+for _module in pkgutil.walk_packages(pyro_rb.__path__, "pyro_rb."):
+    if not _module.name.endswith("__main__"):
+        importlib.import_module(_module.name)

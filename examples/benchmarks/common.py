@@ -4,10 +4,9 @@
 """What the benchmarks share: networks, steps that are timed in turn, files of results."""
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
+import _path  # noqa: F401
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -18,12 +17,9 @@ from pyro_rb.diagnostics.cli.examples import (
     EIGHT_SCHOOLS_ERRORS,
     eight_schools,
 )
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package ``utils`` is
-
-from utils import command_line  # noqa: E402
-from utils.results import write_table  # noqa: E402
-from utils.training import now  # noqa: E402
+from support import command_line
+from support.results import write_table
+from support.training import now
 
 BLOCK = 16
 START_UP = 50
@@ -97,7 +93,7 @@ def take_turns(steps, num_blocks, block_size):
 
 
 def seconds(call, num_calls=1):
-    """Of all calls, by :func:`utils.training.now`."""
+    """Of all calls, by :func:`support.training.now`."""
     start = now()
     for _ in range(num_calls):
         call()

@@ -35,7 +35,7 @@ from pyro_rb import (
     RVRSGuide,
     STLTrace_ELBO,
 )
-from utils.command_line import restart, run, set_up
+from support.command_line import restart, run, set_up
 
 VAE = "VAE 784-400-20, batch 256"
 #: Steps before a block is timed: adaptive losses learn at each of the first 50.

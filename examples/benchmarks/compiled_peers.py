@@ -35,8 +35,8 @@ from tqdm import tqdm  # noqa: E402
 
 import pyro_rb  # noqa: E402
 from pyro_rb import CompiledSVI, RaoBlackwell_ELBO, STLTrace_ELBO  # noqa: E402
-from utils.command_line import make_parser, restart, run, set_up  # noqa: E402
-from utils.results import make_panels, report  # noqa: E402
+from support.command_line import make_parser, restart, run, set_up  # noqa: E402
+from support.results import make_panels, report  # noqa: E402
 
 BASE = "Pyro, Trace_ELBO"
 LR = 0.001

@@ -39,7 +39,7 @@ from pyro.infer.autoguide import (
 from tqdm import tqdm
 
 from pyro_rb.infer import DReG_ELBO
-from utils.command_line import restart, run, set_up
+from support.command_line import restart, run, set_up
 
 BASE = "RenyiELBO"
 

@@ -39,8 +39,8 @@ from pyro_rb import DReG_ELBO, RVRSGuide, STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients
 from pyro_rb.diagnostics.stats import summary as stats
 from pyro_rb.poutine.path_flow import PathFlow
-from utils.command_line import restart, run, set_up
-from utils.results import write_table
+from support.command_line import restart, run, set_up
+from support.results import write_table
 
 LOSSES = {
     "Trace_ELBO": Trace_ELBO,

@@ -28,9 +28,9 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from tqdm import tqdm
 
 from pyro_rb.diagnostics.cli.examples import EIGHT_SCHOOLS_EFFECTS, EIGHT_SCHOOLS_ERRORS
-from utils.command_line import restart, run, set_up
-from utils.results import cell, mean_and_error
-from utils.training import now
+from support.command_line import restart, run, set_up
+from support.results import cell, mean_and_error
+from support.training import now
 
 
 def centred_schools():

@@ -31,7 +31,7 @@ from pyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
 from pyro_rb import GradientGuard, STLTrace_ELBO
-from utils.command_line import restart, run, set_up
+from support.command_line import restart, run, set_up
 
 
 def bad_schools():

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
 from pyro_rb.ops.projection import project_rows
-from utils.command_line import run, set_up
-from utils.results import write_table
+from support.command_line import run, set_up
+from support.results import write_table
 
 WIDTHS = (64, 128, 256, 512, 1024)
 ROWS = (32, 64, 128, 256)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
 from pyro_rb.diagnostics import sample_gradients
-from utils.command_line import run, set_up
+from support.command_line import run, set_up
 
 Pair = Tuple[Callable, Callable]
 

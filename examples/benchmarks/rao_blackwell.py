@@ -21,14 +21,14 @@ import numpy as np
 import pyro
 from common import make_parser, seconds, write
 from pyro.infer import SVI
-from rao_blackwell_models import PROBLEMS, mark
 from tqdm import tqdm
 
 from pyro_rb.diagnostics.run.parameters import find_parameters
 from pyro_rb.diagnostics.run.sampler import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.stats.moments import RunningMoments
-from utils.command_line import restart, run, set_up
-from utils.training import set_fast_floats
+from support.command_line import restart, run, set_up
+from support.mixed_models import PROBLEMS, mark
+from support.training import set_fast_floats
 
 
 class Measurement:

@@ -26,7 +26,7 @@ from common import make_parser, write
 from tqdm import tqdm
 
 from pyro_rb.ops.rejection import acceptance, adapt_threshold, solve_threshold
-from utils.command_line import run, set_up
+from support.command_line import run, set_up
 
 TARGET, EPSILON, NUM_PROPOSALS = 0.33, 0.01, 11
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from pyro_rb import RVRSGuide
 from pyro_rb.infer import rvrs_guide, rvrs_proposals
-from utils.command_line import restart, run, set_up
-from utils.training import Clock
+from support.command_line import restart, run, set_up
+from support.training import Clock
 
 BLOCK = 10
 

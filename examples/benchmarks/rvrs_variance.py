@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pyro_rb import RVRSGuide
 from pyro_rb.ops.rejection import acceptance
-from utils.command_line import restart, run, set_up
+from support.command_line import restart, run, set_up
 
 
 def one():

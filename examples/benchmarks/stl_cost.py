@@ -39,7 +39,7 @@ from pyro.infer.autoguide import (
 from tqdm import tqdm
 
 from pyro_rb import STLTrace_ELBO
-from utils.command_line import restart, run, set_up
+from support.command_line import restart, run, set_up
 
 LOSSES = {
     "Trace_ELBO": Trace_ELBO,

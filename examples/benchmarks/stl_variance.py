@@ -30,7 +30,7 @@ from pyro_rb import STLTrace_ELBO
 from pyro_rb.diagnostics import sample_gradients
 from pyro_rb.diagnostics.cli.examples import EXAMPLES
 from pyro_rb.diagnostics.stats import summary as stats
-from utils.command_line import run, set_up
+from support.command_line import run, set_up
 
 X = (0.5, -1.2, 2.0, 0.3)
 

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from pyro_rb import StopRule
-from utils.command_line import run
+from support.command_line import run
 
 TOLERANCE = 0.1  # in units of the standard deviation of the noise
 

@@ -28,7 +28,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from tqdm import tqdm
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
-from utils.command_line import restart, run, set_up
+from support.command_line import restart, run, set_up
 
 WINDOW = 28
 SIZES = {10: (2, 5), 100: (10, 10), 1000: (25, 40), 4624: (68, 68)}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pyro_rb.diagnostics import gradient_moments
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
-from utils.command_line import run, set_up
+from support.command_line import run, set_up
 
 NESTING = {"max_plate_nesting": 1}
 

@@ -6,13 +6,13 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package ``utils`` is
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package ``support`` is
 
-from utils import command_line  # noqa: E402
-from utils.command_line import restart, set_up  # noqa: E402
-from utils.losses import add_loss_option, train_each  # noqa: E402
-from utils.results import report  # noqa: E402
-from utils.training import Clock  # noqa: E402
+from support import command_line  # noqa: E402
+from support.command_line import restart, set_up  # noqa: E402
+from support.losses import add_loss_option, train_each  # noqa: E402
+from support.results import report  # noqa: E402
+from support.training import Clock  # noqa: E402
 
 
 def run(doc, train, num_steps, lr, losses=("Trace_ELBO", "STLTrace_ELBO"), options=()):

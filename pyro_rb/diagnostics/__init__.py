@@ -6,12 +6,20 @@ from pyro_rb.diagnostics.check.bias_check import BiasCheck
 from pyro_rb.diagnostics.check.unbiased import check_unbiased
 from pyro_rb.diagnostics.compare.candidates import choose_losses
 from pyro_rb.diagnostics.compare.compare import compare
-from pyro_rb.diagnostics.compare.guides import compare_guides
+from pyro_rb.diagnostics.compare.compiled import CompiledTime
+from pyro_rb.diagnostics.compare.guides import (
+    GuideComparison,
+    GuideResult,
+    compare_guides,
+)
+from pyro_rb.diagnostics.compare.race import Curve, Race
+from pyro_rb.diagnostics.compare.recommend import Ranked, Recommendation
 from pyro_rb.diagnostics.compare.report import (
     Comparison,
     ComparisonInterrupted,
     LossResult,
     StateResult,
+    TrainingWindow,
 )
 from pyro_rb.diagnostics.guard.bad_number import BadNumber
 from pyro_rb.diagnostics.guard.guard import BadStep, GradientGuard, NonFiniteError
@@ -29,13 +37,21 @@ __all__ = [
     "BiasError",
     "Comparison",
     "ComparisonInterrupted",
+    "CompiledTime",
+    "Curve",
     "GradientGuard",
+    "GuideComparison",
+    "GuideResult",
     "LossResult",
     "LowPowerError",
     "NoiseEstimate",
     "NonFiniteError",
+    "Race",
+    "Ranked",
+    "Recommendation",
     "StateResult",
     "StopRule",
+    "TrainingWindow",
     "check_unbiased",
     "choose_losses",
     "compare",

@@ -26,7 +26,7 @@ from pyro_rb.poutine.projected_use import ProjectionOptions
 class Projection(Strategy):
     """
     Draws the Gaussian sites of a guide, and conditions their noise on the results of the
-    linear functions that guide and model use them in, while :attr:`mode` is on.
+    linear functions that guide and model use them in, while ``mode`` is on.
 
     What was done is in :attr:`sites`. If a site is ``violated``, the gradients of the run
     are biased: run again, with the same random numbers and the ``violated`` elements

@@ -17,7 +17,7 @@ OTHER = ""
 class ProvenanceMessenger(Messenger):
     """
     Marks the values of latent sites as sources of what is computed from them: by name,
-    if they have a score function or are enumerated, and all others as :data:`OTHER`.
+    if they have a score function or are enumerated, and all others as ``OTHER``.
 
     :param ~pyro_rb.ops.provenance.Provenance provenance: the context that follows them.
 

