@@ -22,6 +22,8 @@ from pyro_rb.__main__ import main
 from pyro_rb.diagnostics.cli import commands
 from pyro_rb.diagnostics.compare import along_training
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--num-samples", "4", "--burn-in", "1", "--no-progress"]
 
 USER_MODULE = """

@@ -15,8 +15,10 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro_rb.diagnostics import check_unbiased, choose_losses, compare
 from pyro_rb.diagnostics.compare import candidates as choose_module
 from pyro_rb.diagnostics.run.losses import ENUMERATED
-from tests.infer.r2g2_models import net
-from tests.models import conj, discrete_first, mix
+from tests.infer.r2g2.models import net
+from tests.support.models import conj, discrete_first, mix
+
+pytestmark = pytest.mark.slow
 
 # Without training, which takes its time.
 compare = functools.partial(compare, train_steps=0)

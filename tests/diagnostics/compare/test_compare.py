@@ -27,7 +27,9 @@ from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats import coordinates
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
 from pyro_rb.infer import STLTrace_ELBO
-from tests.models import conj
+from tests.support.models import conj
+
+pytestmark = pytest.mark.slow
 
 # Without training, which takes its time.
 usual_compare, compare = compare, functools.partial(compare, train_steps=0)

@@ -21,6 +21,8 @@ from pyro_rb.diagnostics.compare.recommend import Ranked, Recommendation
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.problem import prepared
 
+pytestmark = pytest.mark.slow
+
 X = torch.tensor([0.3, -0.8, 1.4])
 ADAM = pyro.optim.Adam({"lr": 0.01})
 
