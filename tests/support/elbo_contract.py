@@ -42,6 +42,8 @@ PARTICLES = {
     "looped": {"num_particles": 2},
     "vectorized": {"num_particles": 200, "vectorize_particles": True, "max_plate_nesting": 1},
 }
+# What statistics are made of: few calls of many particles, whose means are near to normal.
+MANY = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 1}
 
 
 def evaluate(
@@ -66,11 +68,21 @@ def case_args(case: Case) -> Tuple[Any, ...]:
 
 
 def draw_gradients(elbo: ELBO, case: Case, num_samples: int, **options: Any) -> Dict[str, Any]:
-    """``sample_gradients`` for a case: name -> tensor of shape ``[num_samples, *shape]``."""
-    parameters = case.parameters()
-    return sample_gradients(
-        elbo, case.model, case.guide, case.args, None, num_samples, parameters=parameters, **options
-    )
+    """
+    ``sample_gradients`` for a case: name -> tensor of shape ``[num_samples, *shape]``. Arguments are not validated, which
+    takes a third of the time.
+    """
+    with pyro.validation_enabled(False):
+        return sample_gradients(
+            elbo, case.model, case.guide, case.args, None, num_samples, parameters=case.parameters(), **options
+        )
+
+
+def draw_losses(elbo: ELBO, case: Case, entrance: str, num_samples: int) -> torch.Tensor:
+    """What an entrance returns, ``[num_samples]``."""
+    with pyro.validation_enabled(False):
+        calls = (getattr(elbo, entrance)(*case_args(case)) for _ in range(num_samples))
+        return torch.stack([torch.as_tensor(loss).detach() for loss in calls])
 
 
 def assert_same(actual: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e-10) -> None:
@@ -133,28 +145,28 @@ class ELBOContract:
         assert_unbiased(samples, dict(zip(case.parameters(), exact)), detect=detect)
 
     def test_gradient_is_unbiased(self, case):
-        self.check_gradient(case, self.make_elbo(**PARTICLES["vectorized"]), 250)
+        self.check_gradient(case, self.make_elbo(**MANY), 250 if case.subsamples else 32)
 
     @pytest.mark.parametrize("particles", ["one", "looped"])
     @pytest.mark.parametrize("name", ["hierarchical", "discrete_first", "discrete_last"])
     def test_gradient_of_few_particles_is_unbiased(self, dtype, name, particles):
         if name in self.cases:
             elbo = self.make_elbo(**PARTICLES[particles])
-            self.check_gradient(self.fresh(name), elbo, 500, detect=1.0)
+            self.check_gradient(self.fresh(name), elbo, 250 if name == "hierarchical" else 500, detect=1.0)
 
-    @pytest.mark.parametrize("entrance", ("loss",) + ENTRANCES)
+    @pytest.mark.parametrize("entrance", ["loss", "loss_and_grads"])
     def test_loss_is_unbiased(self, case, entrance):
-        elbo = self.make_elbo(**PARTICLES["vectorized"])
-        call = getattr(elbo, entrance)
-        losses = [torch.as_tensor(call(*case_args(case))).detach() for _ in range(150)]
-        assert_unbiased(torch.stack(losses), self.exact_loss(case, elbo.num_particles).detach(), detect=0.2)
+        """What ``differentiable_loss`` returns is compared number by number, in :meth:`test_entrances_agree`."""
+        elbo = self.make_elbo(**MANY)
+        losses = draw_losses(elbo, case, entrance, 150 if case.subsamples else 24)
+        assert_unbiased(losses, self.exact_loss(case, elbo.num_particles).detach(), detect=0.2)
 
     @pytest.mark.parametrize("vectorize", [False, True], ids=["looped", "vectorized"])
     def test_more_particles_have_less_variance(self, vectorize):
         case = two()
         options = {"num_particles": 5, "vectorize_particles": vectorize}
-        many = draw_gradients(self.make_elbo(**options), case, 200, seed=0)
-        one = draw_gradients(self.make_elbo(), case, 400, seed=1)
+        many = draw_gradients(self.make_elbo(**options), case, 100, seed=0)
+        one = draw_gradients(self.make_elbo(), case, 200, seed=1)
         assert_variance_ratio(many, one, below=0.5)
 
     def test_particles_do_not_change_a_deterministic_gradient(self, dtype):

@@ -95,7 +95,7 @@ def subsample_scale_mask() -> Case:
         nll = normal_nll((x - m) ** 2 + s**2, 0.5)
         return 1.7 * (normal_kl(m, s, 0.0, 1.0) + 0.5 * nll)[mask].sum()
 
-    return Case(model, guide, (x,), exact_loss, {"z"})
+    return Case(model, guide, (x,), exact_loss, {"z"}, subsamples=True)
 
 
 def sequential_plate() -> Case:
