@@ -24,7 +24,7 @@ class Case:
     :param exact_loss: the negative ELBO at the live parameters, a scalar tensor.
     :param tapped: names of the guide sites that have a path gradient: drawn by
         ``rsample`` from parameters, not Delta, with an invertible transform.
-    :param subsamples: whether there is the noise of a subsample, which more particles do not lessen.
+    :param subsamples: the indices of each subsample that its plate may take: noise that more particles do not lessen.
     """
 
     model: Callable[..., Any]
@@ -33,7 +33,7 @@ class Case:
     exact_loss: Optional[Callable[[], torch.Tensor]] = None
     tapped: FrozenSet[str] = frozenset()
     vectorizable: bool = True
-    subsamples: bool = False
+    subsamples: Tuple[Tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         self.tapped = frozenset(self.tapped)

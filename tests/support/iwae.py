@@ -5,7 +5,8 @@
 which that is feasible: at most three Normal latents in each independent item."""
 
 import dataclasses
-from typing import Any, Callable, Dict, Tuple
+import itertools
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,8 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 
 from tests.support.cases import Case, positive, real
 from tests.support.guides import move
@@ -70,27 +73,44 @@ class Bound:
         grads = torch.autograd.grad(self.exact(num_particles), list(parameters.values()))
         return dict(zip(parameters, grads))
 
-    def replicate(self, size: int) -> Case:
+    def replicate(self, size: int, subsample: Optional[Tuple[int, ...]] = None) -> Case:
         """``size`` independent copies in an outer plate, so that one call gives the sum
-        of as many draws."""
-        plate = pyro.plate("replicates", size, dim=-self.nesting - 1)
-        return dataclasses.replace(
-            self.case, model=plate(self.case.model), guide=plate(self.case.guide)
-        )
+        of as many draws; of one subsample, if it is given."""
+        plate, model, guide = pyro.plate("replicates", size, dim=-self.nesting - 1), self.case.model, self.case.guide
+        if subsample is not None:
+            model, guide = (_Subsample(subsample)(f) for f in (model, guide))
+        return dataclasses.replace(self.case, model=plate(model), guide=plate(guide))
 
     def draw_gradients(
-        self, elbo: Any, num_calls: int, size: int = 100
+        self, elbo: Any, num_calls: int, size: int = 100, each_subsample: bool = False
     ) -> Dict[str, torch.Tensor]:
-        """Means over ``size`` draws, ``[num_calls, *shape]``."""
-        case, rows = self.replicate(size), []
-        parameters = case.parameters()
+        """
+        Means over ``size`` draws, ``[num_calls, *shape]``; and over each subsample that the plate may take, so that
+        none of the noise is that of the subsample.
+        """
+        subsamples = self.case.subsamples if each_subsample else ()
+        cases = [self.replicate(size, subsample) for subsample in subsamples or [None]]
+        parameters, rows = self.case.parameters(), []
         for _ in range(num_calls):
-            with pyro.validation_enabled(False):
-                elbo.loss_and_grads(case.model, case.guide, *case.args)
-            rows.append({name: p.grad / size for name, p in parameters.items()})
+            for case in cases:
+                with pyro.validation_enabled(False):
+                    elbo.loss_and_grads(case.model, case.guide, *case.args)
+            rows.append({name: p.grad / (size * len(cases)) for name, p in parameters.items()})
             for p in parameters.values():
                 p.grad = None
         return {name: torch.stack([row[name] for row in rows]) for name in parameters}
+
+
+class _Subsample(Messenger):
+    """The plate that takes a subsample takes this one."""
+
+    def __init__(self, indices: Tuple[int, ...]) -> None:
+        super().__init__()
+        self.indices = torch.tensor(indices)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["fn"].subsample_size == len(self.indices):
+            msg["value"] = self.indices
 
 
 def items() -> Bound:
@@ -130,7 +150,7 @@ def subsampled_items() -> Bound:
         with pyro.plate("data", 4, subsample_size=2) as i:
             pyro.sample("z", dist.Normal(m[i], s[i]))
 
-    case = Case(model, guide, (x,), tapped={"z"}, subsamples=True)
+    case = Case(model, guide, (x,), tapped={"z"}, subsamples=tuple(itertools.combinations(range(4), 2)))
     return Bound(case, lambda k: sum(_item_losses(x, k)), 1)
 
 
@@ -348,7 +368,7 @@ def subsampled_locals() -> Bound:
             losses.append(iwae_loss(log_w + 2.0 * local, weights, num_particles))
         return sum(losses) / 2
 
-    return Bound(Case(model, guide, (x,), tapped={"u", "z"}, subsamples=True), exact, 1)
+    return Bound(Case(model, guide, (x,), tapped={"u", "z"}, subsamples=((0,), (1,))), exact, 1)
 
 
 BOUNDS: Dict[str, Callable[[], Bound]] = {

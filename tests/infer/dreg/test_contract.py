@@ -53,7 +53,7 @@ class TestDRegELBOContract(ELBOContract):
 
     def test_gradient_is_unbiased(self, case):
         """Copies in a plate in place of particles."""
-        samples = self.as_bound(case).draw_gradients(self.make_elbo(), 250 if case.subsamples else 32, 2000)
+        samples = self.as_bound(case).draw_gradients(self.make_elbo(), 250 if case.subsamples else 40, 2000)
         assert_unbiased(samples, case.exact_gradient(), detect=0.2)
 
     @pytest.mark.parametrize("name", ["hierarchical"])

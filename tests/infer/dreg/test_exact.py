@@ -39,10 +39,12 @@ def make(num_particles, bound, vectorize=True, scale=1.0):
     return DReG_ELBO(num_particles, nesting, **options)
 
 
-def check_gradient(bound, elbo, num_particles):
-    # Subsamples are drawn for all copies at once, and make most of the noise.
-    num_calls, size = (500, 10) if bound.subsamples else (100, 150)
-    samples, exact = bound.draw_gradients(elbo, num_calls, size), bound.gradient(num_particles)
+def check_gradient(bound, elbo, num_particles, each_subsample=True):
+    # Subsamples are drawn for all copies at once, and make most of the noise: where all of them do not take turns.
+    num_calls, size = 40, 100 if bound.case.subsamples else 400
+    if bound.case.subsamples and not each_subsample:
+        num_calls, size = 500, 10
+    samples, exact = bound.draw_gradients(elbo, num_calls, size, each_subsample), bound.gradient(num_particles)
     for gradients in (samples, exact):
         if "tril" in gradients:  # the upper triangle is not used, and its gradient is NaN
             gradients["tril"] = gradients["tril"].tril()
@@ -64,10 +66,11 @@ def test_quadrature():
 
 @pytest.mark.parametrize("num_particles", [1, 2, 8, 64])
 def test_bound(bound, num_particles):
-    num_calls, size = (500, 10) if bound.subsamples else (40, 500)
+    num_calls, size = (500, 10) if bound.case.subsamples else (40, 500)
     copies, elbo = bound.replicate(size), make(num_particles, bound)
     arguments = (copies.model, copies.guide, *copies.args)
-    losses = torch.tensor([elbo.loss(*arguments) / size for _ in range(num_calls)])
+    with pyro.validation_enabled(False):
+        losses = torch.tensor([elbo.loss(*arguments) / size for _ in range(num_calls)])
     exact = bound.exact(num_particles).detach()
     assert_unbiased(losses, exact, detect=0.2)
 
@@ -85,7 +88,8 @@ def test_gradient_with_other_scales(bound, scale):
 
 
 def test_gradient_with_looped_particles(bound):
-    check_gradient(bound, make(3, bound, vectorize=False), 3)
+    """Of the subsample too: all particles must have the same."""
+    check_gradient(bound, make(3, bound, vectorize=False), 3, each_subsample=False)
 
 
 def test_path_gradient_with_plain_weights_is_biased(monkeypatch):
@@ -95,7 +99,7 @@ def test_path_gradient_with_plain_weights_is_biased(monkeypatch):
     bound = BOUNDS["hierarchical"]()
     monkeypatch.setattr(Draw, "factor", lambda draw, share: 1.0)
     for num_particles in (2, 8):
-        samples = bound.draw_gradients(make(num_particles, bound), 100, 150)
+        samples = bound.draw_gradients(make(num_particles, bound), 40, 400)
         with pytest.raises(AssertionError, match="biased in"):
             assert_unbiased(samples, bound.gradient(num_particles), detect=None)
 
@@ -105,8 +109,7 @@ def test_squared_weights_are_biased_on_scaled_sites(name, monkeypatch):
     """A test of power as well: what equation 6 of the paper says of unscaled sites."""
     bound = BOUNDS[name]()
     monkeypatch.setattr(Draw, "factor", lambda draw, share: draw.broad_weight)
-    size = (500, 10) if bound.subsamples else (100, 150)
-    samples = bound.draw_gradients(make(4, bound), *size)
+    samples = bound.draw_gradients(make(4, bound), 40, 100, each_subsample=True)
     with pytest.raises(AssertionError, match="biased in"):
         assert_unbiased(samples, bound.gradient(4), detect=None)
 
@@ -119,7 +122,7 @@ def test_agrees_with_scale_0_on_autoguides(name, num_particles):
     case = AUTOGUIDES[name]()
     dreg, plain = (
         Bound(case, case.exact_loss, nesting=1).draw_gradients(
-            DReG_ELBO(num_particles, 2, vectorize_particles=True, control_variate_scale=c), 100, 150
+            DReG_ELBO(num_particles, 2, vectorize_particles=True, control_variate_scale=c), 40, 400
         )
         for c in (1.0, 0.0)
     )
@@ -132,7 +135,7 @@ def test_signal_to_noise_ratio():
     def ratio(cls, num_particles):
         elbo = cls(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
         case = conj(shift=0.5, width=1.3)
-        samples = draw_gradients(elbo, case, 500, seed=0)["loc"]
+        samples = draw_gradients(elbo, case, 250, seed=0)["loc"]
         return (samples.mean(0).abs() / samples.std(0)).mean()
 
     few, many = 2, 50
@@ -145,7 +148,7 @@ def test_variance_is_lower_on_a_wide_guide(num_particles):
     options = {"num_particles": num_particles, "vectorize_particles": True, "max_plate_nesting": 1}
     case = conj()
     dreg, renyi = (
-        draw_gradients(cls(**options), case, 500, seed=0) for cls in (DReG_ELBO, RenyiELBO)
+        draw_gradients(cls(**options), case, 250, seed=0) for cls in (DReG_ELBO, RenyiELBO)
     )
     assert_variance_ratio(dreg, renyi, below=0.4)
 
@@ -155,7 +158,7 @@ def test_variance_on_a_narrow_guide():
     options = {"num_particles": 8, "vectorize_particles": True, "max_plate_nesting": 1}
     case = conj(width=0.15)
     plain, renyi, adaptive = (
-        draw_gradients(elbo, case, 600, seed=0, num_burn_in=100)
+        draw_gradients(elbo, case, 300, seed=0, num_burn_in=100)
         for elbo in (
             DReG_ELBO(**options),
             RenyiELBO(**options),
