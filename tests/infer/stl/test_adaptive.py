@@ -60,7 +60,7 @@ def flat(samples):
 @pytest.mark.parametrize("name", STATES)
 def test_variance_is_near_the_better_of_both(name):
     make, below = STATES[name]
-    case, num_samples = make(), 1000
+    case, num_samples = make(), 500
     plain = draw_gradients(Trace_ELBO(), case, num_samples, seed=0)
     path = draw_gradients(STLTrace_ELBO(control_variate_scale=1.0), case, num_samples, seed=0)
     adaptive = draw_gradients(STLTrace_ELBO(), case, num_samples, seed=0, num_burn_in=100)
