@@ -10,6 +10,7 @@ Two environment variables change a run:
   example ``cuda`` (default: PyTorch's own default, the CPU).
 """
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -28,6 +29,12 @@ if not DEVICE and not torch.cuda.is_available():
     for name in ("cuda", "xpu", "mtia"):
         if hasattr(getattr(torch, name, None), "manual_seed_all"):
             getattr(torch, name).manual_seed_all = lambda seed: None
+
+
+def pytest_collection_finish():
+    """Garbage is looked for among what tests make, not among all modules and tests: a collection takes 0.4 s then."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

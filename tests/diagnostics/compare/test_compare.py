@@ -375,9 +375,8 @@ def test_world_is_left_as_found():
 
 
 def test_seed():
-    first = compare(model, AutoNormal(model), args=(X,), seed=1, **QUICK)
-    again = compare(model, AutoNormal(model), args=(X,), seed=1, **QUICK)
-    other = compare(model, AutoNormal(model), args=(X,), seed=2, **QUICK)
+    losses = ["TraceMeanField_ELBO", "STLTrace_ELBO", "RaoBlackwell_ELBO"]
+    first, again, other = (compare(model, AutoNormal(model), losses, args=(X,), seed=s, **QUICK) for s in (1, 1, 2))
     for one, two, three in zip(*(r.states[0].losses for r in (first, again, other))):
         assert one.variance == two.variance != three.variance
         assert one.bias_z == two.bias_z
@@ -530,7 +529,7 @@ def test_reference_of_the_same_objective():
         model,
         guide,
         ["DReG_ELBO:num_particles=4", "Trace_ELBO"],
-        num_samples=400,
+        num_samples=150,
         train_steps=[1],
         progress=False,
         reference="RenyiELBO:alpha=0,num_particles=4",
