@@ -20,8 +20,8 @@ from tests.support.models import conj, discrete_first, mix
 
 pytestmark = pytest.mark.slow
 
-# Without training, which takes its time.
-compare = functools.partial(compare, train_steps=0)
+# Without training and compilation, which take their time.
+compare = functools.partial(compare, train_steps=0, steps=0)
 
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 QUICK = dict(num_samples=40, num_burn_in=0, progress=False)
@@ -226,7 +226,7 @@ def test_dependence_through_control_flow():
     log_p = (counts + 1) * math.log(0.5) + dist.Normal(counts, 1.0).log_prob(args[0])
     (exact,) = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum(), prob)
     with pytest.raises(AssertionError, match="biased in prob"):
-        check_unbiased("TraceGraph_ELBO", model, guide, {"prob": exact}, args=args, projections=0)
+        check_unbiased("TraceGraph_ELBO", model, guide, {"prob": exact}, args=args, projections=0, num_samples=200)
     check_unbiased("Trace_ELBO", model, guide, {"prob": exact}, args=args, projections=0)
 
 
@@ -382,7 +382,7 @@ def test_bounds_of_a_subsample():
     reference = f"{name},control_variate_scale=0.0"
     assert choose_losses(model, guide, (4,), reference=reference).losses == [name, adaptive]
     # And so it is: with the same draws, the one loss is biased beside the one reference only.
-    sizes = {**QUICK, "num_samples": 400}
+    sizes = {**QUICK, "num_samples": 120}
     row = compare(model, guide, [name], (4,), reference=reference, **sizes).states[0].losses[1]
     assert row.name == name and not row.biased
     assert compare(model, guide, [name], (4,), reference=usual, **sizes).states[0].losses[1].biased

@@ -31,8 +31,8 @@ from tests.support.models import conj
 
 pytestmark = pytest.mark.slow
 
-# Without training, which takes its time.
-usual_compare, compare = compare, functools.partial(compare, train_steps=0)
+# Without training and compilation, which take their time.
+usual_compare, compare = compare, functools.partial(compare, train_steps=0, steps=0)
 
 QUICK = dict(num_samples=40, num_burn_in=5, progress=False)
 

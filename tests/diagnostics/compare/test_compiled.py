@@ -172,6 +172,13 @@ def test_the_reason_why_nothing_is_compiled_is_shown():
     assert "times as fast" not in result.to_html()
 
 
+def test_compiles_by_default_unless_losses_are_named(replay_only):
+    options = dict(args=(X,), num_samples=40, num_burn_in=0, train_steps=[1], progress=False)
+    result = compare(model, AutoNormal(model), **options)
+    assert result.compiled and result.settings["steps"] == 10_000
+    assert not compare(model, AutoNormal(model), ["STLTrace_ELBO"], **options).compiled
+
+
 def test_steps_are_checked():
     with pytest.raises(ValueError, match="steps: expected 0 or more, got -1"):
         compare(model, AutoNormal(model), args=(X,), steps=-1)
