@@ -234,7 +234,8 @@ def test_what_was_measured_before_an_error(capsys):
 
 
 def test_fit_looks_at_its_file_first(capsys):
-    assert main(["fit", "--model", "mine:model", "--args", "mine:arguments", "--save", "no/such/file", "--no-progress"]) == 2
+    given = ["--model", "mine:model", "--args", "mine:arguments", "--no-progress"]
+    assert main(["fit", *given, "--save", "no/such/file"]) == 2
     assert "--save: there is no directory 'no/such'" in capsys.readouterr().err
 
 

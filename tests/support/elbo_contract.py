@@ -69,8 +69,8 @@ def case_args(case: Case) -> Tuple[Any, ...]:
 
 def draw_gradients(elbo: ELBO, case: Case, num_samples: int, **options: Any) -> Dict[str, Any]:
     """
-    ``sample_gradients`` for a case: name -> tensor of shape ``[num_samples, *shape]``. Arguments are not validated, which
-    takes a third of the time.
+    ``sample_gradients`` for a case: name -> tensor of shape ``[num_samples, *shape]``. Arguments are not validated,
+    which takes a third of the time.
     """
     with pyro.validation_enabled(False):
         return sample_gradients(
