@@ -12,7 +12,9 @@ from pyro.infer import Trace_ELBO
 from skeleton_elbo import LeaveOneOut_ELBO, guide, model
 
 from pyro_rb.diagnostics import gradient_moments
-from tests.infer.elbo_contract import ELBOContract
+from tests.support.elbo_contract import ELBOContract
+
+pytestmark = pytest.mark.slow
 
 
 class TestLeaveOneOutELBO(ELBOContract):

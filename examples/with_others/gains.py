@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import pyro_rb
 from pyro_rb.diagnostics.run.losses import make_loss, with_options
-from utils.results import cell, mean_and_error
-from utils.training import Run
+from support.results import cell, mean_and_error
+from support.training import Run
 
 COMPILED = ", compiled"
 #: By name: script, function, arguments of it, the loss that the package or its examples use, learning rate.

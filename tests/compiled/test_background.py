@@ -23,6 +23,7 @@ from pyro_rb.compiled import background
 from tests.compiled import models
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

@@ -22,6 +22,8 @@ from pyro_rb import R2G2_ELBO, GradientGuard, NonFiniteError, STLTrace_ELBO
 from tests.compiled import models
 from tests.compiled.training import assert_equal, assert_replayed, train
 
+pytestmark = pytest.mark.slow
+
 X = torch.tensor([0.5, -1.2, 2.0])
 
 

@@ -17,6 +17,8 @@ from pyro_rb import CompiledSVI, RVRSGuide
 from tests.compiled import models
 from tests.compiled.training import assert_equal, assert_replayed, train
 
+pytestmark = pytest.mark.slow
+
 
 def rejecting(case, **options):
     def make():

@@ -22,6 +22,8 @@ from pyro_rb import (
 from tests.compiled import models
 from tests.compiled.training import assert_replayed
 
+pytestmark = pytest.mark.slow
+
 LOSSES = {
     "trace": Trace_ELBO,
     "looped": lambda: Trace_ELBO(num_particles=2),

@@ -14,6 +14,8 @@ from pyro_rb import CompiledSVI, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 from pyro_rb.compiled.fused import FusedSteps
 from tests.compiled import models
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZERS = {
     "adam": lambda: pyro.optim.Adam({"lr": 0.03, "betas": (0.8, 0.99)}),
     "decay": lambda: pyro.optim.Adam({"lr": 0.03, "weight_decay": 0.1}),

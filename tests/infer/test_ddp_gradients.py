@@ -15,8 +15,8 @@ from pyro.nn import PyroModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, RVRSGuide
-from tests import ddp
 from tests.infer.rao_blackwell import test_ddp as mixed
+from tests.support import ddp
 
 NUM_ROWS, NUM_FEATURES = 12, 3
 

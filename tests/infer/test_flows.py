@@ -16,8 +16,10 @@ from pyro.nn import AutoRegressiveNN
 
 from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, RVRSGuide, STLTrace_ELBO
 from pyro_rb.poutine.path_flow import PathFlow
-from tests.common import assert_unbiased
-from tests.infer.flows import FLOWS, exact_log_prob, exact_scores, modules_of, stir
+from tests.support.common import assert_unbiased
+from tests.support.flows import FLOWS, exact_log_prob, exact_scores, modules_of, stir
+
+pytestmark = pytest.mark.slow
 
 DIM = 4
 FIXED = partial(STLTrace_ELBO, control_variate_scale=1.0)

@@ -24,8 +24,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 
 from pyro_rb import DReG_ELBO, STLTrace_ELBO
-from tests.cases import positive, real
-from tests.infer.elbo_contract import ENTRANCES, assert_same
+from tests.support.cases import positive, real
+from tests.support.elbo_contract import ENTRANCES, assert_same
 
 LOSSES = {
     "c = 1": lambda: STLTrace_ELBO(control_variate_scale=1.0),

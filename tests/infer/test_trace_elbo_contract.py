@@ -10,8 +10,10 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 
-from tests.guides import GUIDES
-from tests.infer.elbo_contract import ELBOContract
+from tests.support.elbo_contract import ELBOContract
+from tests.support.guides import GUIDES
+
+pytestmark = pytest.mark.slow
 
 
 class TestTraceELBOContract(ELBOContract):

@@ -13,8 +13,8 @@ from pyro.infer import Trace_ELBO
 
 from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, RVRSGuide, STLTrace_ELBO
 from pyro_rb.ops.zuko import as_transformed
-from tests.common import assert_unbiased
-from tests.infer.flows import exact_log_prob, stir
+from tests.support.common import assert_unbiased
+from tests.support.flows import exact_log_prob, stir
 
 # zuko turns the validation of all distributions off.
 validate_args = torch.distributions.Distribution._validate_args

@@ -13,7 +13,9 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro_rb import STLTrace_ELBO, check_unbiased
 from pyro_rb.diagnostics import BiasError, LowPowerError
 from pyro_rb.diagnostics.stats.mean_test import one_sample_test
-from tests.models import conj, discrete_first, two
+from tests.support.models import conj, discrete_first, two
+
+pytestmark = pytest.mark.slow
 
 
 class Shifted(Trace_ELBO):

@@ -17,6 +17,8 @@ from pyro_rb.__main__ import main
 from pyro_rb.diagnostics.fit.fit import fit
 from pyro_rb.diagnostics.noise.noise import measure_noise
 
+pytestmark = pytest.mark.slow
+
 USER_MODULE = """
     import pyro
     import pyro.distributions as dist

@@ -11,6 +11,8 @@ from pyro_rb.diagnostics import compare
 from pyro_rb.diagnostics.cli import examples as models
 from pyro_rb.diagnostics.cli.examples import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 
 def test_data_are_the_published_ones():
     assert len(models.EIGHT_SCHOOLS_EFFECTS) == len(models.EIGHT_SCHOOLS_ERRORS) == 8

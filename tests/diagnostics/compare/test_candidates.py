@@ -15,11 +15,13 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro_rb.diagnostics import check_unbiased, choose_losses, compare
 from pyro_rb.diagnostics.compare import candidates as choose_module
 from pyro_rb.diagnostics.run.losses import ENUMERATED
-from tests.infer.r2g2_models import net
-from tests.models import conj, discrete_first, mix
+from tests.infer.r2g2.models import net
+from tests.support.models import conj, discrete_first, mix
 
-# Without training, which takes its time.
-compare = functools.partial(compare, train_steps=0)
+pytestmark = pytest.mark.slow
+
+# Without training and compilation, which take their time.
+compare = functools.partial(compare, train_steps=0, steps=0)
 
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 QUICK = dict(num_samples=40, num_burn_in=0, progress=False)
@@ -224,7 +226,7 @@ def test_dependence_through_control_flow():
     log_p = (counts + 1) * math.log(0.5) + dist.Normal(counts, 1.0).log_prob(args[0])
     (exact,) = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum(), prob)
     with pytest.raises(AssertionError, match="biased in prob"):
-        check_unbiased("TraceGraph_ELBO", model, guide, {"prob": exact}, args=args, projections=0)
+        check_unbiased("TraceGraph_ELBO", model, guide, {"prob": exact}, args=args, projections=0, num_samples=200)
     check_unbiased("Trace_ELBO", model, guide, {"prob": exact}, args=args, projections=0)
 
 
@@ -380,7 +382,7 @@ def test_bounds_of_a_subsample():
     reference = f"{name},control_variate_scale=0.0"
     assert choose_losses(model, guide, (4,), reference=reference).losses == [name, adaptive]
     # And so it is: with the same draws, the one loss is biased beside the one reference only.
-    sizes = {**QUICK, "num_samples": 400}
+    sizes = {**QUICK, "num_samples": 120}
     row = compare(model, guide, [name], (4,), reference=reference, **sizes).states[0].losses[1]
     assert row.name == name and not row.biased
     assert compare(model, guide, [name], (4,), reference=usual, **sizes).states[0].losses[1].biased

@@ -21,6 +21,8 @@ from pyro_rb.diagnostics.compare.recommend import Ranked, Recommendation
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.problem import prepared
 
+pytestmark = pytest.mark.slow
+
 X = torch.tensor([0.3, -0.8, 1.4])
 ADAM = pyro.optim.Adam({"lr": 0.01})
 
@@ -168,6 +170,13 @@ def test_the_reason_why_nothing_is_compiled_is_shown():
     result = compare(branches, AutoNormal(branches), ["STLTrace_ELBO:1.0"], steps=1000, **options)
     assert "is not compiled: It looks at the value of a tensor" in " ".join(result.table().split())
     assert "times as fast" not in result.to_html()
+
+
+def test_compiles_by_default_unless_losses_are_named(replay_only):
+    options = dict(args=(X,), num_samples=40, num_burn_in=0, train_steps=[1], progress=False)
+    result = compare(model, AutoNormal(model), **options)
+    assert result.compiled and result.settings["steps"] == 10_000
+    assert not compare(model, AutoNormal(model), ["STLTrace_ELBO"], **options).compiled
 
 
 def test_steps_are_checked():

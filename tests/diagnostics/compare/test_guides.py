@@ -17,6 +17,8 @@ from pyro_rb.diagnostics.compare import guides as guides_module
 from pyro_rb.diagnostics.compare import race as race_module
 from pyro_rb.diagnostics.compare.guides import GuideComparison, GuideResult
 
+pytestmark = pytest.mark.slow
+
 #: An observation of the sum of both.
 X = torch.tensor(1.0)
 

@@ -5,6 +5,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -14,6 +15,8 @@ from pyro_rb.diagnostics.compare import race as race_module
 from pyro_rb.diagnostics.compare.race import Curve, race
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.problem import prepared
+
+pytestmark = pytest.mark.slow
 
 X = torch.tensor([0.5, -1.2, 2.0])
 

@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb import GradientGuard
-from tests import ddp
+from tests.support import ddp
+
+pytestmark = pytest.mark.slow
 
 BAD_STEPS = (2, 5)
 

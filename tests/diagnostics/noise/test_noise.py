@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro_rb import STLTrace_ELBO, measure_noise
 from pyro_rb.diagnostics import sample_gradients
 from pyro_rb.diagnostics.noise.noise import _squared_mean
-from tests.models import conj
+from tests.support.models import conj
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from pyro_rb.diagnostics import (
     sample_gradients,
 )
 from pyro_rb.infer import STLTrace_ELBO
-from tests.common import assert_unbiased
-from tests.models import conj, discrete_first
+from tests.support.common import assert_unbiased
+from tests.support.models import conj, discrete_first
 
 
 def model():

@@ -7,7 +7,7 @@ import torch
 import pyro_rb.diagnostics.run.memory as memory
 from pyro_rb.diagnostics import compare
 from pyro_rb.diagnostics.run.memory import peak_memory
-from tests.models import conj
+from tests.support.models import conj
 
 CPU = torch.device("cpu")
 FLOATS = 4000  # bytes of a tensor of 1000 numbers

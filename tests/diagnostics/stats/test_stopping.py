@@ -12,7 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro_rb import STLTrace_ELBO, StopRule
 from pyro_rb.diagnostics.stats.stopping import _standard_error
 from tests.conftest import SEED
-from tests.models import conj, poisson
+from tests.support.models import conj, poisson
 
 
 def normal(rng, count):

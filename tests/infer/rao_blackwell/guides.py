@@ -13,7 +13,6 @@ from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from tests.cases import Case
 from tests.infer.rao_blackwell.models import (
     Problem,
     X,
@@ -24,6 +23,7 @@ from tests.infer.rao_blackwell.models import (
     pick,
     replicates,
 )
+from tests.support.cases import Case
 
 
 def switch_model(num: int) -> None:

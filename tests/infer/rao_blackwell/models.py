@@ -21,8 +21,8 @@ from pyro.distributions.testing import fakes
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tests.cases import Case
 from tests.infer.rao_blackwell.quadrature import exact_loss
+from tests.support.cases import Case
 
 X = (0.5, -1.2, 2.0, 0.3, 1.1)
 

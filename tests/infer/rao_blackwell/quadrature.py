@@ -20,7 +20,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from tests.cases import Case
+from tests.support.cases import Case
 
 LOG_RANGE = (-13.0, 5.0)  # of positive values that have no reparameterised draw
 

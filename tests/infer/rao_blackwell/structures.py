@@ -15,7 +15,6 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from torch.nn.functional import one_hot
 
-from tests.cases import Case
 from tests.infer.rao_blackwell.guides import GUIDES
 from tests.infer.rao_blackwell.models import (
     Problem,
@@ -28,6 +27,7 @@ from tests.infer.rao_blackwell.models import (
     positive,
     replicates,
 )
+from tests.support.cases import Case
 
 SUBSETS = ((0, 1), (0, 2), (1, 2))
 OBSERVED = (True, False, True, True, False)

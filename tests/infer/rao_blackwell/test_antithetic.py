@@ -13,8 +13,6 @@ from pyro import poutine
 
 from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
 from pyro_rb.poutine import topk_table
-from tests.cases import real
-from tests.common import assert_unbiased, assert_variance_ratio
 from tests.infer.rao_blackwell.models import (
     PROBLEMS,
     Problem,
@@ -30,6 +28,8 @@ from tests.infer.rao_blackwell.models import (
     score_function,
 )
 from tests.ops.test_antithetic import cells
+from tests.support.cases import real
+from tests.support.common import assert_unbiased, assert_variance_ratio
 
 X = ((0.5, -1.0), (1.2, 0.3), (-0.7, 2.0))
 

@@ -18,17 +18,19 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.util import get_rng_state, set_rng_state
 
 from pyro_rb import RaoBlackwell_ELBO
-from tests.cases import Case, positive, real
-from tests.common import assert_variance_ratio
-from tests.infer.elbo_contract import (
+from tests.infer.rao_blackwell.models import PROBLEMS, fixed
+from tests.infer.rao_blackwell.structures import STRUCTURES
+from tests.support.cases import Case, positive, real
+from tests.support.common import assert_variance_ratio
+from tests.support.elbo_contract import (
     ENTRANCES,
     ELBOContract,
     assert_same,
     evaluate,
 )
-from tests.infer.rao_blackwell.models import PROBLEMS, fixed
-from tests.infer.rao_blackwell.structures import STRUCTURES
-from tests.models import conj
+from tests.support.models import conj
+
+pytestmark = pytest.mark.slow
 
 MIXED = {**PROBLEMS, **STRUCTURES}
 

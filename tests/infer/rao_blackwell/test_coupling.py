@@ -22,9 +22,9 @@ from torch import nn
 
 from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO
 from pyro_rb.diagnostics.stats.bias import BiasError
-from tests.cases import Case
-from tests.common import assert_unbiased
 from tests.infer.rao_blackwell.models import Problem, fixed, parameter, positive
+from tests.support.cases import Case
+from tests.support.common import assert_unbiased
 
 NUM_ROWS, NUM_INPUTS, NUM_UNITS = 8, 3, 16000
 Y = fixed(NUM_ROWS, seed=2)

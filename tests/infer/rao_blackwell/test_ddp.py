@@ -11,8 +11,10 @@ from pyro.nn import PyroModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb import RaoBlackwell_ELBO
-from tests import ddp
 from tests.infer.rao_blackwell.models import pick
+from tests.support import ddp
+
+pytestmark = pytest.mark.slow
 
 DATA = torch.tensor([0.5, -1.2, 2.0, 0.3, 1.1, -0.4, 0.9, 1.6])
 LOCS = torch.tensor([-1.0, 0.0, 0.5, 2.0])

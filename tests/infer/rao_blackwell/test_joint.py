@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO
 from pyro_rb.ops import gaussian
-from tests.common import assert_unbiased
 from tests.infer.rao_blackwell.models import (
     Problem,
     case,
@@ -24,6 +23,9 @@ from tests.infer.rao_blackwell.models import (
     positive,
     replicates,
 )
+from tests.support.common import assert_unbiased
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = {"max_plate_nesting": 2, "pre_activations": "shared"}
 

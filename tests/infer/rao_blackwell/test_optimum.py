@@ -19,8 +19,10 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from pyro_rb import RaoBlackwell_ELBO
-from tests.cases import Case
 from tests.infer.rao_blackwell.models import fixed, gradient, pick
+from tests.support.cases import Case
+
+pytestmark = pytest.mark.slow
 
 #: Order of the sites: of z (Gaussian), y (categorical), d (Bernoulli) and v (a vector of bits).
 ORDERS = ("zyd", "yzd", "dyz", "ydz", "zdy", "zyv", "vzy")

@@ -11,7 +11,7 @@ import torch
 from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO
 from pyro_rb.infer import run_mixin
 from pyro_rb.infer.pause import MAX_STRUCTURES, NUM_LOOKS, Pause
-from tests.cases import positive, real
+from tests.support.cases import positive, real
 
 NOT_WATCHED = "uses are not watched"
 SHARED = {"max_plate_nesting": 1, "pre_activations": "shared"}

@@ -12,10 +12,10 @@ from pyro_rb import (
     RaoBlackwellTopK_ELBO,
     STLTrace_ELBO,
 )
-from tests.guides import GUIDES
-from tests.infer import topk_models
-from tests.infer.elbo_contract import ENTRANCES, assert_same, evaluate
-from tests.infer.r2g2_models import KINDS, net, regression
+from tests.infer.r2g2.models import KINDS, net, regression
+from tests.infer.topk import models as topk_models
+from tests.support.elbo_contract import ENTRANCES, assert_same, evaluate
+from tests.support.guides import GUIDES
 
 # Guides with discrete or score-function sites, that run the model themselves, or whose draws a flow makes.
 OTHERS = (

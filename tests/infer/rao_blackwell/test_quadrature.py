@@ -13,12 +13,12 @@ import torch
 from pyro.distributions.testing import fakes
 from torch.distributions import kl_divergence
 
-from tests.cases import Case, positive
-from tests.infer.elbo_contract import assert_same
 from tests.infer.rao_blackwell.models import PROBLEMS, gradient
 from tests.infer.rao_blackwell.quadrature import exact_loss
 from tests.infer.rao_blackwell.structures import STRUCTURES
-from tests.models import conj, two
+from tests.support.cases import Case, positive
+from tests.support.elbo_contract import assert_same
+from tests.support.models import conj, two
 
 
 @pytest.fixture(autouse=True)

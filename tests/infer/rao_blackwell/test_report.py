@@ -14,8 +14,8 @@ from pyro.distributions import constraints
 from pyro.distributions.testing import fakes
 
 from pyro_rb import RaoBlackwell_ELBO
-from tests.cases import positive, real
 from tests.infer.rao_blackwell.models import fixed
+from tests.support.cases import positive, real
 
 
 def many_kinds():

@@ -12,9 +12,9 @@ from pyro.infer import SVI
 import pyro_rb
 from pyro_rb import RaoBlackwell_ELBO
 from pyro_rb.poutine import topk_room
-from tests.cases import Case
-from tests.infer.elbo_contract import assert_same, evaluate
 from tests.infer.rao_blackwell.models import fixed
+from tests.support.cases import Case
+from tests.support.elbo_contract import assert_same, evaluate
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value
 
 from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
-from tests.infer.elbo_contract import assert_same
 from tests.infer.rao_blackwell.models import fixed, pick
+from tests.support.elbo_contract import assert_same
 
 SETTINGS = {
     "default": {},

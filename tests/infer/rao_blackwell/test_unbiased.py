@@ -13,7 +13,6 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_rb import RaoBlackwell_ELBO
-from tests.common import assert_unbiased
 from tests.infer.rao_blackwell.models import (
     PROBLEMS,
     Problem,
@@ -31,6 +30,9 @@ from tests.infer.rao_blackwell.structures import (
     subsampled,
     switching,
 )
+from tests.support.common import assert_unbiased
+
+pytestmark = pytest.mark.slow
 
 ALL = {**PROBLEMS, **STRUCTURES}
 FEW_VALUES = {

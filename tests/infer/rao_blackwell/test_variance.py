@@ -18,7 +18,6 @@ from pyro_rb import (
     RaoBlackwellTopK_ELBO,
     STLTrace_ELBO,
 )
-from tests.common import assert_unbiased, assert_variance_ratio
 from tests.infer.rao_blackwell.models import (
     PROBLEMS,
     Problem,
@@ -28,6 +27,7 @@ from tests.infer.rao_blackwell.models import (
     positive,
     replicates,
 )
+from tests.support.common import assert_unbiased, assert_variance_ratio
 
 NUM_BURN_IN = 4
 
