@@ -25,7 +25,6 @@ from pyro_rb.diagnostics.run.losses import (
     make_losses,
     with_options,
 )
-from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.messages import WarningLog, one_line
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sampler import GradientSampler
@@ -79,7 +78,6 @@ class Study:
     threshold: float = 0.0
     interrupted: bool = False
     error: Optional[str] = None
-    _memories: Dict[str, Optional[int]] = field(default_factory=dict)
 
     def run(self) -> None:
         """
@@ -176,7 +174,7 @@ class Study:
             if stopped not in ("failed", "interrupted"):
                 for gauge in gauges:
                     if gauge.failure is None:
-                        gauge.memory = self._memory(gauge.name, at, stopped == "max_seconds")
+                        gauge.measure_memory(at)
                         self.warned.collect(gauge.name)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -194,12 +192,6 @@ class Study:
         if coordinates.is_subset:
             notes.append(f"Measured on {sum(coordinates.counts)} of {used} parameter values, drawn at random.")
         self.notes += [note for note in notes if note not in self.notes]
-
-    def _memory(self, name: str, seed: int, is_late: bool) -> Optional[int]:
-        # If it is late, two more steps of each loss would be too much; they differ little.
-        if not (is_late and name in self._memories):
-            self._memories[name] = _memory(self.problem.sampler(self.made()[name]), seed)
-        return self._memories[name]
 
     def _blame(self, seed: int) -> str:
         """Where the first bad number of a gradient begins, if one can be found."""
@@ -281,17 +273,3 @@ class Study:
         rounding = rounding_error(largest, found[0].dtype)
         spread = (torch.stack(found) - found[0]).abs().max().item()
         return found[0].double() if spread <= rounding else None
-
-
-def _memory(one: Any, seed: int) -> Optional[int]:
-    """Of the second step: the first may do things that are never done again."""
-    try:
-        set_rng_seed(seed)
-        one.step()
-        one.clear()
-        set_rng_seed(seed)
-        return peak_memory(one.step, one.tensors[0].device)
-    except Exception:  # an operation that cannot be followed is no reason to stop
-        return None
-    finally:
-        one.clear()

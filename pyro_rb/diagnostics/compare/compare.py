@@ -36,10 +36,10 @@ from pyro_rb.diagnostics.compare.race import (
 )
 from pyro_rb.diagnostics.compare.recommend import LEAST_SAMPLES, recommend
 from pyro_rb.diagnostics.compare.report import Comparison, ComparisonInterrupted
+from pyro_rb.diagnostics.run.arguments import Arguments, integer
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import Losses, make_loss, make_losses
 from pyro_rb.diagnostics.run.messages import one_line, recorded_warnings
-from pyro_rb.diagnostics.run.parameters import Arguments, integer
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
 

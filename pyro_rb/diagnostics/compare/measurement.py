@@ -11,6 +11,7 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.report import LossResult
+from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.sampler import GradientSampler, choose_clock
 from pyro_rb.diagnostics.stats import summary as stats
 from pyro_rb.diagnostics.stats.agreement import Agreement
@@ -83,6 +84,16 @@ class Gauge:
             self.bad_losses += 1
         self.deviations.append(self.block.update(draw.vector).item())
         self.agreement.update(draw.vector, reference.vector)
+
+    def measure_memory(self, seed: int) -> None:
+        """Of one more step."""
+        set_rng_seed(seed)
+        try:
+            self.memory = peak_memory(self.sampler.step, self.sampler.tensors[0].device)
+        except Exception:  # an operation that cannot be followed is no reason to stop
+            pass
+        finally:
+            self.sampler.clear()
 
     def end_block(self) -> None:
         if self.block.count > 1:
