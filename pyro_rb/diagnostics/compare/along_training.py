@@ -13,7 +13,7 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.measure import Plan, ReferenceFailed, measure
-from pyro_rb.diagnostics.compare.measurement import Gauge
+from pyro_rb.diagnostics.compare.measurement import Gauge, find_signal, steps_ratios
 from pyro_rb.diagnostics.compare.report import StateResult, TrainingWindow
 from pyro_rb.diagnostics.guard.guard import GradientGuard, NonFiniteError
 from pyro_rb.diagnostics.run.bar import TimedBar
@@ -30,11 +30,7 @@ from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import rounding_error, z_threshold
-from pyro_rb.diagnostics.stats.progress import (
-    noise_share,
-    root_sum_of_squares,
-    steps_ratio,
-)
+from pyro_rb.diagnostics.stats.progress import noise_share, root_sum_of_squares
 from pyro_rb.diagnostics.stats.projections import Projector
 from pyro_rb.diagnostics.stats.stopping import StopRule
 
@@ -215,30 +211,29 @@ class Study:
         coordinates, projector = first.coordinates, first.agreement.projector
         size = len(first.moments.mean) if projector is None else len(projector.labels)
         num_tests = size * max(1, len(gauges) - 1) * (2 if self.steps is None else len(self.steps))
-        threshold = z_threshold(self.failure_rate, num_tests, count)
-        # Beyond the root of their number, a few skewed draws that happen to be alike have scores
-        # that no correction mends: of a million coordinates some have, with 40 draws.
-        threshold *= max(1.0, threshold**2 / count)
-        self.threshold = max(self.threshold, threshold)
-        results = [gauge.result(first, threshold, exact) for gauge in gauges]
+
+        def threshold(gauge: Gauge) -> float:
+            count = max(2, gauge.moments.count)
+            z = z_threshold(self.failure_rate, num_tests, count)
+            # Beyond the root of their number, a few skewed draws that happen to be alike have scores
+            # that no correction mends: of a million coordinates some have, with 40 draws.
+            return z * max(1.0, z**2 / count)
+
+        self.threshold = max(self.threshold, threshold(first))
+        results = [gauge.result(first, threshold(gauge), exact) for gauge in gauges]
         if results[0].biased:
             self.notes.append(
                 f"{self.reference} disagrees with enumeration at step {step} (z = "
                 f"{results[0].bias_z:.1f}), so the losses were compared to it instead."
             )
             exact = None
-            results = [gauge.result(first, threshold) for gauge in gauges]
+            results = [gauge.result(first, threshold(gauge)) for gauge in gauges]
         unbiased = [g for g, row in zip(gauges, results) if not row.biased and not row.error]
-        if exact is None:
-            quiet = min(unbiased, key=lambda gauge: gauge.moments.variance.sum().item())
-            signal = quiet.squared_mean().clamp(min=0.0)
-        else:
-            signal = coordinates.sums(exact.square())
-        for gauge, row in zip(gauges, results):
+        signal = find_signal(unbiased) if exact is None else coordinates.sums(exact.square())
+        ratios = steps_ratios([gauge for gauge in gauges if gauge.failure is None], signal)
+        for row in results:
             if not row.error:
-                row.steps_ratio, row.steps_ratio_blocks = steps_ratio(
-                    gauge.blocks(), first.blocks(), signal, coordinates.sizes
-                )
+                row.steps_ratio, row.steps_ratio_blocks = ratios[row.name]
                 row.steps_ratio_error = root_sum_of_squares(row.steps_ratio_blocks)
         share = noise_share(first.blocks(), signal, coordinates.sizes)
         self.states.append(StateResult(step, results, count, stopped, share))
