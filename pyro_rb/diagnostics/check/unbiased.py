@@ -8,16 +8,14 @@ import math
 from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
-from pyro.poutine.util import site_is_subsample
 from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.check.bias_check import BiasCheck
+from pyro_rb.diagnostics.run.arguments import Arguments
 from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.losses import make_loss
-from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import GradientSampler, draw_seeds
 from pyro_rb.diagnostics.stats.bias import (
@@ -136,7 +134,7 @@ def check_unbiased(
     with prepared(model, guide, args, kwargs, seed, parameters) as problem:
         found = problem.parameters
         if projections is None:
-            projections = 20 if _has_discrete_site(problem.traces[0]) else 0
+            projections = 20 if problem.sites.discrete else 0
 
         def draw(loss: Any, seed: int, count: int, projections: int = 0) -> Draws:
             burn_in, seeds = draw_seeds(seed, count, num_burn_in)
@@ -275,17 +273,3 @@ def _exact_gradient(draws: Draws) -> Dict[str, Tensor]:
                 f"differ by {difference.max():.3g}. Use method='paired', or enumerate all sites"
             )
     return draws.means
-
-
-def _has_discrete_site(guide_trace: poutine.Trace) -> bool:
-    return any(
-        site["type"] == "sample" and not site_is_subsample(site) and _is_discrete(site["fn"])
-        for site in guide_trace.nodes.values()
-    )
-
-
-def _is_discrete(distribution: Any) -> bool:
-    try:
-        return bool(distribution.support.is_discrete)
-    except NotImplementedError:  # a support that is not known
-        return not distribution.has_rsample

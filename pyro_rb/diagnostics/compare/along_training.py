@@ -13,7 +13,7 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.measure import Plan, ReferenceFailed, measure
-from pyro_rb.diagnostics.compare.measurement import Gauge
+from pyro_rb.diagnostics.compare.measurement import Gauge, find_signal, steps_ratios
 from pyro_rb.diagnostics.compare.report import StateResult, TrainingWindow
 from pyro_rb.diagnostics.guard.guard import GradientGuard, NonFiniteError
 from pyro_rb.diagnostics.run.bar import TimedBar
@@ -25,17 +25,12 @@ from pyro_rb.diagnostics.run.losses import (
     make_losses,
     with_options,
 )
-from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.messages import WarningLog, one_line
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import rounding_error, z_threshold
-from pyro_rb.diagnostics.stats.progress import (
-    noise_share,
-    root_sum_of_squares,
-    steps_ratio,
-)
+from pyro_rb.diagnostics.stats.progress import noise_share, root_sum_of_squares
 from pyro_rb.diagnostics.stats.projections import Projector
 from pyro_rb.diagnostics.stats.stopping import StopRule
 
@@ -79,7 +74,6 @@ class Study:
     threshold: float = 0.0
     interrupted: bool = False
     error: Optional[str] = None
-    _memories: Dict[str, Optional[int]] = field(default_factory=dict)
 
     def run(self) -> None:
         """
@@ -176,7 +170,7 @@ class Study:
             if stopped not in ("failed", "interrupted"):
                 for gauge in gauges:
                     if gauge.failure is None:
-                        gauge.memory = self._memory(gauge.name, at, stopped == "max_seconds")
+                        gauge.measure_memory(at)
                         self.warned.collect(gauge.name)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -194,12 +188,6 @@ class Study:
         if coordinates.is_subset:
             notes.append(f"Measured on {sum(coordinates.counts)} of {used} parameter values, drawn at random.")
         self.notes += [note for note in notes if note not in self.notes]
-
-    def _memory(self, name: str, seed: int, is_late: bool) -> Optional[int]:
-        # If it is late, two more steps of each loss would be too much; they differ little.
-        if not (is_late and name in self._memories):
-            self._memories[name] = _memory(self.problem.sampler(self.made()[name]), seed)
-        return self._memories[name]
 
     def _blame(self, seed: int) -> str:
         """Where the first bad number of a gradient begins, if one can be found."""
@@ -223,30 +211,29 @@ class Study:
         coordinates, projector = first.coordinates, first.agreement.projector
         size = len(first.moments.mean) if projector is None else len(projector.labels)
         num_tests = size * max(1, len(gauges) - 1) * (2 if self.steps is None else len(self.steps))
-        threshold = z_threshold(self.failure_rate, num_tests, count)
-        # Beyond the root of their number, a few skewed draws that happen to be alike have scores
-        # that no correction mends: of a million coordinates some have, with 40 draws.
-        threshold *= max(1.0, threshold**2 / count)
-        self.threshold = max(self.threshold, threshold)
-        results = [gauge.result(first, threshold, exact) for gauge in gauges]
+
+        def threshold(gauge: Gauge) -> float:
+            count = max(2, gauge.moments.count)
+            z = z_threshold(self.failure_rate, num_tests, count)
+            # Beyond the root of their number, a few skewed draws that happen to be alike have scores
+            # that no correction mends: of a million coordinates some have, with 40 draws.
+            return z * max(1.0, z**2 / count)
+
+        self.threshold = max(self.threshold, threshold(first))
+        results = [gauge.result(first, threshold(gauge), exact) for gauge in gauges]
         if results[0].biased:
             self.notes.append(
                 f"{self.reference} disagrees with enumeration at step {step} (z = "
                 f"{results[0].bias_z:.1f}), so the losses were compared to it instead."
             )
             exact = None
-            results = [gauge.result(first, threshold) for gauge in gauges]
+            results = [gauge.result(first, threshold(gauge)) for gauge in gauges]
         unbiased = [g for g, row in zip(gauges, results) if not row.biased and not row.error]
-        if exact is None:
-            quiet = min(unbiased, key=lambda gauge: gauge.moments.variance.sum().item())
-            signal = quiet.squared_mean().clamp(min=0.0)
-        else:
-            signal = coordinates.sums(exact.square())
-        for gauge, row in zip(gauges, results):
+        signal = find_signal(unbiased) if exact is None else coordinates.sums(exact.square())
+        ratios = steps_ratios([gauge for gauge in gauges if gauge.failure is None], signal)
+        for row in results:
             if not row.error:
-                row.steps_ratio, row.steps_ratio_blocks = steps_ratio(
-                    gauge.blocks(), first.blocks(), signal, coordinates.sizes
-                )
+                row.steps_ratio, row.steps_ratio_blocks = ratios[row.name]
                 row.steps_ratio_error = root_sum_of_squares(row.steps_ratio_blocks)
         share = noise_share(first.blocks(), signal, coordinates.sizes)
         self.states.append(StateResult(step, results, count, stopped, share))
@@ -281,17 +268,3 @@ class Study:
         rounding = rounding_error(largest, found[0].dtype)
         spread = (torch.stack(found) - found[0]).abs().max().item()
         return found[0].double() if spread <= rounding else None
-
-
-def _memory(one: Any, seed: int) -> Optional[int]:
-    """Of the second step: the first may do things that are never done again."""
-    try:
-        set_rng_seed(seed)
-        one.step()
-        one.clear()
-        set_rng_seed(seed)
-        return peak_memory(one.step, one.tensors[0].device)
-    except Exception:  # an operation that cannot be followed is no reason to stop
-        return None
-    finally:
-        one.clear()

@@ -8,7 +8,6 @@ import warnings
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
-import torch
 from pyro.infer import (
     RenyiELBO,
     Trace_ELBO,
@@ -19,6 +18,7 @@ from pyro.infer import (
 from pyro.ops.provenance import get_provenance
 from pyro.util import set_rng_seed
 
+from pyro_rb.diagnostics.run.arguments import Arguments
 from pyro_rb.diagnostics.run.losses import (
     ENUMERATED,
     REFERENCE,
@@ -27,24 +27,20 @@ from pyro_rb.diagnostics.run.losses import (
     with_options,
 )
 from pyro_rb.diagnostics.run.messages import one_line
-from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import Problem, prepared
-from pyro_rb.diagnostics.run.sites import (
-    enclosing_subsamples,
-    latent_sites,
-    read_sites,
-)
+from pyro_rb.diagnostics.run.sites import latent_sites
 from pyro_rb.diagnostics.run.size_limit import SizeLimit
 from pyro_rb.infer import DReG_ELBO
 from pyro_rb.infer.util import sample_sites
 
-#: Enumeration is tried up to this many numbers in one tensor.
+#: Enumeration and particles are tried up to this many numbers in one tensor.
 MAX_ELEMENTS = 2**22
 MEAN_FIELD, GRAPH = "TraceMeanField_ELBO", "TraceGraph_ELBO"
 STL, FIXED = "STLTrace_ELBO", "STLTrace_ELBO:1.0"
 TOP_K = "RaoBlackwellTopK_ELBO:budget=4"
 R2G2, LOCAL = "R2G2_ELBO", "R2G2_ELBO:local"
-PARTICLES = "num_particles=10,vectorize_particles=True"
+NUM_PARTICLES = 10
+PARTICLES = f"num_particles={NUM_PARTICLES},vectorize_particles=True"
 
 
 class Candidate(NamedTuple):
@@ -81,8 +77,8 @@ def candidates() -> List[Candidate]:
         Candidate(LOCAL, Chooser.nothing_local),
         Candidate(TOP_K, Chooser.no_discrete, Chooser.nothing_sampled),
         Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
-        Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.sums_in_model, hint=one_by_one),
-        Candidate(f"{STL}:{PARTICLES}", Chooser.no_path_gradient, hint=one_by_one),
+        Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.no_particles, hint=one_by_one),
+        Candidate(f"{STL}:{PARTICLES}", lambda self: self.no_path_gradient() or self.no_particles(), hint=one_by_one),
     ]
 
 
@@ -145,8 +141,7 @@ class Chooser:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._traces = problem.traces
-        self.sites = read_sites(problem.traces)
+        self.sites = problem.sites
         self._tried: List[str] = []
         self._reference = ""
         self._left_out: Dict[str, str] = {}
@@ -165,7 +160,7 @@ class Chooser:
         if isinstance(loss, RenyiELBO) and loss.alpha == 0:
             reason = "the ELBO, another objective"
             self._choose_importance_weighted(reference, loss)
-        elif not latent_sites(self._traces[0]):
+        elif not self.sites.latent:
             reason = "the guide has no latent site"
         elif not has_elbo(reference):
             reason = f"another objective than {reference}"
@@ -241,6 +236,12 @@ class Chooser:
         is_tried = any(name.startswith(STL) for name in [self._reference, *self._tried])
         return None if is_tried else next((r for n, r in self._left_out.items() if n.startswith(STL)), "")
 
+    def no_particles(self) -> Optional[str]:
+        """Of a large model the particles together may not fit in memory."""
+        count = NUM_PARTICLES * self.sites.largest_latent
+        too_many = f"its particles together would draw {count} numbers at one site; name it in losses to try it"
+        return self.sums_in_model() or (too_many if count > MAX_ELEMENTS else None)
+
     def nothing_projected(self, loss: Any) -> Optional[str]:
         if is_treated(loss, "projected", "local"):
             return None
@@ -265,13 +266,13 @@ class Chooser:
 
     def is_exact(self) -> bool:
         """Whether enumeration leaves nothing to chance, apart from subsampling."""
-        sites, latent = self.sites, latent_sites(self._traces[0])
-        discrete_only = {name for name, _ in latent} == set(sites.countable)
-        return bool(latent) and discrete_only and not sites.summed and self._too_many() is None
+        sites = self.sites
+        discrete_only = bool(sites.latent) and set(sites.latent) == set(sites.countable)
+        return discrete_only and not sites.summed and self._too_many() is None
 
     def _choose_importance_weighted(self, reference: str, loss: RenyiELBO) -> None:
         name = f"DReG_ELBO:num_particles={loss.num_particles}"
-        plates = enclosing_subsamples(self._traces)
+        plates = self.sites.subsampled
         if plates and not isinstance(loss, DReG_ELBO):
             self._left_out[name] = (
                 f"another objective: where {_listed(plates)} subsamples, RenyiELBO multiplies the log weights, "
@@ -292,8 +293,7 @@ class Chooser:
 
     def _find_obstacle(self) -> Optional[str]:
         # Pyro sums one site out after another, so that what counts is the largest tensor on the way.
-        largest = max(_size(site) for site in self._traces[1].nodes.values())
-        limit = max(MAX_ELEMENTS, 16 * largest)
+        limit = max(MAX_ELEMENTS, 16 * self.sites.largest)
         error = self._evaluate(make_loss(with_options(ENUMERATED, self._reference)), limit=limit)
         return None if error is None else f"too many joint values, or not to be enumerated in parallel: {error}"
 
@@ -367,11 +367,6 @@ def has_elbo(name: str) -> bool:
     loss = make_loss(name)
     elbos = (Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO)
     return isinstance(loss, elbos) and not isinstance(loss, TraceTailAdaptive_ELBO)
-
-
-def _size(site: Any) -> int:
-    value = site.get("value")
-    return value.numel() if isinstance(value, torch.Tensor) else 1
 
 
 def _listed(names: List[str]) -> str:

@@ -23,10 +23,10 @@ from pyro_rb.diagnostics.compare.recommend import (
     ranked_by_time,
     recommend,
 )
+from pyro_rb.diagnostics.run.arguments import current_args
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import usage
 from pyro_rb.diagnostics.run.messages import one_line
-from pyro_rb.diagnostics.run.parameters import current_args
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sampler import choose_clock
 from pyro_rb.diagnostics.run.sites import settle_plates
@@ -193,7 +193,7 @@ def _time(one: CompiledTime, problem: Problem, loss: Any, optim: PyroOptim) -> N
 
 def _svi(cls: Any, problem: Problem, loss: Any, optim: PyroOptim, backend: str = "") -> Any:
     loss, optim = copy.deepcopy(loss), PyroOptim(optim.pt_optim_constructor, optim.pt_optim_args, optim.pt_clip_args)
-    settle_plates(loss, problem.traces)
+    settle_plates(loss, problem.sites)
     return cls(problem.model, problem.guide, optim, compile(loss, backend, background=False) if backend else loss)
 
 

@@ -10,22 +10,19 @@ from typing import Any, Callable, List, Mapping, Optional
 
 import numpy as np
 import torch
-from pyro.distributions import Delta
 from pyro.optim import PyroOptim
-from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.diagnostics.compare.race import (
     LEARNING_RATES,
     Training,
     choose_learning_rate,
 )
+from pyro_rb.diagnostics.run.arguments import Arguments
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.messages import one_line
-from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import Problem, prepared
 from pyro_rb.infer.rvrs_guide import RVRSGuide
-from pyro_rb.ops.family import strip_independent
 
 #: Above, the guide is too far from the posterior for its draws to be weighted.
 LARGE_KHAT = 0.7
@@ -143,7 +140,8 @@ def compare_guides(
             result.guides.append(row)
             try:
                 with prepared(model, guide, args, kwargs, seed) as problem:
-                    _check_density(problem)
+                    if problem.sites.is_point and not isinstance(guide, RVRSGuide):
+                        raise ValueError("a point estimate has no ELBO that could be compared")
                     log_weights = _train(problem, row, loss, optim, seconds, bar)
             except Exception as error:
                 row.error = one_line(error)
@@ -153,13 +151,6 @@ def compare_guides(
             if not isinstance(guide, RVRSGuide) and not callable(args) and log_weights.isfinite().all():
                 row.khat = smoothed_khat(log_weights.numpy())
     return result
-
-
-def _check_density(problem: Problem) -> None:
-    sites = [problem.traces[0].nodes[name] for name in problem.traces[0].stochastic_nodes]
-    fns = [strip_independent(site["fn"]) for site in sites if not site_is_subsample(site)]
-    if not isinstance(problem.guide, RVRSGuide) and all(isinstance(fn, Delta) for fn in fns):
-        raise ValueError("a point estimate has no ELBO that could be compared")
 
 
 def _train(

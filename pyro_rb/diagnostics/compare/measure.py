@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Un
 
 import numpy as np
 
-from pyro_rb.diagnostics.compare.measurement import Draw, Gauge
+from pyro_rb.diagnostics.compare.measurement import Draw, Gauge, steps_ratios
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.messages import WarningLog, one_line
 from pyro_rb.diagnostics.run.sampler import draw_seeds
@@ -23,6 +23,10 @@ from pyro_rb.diagnostics.run.sampler import draw_seeds
 NUM_BLOCKS = 20
 # Where an error is asked for, it is looked at whenever there are so many times more draws.
 GROWTH = 1.5
+#: A loss is dropped if it needs so many times the time of the best, and is so many standard errors behind it, after
+#: so many draws at least.
+FAR_BEHIND, STANDARD_ERRORS = 2.0, 5.0
+LEAST_BLOCKS, LEAST_DRAWS = 4, 60
 #: How long to go on for a relative error at most, where nothing else is said.
 DEFAULT_SECONDS = 600.0
 
@@ -35,12 +39,14 @@ class Plan(NamedTuple):
     :param int num_burn_in: Number of gradients that are thrown away before.
     :param float rel_error: Relative standard error that each variance ratio is to reach.
     :param float deadline: When to stop at the latest, by :func:`time.perf_counter`.
+    :param bool may_drop: Whether losses that are far behind are measured no further.
     """
 
     num_samples: int
     num_burn_in: int
     rel_error: Optional[float] = None
     deadline: Optional[float] = None
+    may_drop: bool = False
 
 
 class ReferenceFailed(Exception):
@@ -61,7 +67,8 @@ def measure(
 ) -> str:
     """
     Draws from all gauges in turn. One that fails is left out from there on; if it is the
-    first, the reference, that is the end. What was drawn until then stays.
+    first, the reference, that is the end. What was drawn until then stays. One that is far
+    behind is drawn from no more, see :func:`drop_hopeless`.
 
     :returns: Why it has ended, as in :class:`~pyro_rb.diagnostics.compare.report.StateResult`.
     :raises ReferenceFailed: If it has ended by that.
@@ -88,6 +95,8 @@ def measure(
                     # The last block is longer rather than short.
                     if gauges[0].block.count >= block_size <= left:
                         _end_blocks(gauges)
+                        if plan.may_drop:
+                            drop_hopeless(gauges)
                 bar.update("round")
             with _no_interrupt():
                 _end_blocks(gauges)
@@ -114,7 +123,7 @@ def largest_error(gauges: List[Gauge]) -> float:
     """
     errors = [0.0]
     for gauge in gauges[1:]:
-        if gauge.failure is None:
+        if gauge.is_live:
             ratio, error = gauge.ratio_to(gauges[0])
             errors.append(0.0 if ratio == 0 or ratio + error < 1e-3 else error / ratio)
     return math.inf if any(math.isnan(error) for error in errors) else max(errors)
@@ -123,7 +132,7 @@ def largest_error(gauges: List[Gauge]) -> float:
 def _draw_all(
     gauges: List[Gauge], seed: int, turn: int, warned: WarningLog
 ) -> Dict[str, Draw]:
-    live = [gauge for gauge in gauges if gauge.failure is None]
+    live = [gauge for gauge in gauges if gauge.is_live]
     first = turn % len(live)  # no loss always runs on another's warm cache
     drawn: Dict[str, Draw] = {}
     failed: Dict[str, Exception] = {}
@@ -143,15 +152,32 @@ def _draw_all(
     return drawn
 
 
+def drop_hopeless(gauges: List[Gauge]) -> None:
+    """
+    Losses that are behind the best by :data:`FAR_BEHIND` in the number that decides, the time for the same precision,
+    and by :data:`STANDARD_ERRORS` of its difference, are measured no further at this state. The reference is.
+    """
+    live = [gauge for gauge in gauges if gauge.is_live]
+    if len(gauges[0].block_variances) < LEAST_BLOCKS or gauges[0].moments.count < LEAST_DRAWS:
+        return
+    ratios = steps_ratios(live)
+    needed = [(gauge, *gauge.time_needed(gauges[0], *ratios[gauge.name])) for gauge in live]
+    best, time, error = min(needed, key=lambda one: one[1])
+    for gauge, other, other_error in needed:
+        far = max(FAR_BEHIND * time, time + STANDARD_ERRORS * math.hypot(error, other_error))
+        if other > far and gauge is not gauges[0]:
+            gauge.is_dropped = True
+
+
 def _update(gauges: List[Gauge], drawn: Dict[str, Draw]) -> None:
     for gauge in gauges:
-        if gauge.failure is None:
+        if gauge.is_live:
             gauge.update(drawn[gauge.name], drawn[gauges[0].name])
 
 
 def _end_blocks(gauges: List[Gauge]) -> None:
     for gauge in gauges:
-        if gauge.failure is None:
+        if gauge.is_live:
             gauge.end_block()
 
 

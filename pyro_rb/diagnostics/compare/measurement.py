@@ -4,18 +4,21 @@
 """Measures one loss at one state of the parameters: :class:`Gauge`."""
 
 import math
-from typing import List, NamedTuple, Optional, Tuple
+import statistics
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.report import LossResult
+from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.sampler import GradientSampler, choose_clock
 from pyro_rb.diagnostics.stats import summary as stats
 from pyro_rb.diagnostics.stats.agreement import Agreement
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
+from pyro_rb.diagnostics.stats.progress import root_sum_of_squares, steps_ratio
 from pyro_rb.diagnostics.stats.projections import Projector
 
 
@@ -46,6 +49,7 @@ class Gauge:
         self.sampler = sampler
         self.coordinates = coordinates
         self.failure: Optional[str] = None
+        self.is_dropped = False
         self.moments = RunningMoments()
         self.agreement = Agreement(coordinates, projector)
         self.losses = RunningMoments()
@@ -57,6 +61,11 @@ class Gauge:
         self.cuda = any(tensor.is_cuda for tensor in sampler.tensors)
         self.clock = choose_clock(sampler.tensors)
         self.memory: Optional[int] = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is measured any further."""
+        return self.failure is None and not self.is_dropped
 
     def draw(self, seed: int) -> Draw:
         """
@@ -84,6 +93,16 @@ class Gauge:
         self.deviations.append(self.block.update(draw.vector).item())
         self.agreement.update(draw.vector, reference.vector)
 
+    def measure_memory(self, seed: int) -> None:
+        """Of one more step."""
+        set_rng_seed(seed)
+        try:
+            self.memory = peak_memory(self.sampler.step, self.sampler.tensors[0].device)
+        except Exception:  # an operation that cannot be followed is no reason to stop
+            pass
+        finally:
+            self.sampler.clear()
+
     def end_block(self) -> None:
         if self.block.count > 1:
             self.block_variances.append(self.coordinates.sums(self.block.variance))
@@ -92,7 +111,18 @@ class Gauge:
 
     def ratio_to(self, reference: "Gauge") -> Tuple[float, float]:
         """Of the total variances, with its standard error."""
-        return stats.ratio_of_means(self.blocks().sum(1), reference.blocks().sum(1))
+        blocks = self.blocks().sum(1)
+        return stats.ratio_of_means(blocks, reference.blocks().sum(1)[: len(blocks)])
+
+    def time_to(self, reference: "Gauge") -> Tuple[float, float]:
+        """The time of a step over that of the reference, with its standard error."""
+        ratios = [mine / other for mine, other in zip(self.seconds, reference.seconds)]
+        return stats.median_and_error(torch.tensor(ratios, dtype=torch.double, device="cpu"))
+
+    def time_needed(self, reference: "Gauge", steps: float, parts: List[float]) -> Tuple[float, float]:
+        """For the same precision as the reference, over its own, with its standard error; of :func:`steps_ratios`."""
+        time, error = self.time_to(reference)
+        return steps * time, root_sum_of_squares([steps * error, *(time * part for part in parts)])
 
     def blocks(self) -> Tensor:
         """Variances by block and parameter."""
@@ -128,10 +158,9 @@ class Gauge:
         deviations = torch.tensor(self.deviations, dtype=torch.double, device="cpu")
         if len(deviations) >= 100:
             result.tail_share = stats.tail_share(deviations)
-        seconds = torch.tensor(self.seconds, dtype=torch.double, device="cpu")
-        base = torch.tensor(reference.seconds, dtype=torch.double, device="cpu")
-        result.seconds = stats.median_and_error(seconds)[0]
-        result.time_ratio, result.time_ratio_error = stats.median_and_error(seconds / base)
+        result.num_samples = len(self.seconds)
+        result.seconds = statistics.median(self.seconds)
+        result.time_ratio, result.time_ratio_error = self.time_to(reference)
         result.cost_ratio = result.variance_ratio * result.time_ratio
         result.loss = self.losses.mean.item() if self.losses.count else math.nan
         result.bad_losses = self.bad_losses
@@ -159,3 +188,18 @@ class Gauge:
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
+
+
+def find_signal(gauges: Sequence[Gauge]) -> Tensor:
+    """The squared length of each parameter's mean gradient, of the loss with the least noise."""
+    quiet = min(gauges, key=lambda gauge: gauge.moments.variance.sum().item())
+    return quiet.squared_mean().clamp(min=0.0)
+
+
+def steps_ratios(gauges: Sequence[Gauge], signal: Optional[Tensor] = None) -> Dict[str, Tuple[float, List[float]]]:
+    """
+    What :func:`~pyro_rb.diagnostics.stats.progress.steps_ratio` returns for each, by name; the first is the reference.
+    """
+    signal = find_signal(gauges) if signal is None else signal
+    base, sizes = gauges[0].blocks(), gauges[0].coordinates.sizes
+    return {gauge.name: steps_ratio(gauge.blocks(), base, signal, sizes) for gauge in gauges}

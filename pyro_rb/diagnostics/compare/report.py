@@ -52,6 +52,8 @@ class LossResult:
     :param float loss: Mean value of the loss.
     :param float loss_error: Its standard error.
     :param float loss_deviation: The standard deviation of one value of the loss.
+    :param int num_samples: Number of gradients. Fewer than those of the reference if the loss was so far behind that it
+        was measured no further.
     :param int bad_losses: How many values of the loss were not finite; they are left out of the
         mean. The gradients were finite.
     :param int memory: Peak of the bytes that one step allocates, see
@@ -83,6 +85,7 @@ class LossResult:
     loss: Optional[float] = None
     loss_error: Optional[float] = None
     loss_deviation: Optional[float] = None
+    num_samples: Optional[int] = None
     bad_losses: int = 0
     memory: Optional[int] = None
     memory_ratio: Optional[float] = None
@@ -95,7 +98,7 @@ class StateResult:
 
     :param int step: Number of training steps before the measurement.
     :param list losses: A :class:`LossResult` for each loss, the reference first.
-    :param int num_samples: Number of gradients of each loss.
+    :param int num_samples: Number of gradients of the reference.
     :param str stopped: Why there are no more: ``"num_samples"`` or ``"rel_error"`` was
         reached, ``"max_seconds"`` were spent, the user has ``"interrupted"`` it, or the reference
         has ``"failed"``.

@@ -10,9 +10,9 @@ from typing import Any, Callable, Dict, List, Optional
 from pyro.infer import SVI
 
 from pyro_rb.diagnostics.guard.guard import GradientGuard
+from pyro_rb.diagnostics.run.arguments import Arguments, current_args
 from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.losses import make_loss
-from pyro_rb.diagnostics.run.parameters import Arguments, current_args
 from pyro_rb.diagnostics.stats.stopping import Check, StopRule
 
 

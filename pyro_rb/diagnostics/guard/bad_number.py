@@ -22,7 +22,8 @@ from torch import Tensor
 
 import pyro_rb
 from pyro_rb.diagnostics.guard import site_checks
-from pyro_rb.diagnostics.run.parameters import module_parameters, unconstrained
+from pyro_rb.diagnostics.run.parameters import module_parameters
+from pyro_rb.diagnostics.run.sites import unconstrained
 from pyro_rb.diagnostics.run.state import preserve_state
 
 _LIBRARIES = (*torch.__path__, *pyro.__path__, *pyro_rb.__path__)

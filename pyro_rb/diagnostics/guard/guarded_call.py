@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_rb.diagnostics.guard.bad_number import BadNumber, find_bad_number
-from pyro_rb.diagnostics.run.parameters import unconstrained
+from pyro_rb.diagnostics.run.sites import unconstrained
 
 
 class FunctionLoss:

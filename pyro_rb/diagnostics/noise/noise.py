@@ -13,9 +13,9 @@ from pyro.infer import ELBO
 from pyro.util import set_rng_seed
 from torch import Tensor
 
+from pyro_rb.diagnostics.run.arguments import Arguments
 from pyro_rb.diagnostics.run.bar import bar
 from pyro_rb.diagnostics.run.losses import make_loss
-from pyro_rb.diagnostics.run.parameters import Arguments
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import draw_seeds
 from pyro_rb.diagnostics.stats.coordinates import Coordinates

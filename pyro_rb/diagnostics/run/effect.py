@@ -10,8 +10,8 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import set_rng_seed
 from torch import Tensor
 
-from pyro_rb.diagnostics.run.parameters import run_traces
 from pyro_rb.diagnostics.run.problem import Problem
+from pyro_rb.diagnostics.run.sites import run_traces
 
 NUM_DRAWS = 4
 

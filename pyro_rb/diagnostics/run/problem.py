@@ -5,22 +5,23 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 
 import torch
-from pyro import poutine
 from pyro.util import set_rng_seed
 from torch import Tensor
 
-from pyro_rb.diagnostics.run.parameters import (
-    Arguments,
-    check_parameters,
-    check_sites,
-    parameters_of,
-    run_traces,
-)
+from pyro_rb.diagnostics.run.arguments import Arguments
 from pyro_rb.diagnostics.run.sampler import GradientSampler
-from pyro_rb.diagnostics.run.sites import settle_plates
+from pyro_rb.diagnostics.run.sites import (
+    Sites,
+    check_sites,
+    leaves,
+    parameters_of,
+    read_sites,
+    run_traces,
+    settle_plates,
+)
 from pyro_rb.diagnostics.run.state import Snapshot, preserve_state
 
 
@@ -29,7 +30,7 @@ class Problem:
     """
     A model and guide with their arguments, run once. See :func:`prepared`.
 
-    :param traces: Of guide and model.
+    :param Sites sites: What that has shown.
     :param dict parameters: As :func:`~pyro_rb.diagnostics.run.parameters.find_parameters` returns them.
     :param bool any_site: Whether any of them is a ``pyro.param`` site.
     :param int seed: By which the first run was seeded.
@@ -39,7 +40,7 @@ class Problem:
     guide: Callable
     args: Arguments
     kwargs: Dict[str, Any]
-    traces: Tuple[poutine.Trace, poutine.Trace]
+    sites: Sites
     parameters: Dict[str, Tensor]
     any_site: bool
     seed: int
@@ -47,7 +48,7 @@ class Problem:
 
     def sampler(self, loss: Any) -> GradientSampler:
         """Draws gradients of a loss."""
-        settle_plates(loss, self.traces)
+        settle_plates(loss, self.sites)
         return GradientSampler(
             loss, self.model, self.guide, self.args, self.kwargs, self.parameters, self.any_site
         )
@@ -98,32 +99,27 @@ def prepared(
         set_rng_seed(seed)
         with snapshot.watch():
             traces = run_traces(model, guide, args, kwargs)
-        snapshot.add_tensors(_leaves(traces))
+        snapshot.add_tensors(leaves(traces))
         if must_match:
             check_sites(traces)
         found, any_site = parameters_of(traces, model, guide)
         found = found if parameters is None else dict(parameters)
-        check_parameters(found)
-        yield Problem(model, guide, args, kwargs, traces, found, any_site, seed, snapshot)
+        _check_parameters(found)
+        sites = read_sites(traces)
+        del traces  # the values at all sites, and a graph
+        yield Problem(model, guide, args, kwargs, sites, found, any_site, seed, snapshot)
 
 
-def _leaves(traces: Tuple[poutine.Trace, poutine.Trace]) -> List[Tensor]:
-    """The leaves of the graph behind all sites: what a backward pass gives gradients to."""
-    tensors: List[Any] = []
-    sites: List[Any] = [s for trace in traces for s in trace.nodes.values() if s["type"] == "sample"]
-    for site in sites:
-        tensors.append(site["value"])
-        try:
-            tensors.append(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
-        except (ValueError, RuntimeError, NotImplementedError):  # then there is no gradient either
-            pass
-    queue = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
-    seen, found = set(queue), []
-    while queue:
-        function = queue.pop()
-        if hasattr(function, "variable"):
-            found.append(function.variable)
-        following = {parent for parent, _ in function.next_functions if parent is not None} - seen
-        seen |= following
-        queue.extend(following)
-    return found
+def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        raise ValueError(
+            "model and guide have no parameter that requires a gradient: "
+            "expected a pyro.param() or a torch.nn.Parameter in one of them"
+        )
+    for name, tensor in parameters.items():
+        if not (tensor.is_leaf and tensor.requires_grad):
+            raise ValueError(
+                f"parameters[{name!r}] is not a leaf that requires a gradient; "
+                "of a constrained parameter give the unconstrained tensor, "
+                "pyro.param(name).unconstrained()"
+            )

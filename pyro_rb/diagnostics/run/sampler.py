@@ -19,7 +19,7 @@ from typing import (
 import torch
 from torch import Tensor
 
-from pyro_rb.diagnostics.run.parameters import Arguments, current_args
+from pyro_rb.diagnostics.run.arguments import Arguments, current_args
 
 
 class GradientSampler:

@@ -9,14 +9,13 @@ from typing import Any, Callable, List, Optional, Sequence
 
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult
 from pyro_rb.diagnostics.show.table import (
-    HEADERS,
     LEGEND,
     heading,
     left_out,
     outline,
     ranking,
     remarks,
-    row_cells,
+    state_cells,
     summary,
     trained,
 )
@@ -126,8 +125,7 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     for state in comparison.states:
         parts.append(f"<h3>{escape(heading(comparison, state))}</h3>")
         parts.append(f"<p>{escape(summary(state))}</p>")
-        rows = [row_cells(result) for result in state.losses]
-        parts.append(_table(HEADERS, rows, [_mark(result, advice.loss) for result in state.losses]))
+        parts.append(_table(*state_cells(state), [_mark(result, advice.loss) for result in state.losses]))
         parts += [f'<p class="small">{escape(remark)}</p>' for remark in remarks(state)]
     notes = [*outline(comparison), left_out(comparison)]
     notes += [f"Note: {note}" for note in comparison.notes]

@@ -103,6 +103,8 @@ def outline(comparison: Comparison) -> List[str]:
     size = sum(math.prod(shape) for shape in comparison.parameters.values())
     counts = sorted({state.num_samples for state in comparison.states})
     count = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    if any(map(_has_dropped, comparison.states)):
+        count = f"up to {counts[-1]}"
     lines = [
         f"{size} parameter values, {count} gradients of each loss, "
         f"seed {settings['seed']}, device {settings['device']}",
@@ -143,6 +145,7 @@ def left_out(comparison: Comparison) -> str:
 
 
 LEGEND = """\
+draws            gradients that were measured; fewer of losses that were soon far behind.
 variance         of the gradient, summed over all parameters; over that of the reference, with its
                  standard error.
 time             of one step, over that of the reference.
@@ -157,10 +160,7 @@ bias seen from   the smallest bias in one coordinate that would have been seen, 
 memory           peak of what a step allocates, over that of the reference.
 most variance in  the parameters with most of it."""
 
-HEADERS = (
-    "loss", "variance", "time", "variance x time", "|z|", "bias seen from", "memory", "most variance in"
-)
-_ALIGN = ("left", "right", "right", "right", "right", "right", "right", "left")
+HEADERS = ["loss", "variance", "time", "variance x time", "|z|", "bias seen from", "memory", "most variance in"]
 
 
 def width() -> int:
@@ -208,8 +208,9 @@ def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:
 
 
 def _state_lines(state: StateResult, title: str) -> List[str]:
-    cells = _fitted([row_cells(result) for result in state.losses], HEADERS, _ALIGN)
-    lines = [*_wrapped(f"{title}: {summary(state)}"), "", cells, ""]
+    headers, rows = state_cells(state)
+    align = [*_left_then_right(headers[:-1]), "left"]
+    lines = [*_wrapped(f"{title}: {summary(state)}"), "", _fitted(rows, headers, align), ""]
     for remark in remarks(state):
         lines += _wrapped(remark)
     return lines
@@ -263,7 +264,21 @@ def _wrapped(text: str) -> List[str]:
     return textwrap.wrap(text, width(), subsequent_indent="  ", break_on_hyphens=False)
 
 
-def row_cells(result: LossResult) -> List[str]:
+def state_cells(state: StateResult) -> Tuple[List[str], List[List[str]]]:
+    """Headers and rows of a state; with the number of draws, if they differ."""
+    headers, rows = list(HEADERS), [_row_cells(result) for result in state.losses]
+    if _has_dropped(state):
+        headers.insert(1, "draws")
+        for row, result in zip(rows, state.losses):
+            row.insert(1, str(result.num_samples or "-"))
+    return headers, rows
+
+
+def _has_dropped(state: StateResult) -> bool:
+    return any(r.num_samples is not None and r.num_samples < state.num_samples for r in state.losses)
+
+
+def _row_cells(result: LossResult) -> List[str]:
     """The cells of one loss, in the order of ``HEADERS``."""
     if result.error:
         return [result.name, "not measured", *["-"] * 5, ""]

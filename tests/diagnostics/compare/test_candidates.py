@@ -304,6 +304,18 @@ def test_candidate_that_fails_is_left_out():
     assert "TraceGraph_ELBO has no differentiable_loss" in choice.left_out["TraceGraph_ELBO"]
 
 
+def test_particles_of_a_large_model(monkeypatch):
+    monkeypatch.setattr(choose_module, "MAX_ELEMENTS", 50)
+
+    def model():
+        with pyro.plate("six", 6):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    choice = choose_losses(model, AutoNormal(model))
+    assert not any("num_particles" in name for name in choice.losses)
+    assert "its particles together would draw 60 numbers" in choice.left_out[f"Trace_ELBO:{choose_module.PARTICLES}"]
+
+
 def test_world_is_left_as_found():
     model, guide = positions(20)
     state = torch.get_rng_state()

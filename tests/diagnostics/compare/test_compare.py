@@ -70,6 +70,21 @@ def test_default_losses():
     assert found["STLTrace_ELBO"].variance_ratio < 3
 
 
+def test_losses_far_behind_are_measured_no_further():
+    options = dict(args=(X,), num_samples=100, num_burn_in=5, progress=False)
+    result = compare(model, AutoNormal(model), **options)
+    found = rows(result)
+    dropped = found["STLTrace_ELBO:1.0"]
+    assert 60 <= dropped.num_samples < 100
+    assert found["Trace_ELBO"].num_samples == result.states[0].num_samples == 100  # the reference never is
+    assert dropped.variance_ratio > 10 and dropped.variance_ratio_error and dropped.bias_threshold
+    line = next(line for line in str(result).splitlines() if line.startswith("STLTrace_ELBO:1.0"))
+    assert line.split()[1] == str(dropped.num_samples) and "up to 100 gradients" in str(result)
+    # One that was named is.
+    named = compare(model, AutoNormal(model), ["STLTrace_ELBO:1.0", "STLTrace_ELBO"], **options)
+    assert {row.num_samples for row in named.states[0].losses} == {100} and "draws  " not in named.table()
+
+
 def test_reference_row():
     reference = rows(compare(model, AutoNormal(model), "STLTrace_ELBO", args=(X,), **QUICK))["Trace_ELBO"]
     assert reference.reference
