@@ -283,7 +283,9 @@ def _not_known(cls: type) -> _Obstacle:
         return _Obstacle("its log_abs_det_jacobian is not that of its Jacobian")
     if _name(cls) in _WITH_MEMORY:
         return _Obstacle(_MEMORY)
-    return _Obstacle(f"{_MAYBE}: {cls.__name__} is not known")
+    package = cls.__module__.partition(".")[0]
+    owner = "" if _name(cls) or package in ("__main__", "builtins") else f" of {package}"
+    return _Obstacle(f"{_MAYBE}: {cls.__name__}{owner} is not known")
 
 
 def _bare(space: Any) -> Any:

@@ -112,7 +112,7 @@ def find_table(fn: Any) -> Table:
         if not getattr(fn, "has_enumerate_support", False):
             reason = "no enumerable support"
             if isinstance(fn, dist.Independent):
-                reason += ": an event of several variables, see to_event()"
+                reason += ": an event of several variables; in a plate, without to_event(), each has one"
             raise NoTable(reason)
         event_shape, fn = fn.event_shape, _unexpanded(fn)
         if hasattr(fn, "total_count"):

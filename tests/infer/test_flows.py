@@ -400,7 +400,7 @@ def test_refusals():
     learned = torch.tensor(2.0, requires_grad=True)
     # The density of these jumps where a parameter moves the place.
     assert "LeakyReLUTransform is not known" in refused([T.block_autoregressive(DIM, activation="LeakyReLU")])
-    assert "Scaled is not known" in refused([T.planar(DIM), Scaled(0.0, learned, cache_size=1)])
+    assert "Scaled of tests is not known" in refused([T.planar(DIM), Scaled(0.0, learned, cache_size=1)])
     assert "be zero: learned Planar" in refused([T.planar(DIM)], dist.Cauchy(torch.zeros(DIM), 1.0).to_event(1))
     # Its draws end at bounds that move, near which the density need not vanish.
     base = dist.Laplace(torch.zeros(DIM), 1.0).to_event(1)

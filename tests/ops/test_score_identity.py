@@ -193,9 +193,9 @@ OBSTACLES = {
     "part of an interval": ("another support", lambda p: transformed(dist.Uniform(0.2, 0.8), LOGIT, affine(p))),
     "no injection": ("another support", lambda p: transformed(dist.Normal(p, 1.0), T.PowerTransform(2.0))),
     "jump": (KNOWN, lambda p: transformed(dist.Normal(0.0, 1.0), T.LeakyReLUTransform(), affine(p))),
-    "own log_prob": ("OwnLogProb" + KNOWN, lambda p: OwnLogProb(p, 1.0).to_event(0)),
-    "own transform": ("OwnTransform" + KNOWN, lambda p: transformed(dist.Normal(0.0, 1.0), OwnTransform(p, 1.0))),
-    "own module": ("Shifted" + KNOWN, lambda p: transformed(vector(), T.AffineCoupling(1, Shifted()))),
+    "own log_prob": ("OwnLogProb of tests" + KNOWN, lambda p: OwnLogProb(p, 1.0).to_event(0)),
+    "own transform": ("OwnTransform of tests" + KNOWN, lambda p: transformed(dist.Normal(0.0, 1.0), OwnTransform(p, 1.0))),
+    "own module": ("Shifted of tests" + KNOWN, lambda p: transformed(vector(), T.AffineCoupling(1, Shifted()))),
     "own function": ("function" + KNOWN, lambda p: transformed(vector(), T.AffineCoupling(1, lambda x: (x, x)))),
     "planar": (MEMORY, lambda p: transformed(vector(), T.affine_autoregressive(3), T.planar(3))),
     "block": (MEMORY, lambda p: transformed(vector(), T.block_autoregressive(3))),
@@ -282,7 +282,7 @@ def test_subclasses_that_inherit():
     assert "support" in score_obstacle(Loguniform(0.0, learned(1.0)))
     fn = Mine(learned(0.0), 1.0)
     fn.log_prob = lambda value: -value
-    assert "Mine" + KNOWN in score_obstacle(fn)
+    assert "Mine of tests" + KNOWN in score_obstacle(fn)
 
 
 def test_nothing_is_remembered():

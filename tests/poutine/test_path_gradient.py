@@ -138,7 +138,7 @@ def test_user_transforms_are_not_called_by_the_tap():
 
     tap, _ = run(guide)
     assert transform.num_calls == 1
-    assert tap.reasons == {"z": "the mean of its score may not be zero: Doubled is not known"}
+    assert tap.reasons == {"z": "the mean of its score may not be zero: Doubled of tests is not known"}
 
 
 def test_edits_in_place_are_found(loc):
