@@ -194,7 +194,10 @@ OBSTACLES = {
     "no injection": ("another support", lambda p: transformed(dist.Normal(p, 1.0), T.PowerTransform(2.0))),
     "jump": (KNOWN, lambda p: transformed(dist.Normal(0.0, 1.0), T.LeakyReLUTransform(), affine(p))),
     "own log_prob": ("OwnLogProb of tests" + KNOWN, lambda p: OwnLogProb(p, 1.0).to_event(0)),
-    "own transform": ("OwnTransform of tests" + KNOWN, lambda p: transformed(dist.Normal(0.0, 1.0), OwnTransform(p, 1.0))),
+    "own transform": (
+        "OwnTransform of tests" + KNOWN,
+        lambda p: transformed(dist.Normal(0.0, 1.0), OwnTransform(p, 1.0)),
+    ),
     "own module": ("Shifted of tests" + KNOWN, lambda p: transformed(vector(), T.AffineCoupling(1, Shifted()))),
     "own function": ("function" + KNOWN, lambda p: transformed(vector(), T.AffineCoupling(1, lambda x: (x, x)))),
     "planar": (MEMORY, lambda p: transformed(vector(), T.affine_autoregressive(3), T.planar(3))),

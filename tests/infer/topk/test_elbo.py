@@ -548,7 +548,11 @@ def test_report_of_a_mixed_guide():
         ("categorical", "top-k, k = 1, n = 1, complement 0.3", "2 of 6 values"),
         ("coin", "exact", "2 of 2 values"),
         ("normal", "as TraceEnum_ELBO", "reparameterised"),
-        ("event", NO_BASELINE, "no enumerable support: an event of several variables; in a plate, without to_event(), each has one"),
+        (
+            "event",
+            NO_BASELINE,
+            "no enumerable support: an event of several variables; in a plate, without to_event(), each has one",
+        ),
         ("masked", NO_BASELINE, "a masked distribution; use poutine.mask in its place"),
         ("one", "as TraceEnum_ELBO", "one value"),
     ]

@@ -163,7 +163,8 @@ def test_unbiased(name, particles):
         "none": "no baseline",
     }
     assert row.treatment == "single draw, " + expected.get(particles, "baseline over 2 other particles")
-    assert row.reason == "no enumerable support: an event of several variables; in a plate, without to_event(), each has one"
+    event = "an event of several variables; in a plate, without to_event(), each has one"
+    assert row.reason == f"no enumerable support: {event}"
 
 
 @pytest.mark.parametrize("particles", ["looped", "vectorised"])
