@@ -215,21 +215,47 @@ class Operations(TorchDispatchMode):
                     x.grad = None
         self._save(written(func, args))
         if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
-            indices = args[1] if "index" in func.__name__ else [torch.ones((), dtype=torch.bool)]
-            masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            if masks:
-                _refuse("A shape depends on values", _find_caller())
+            if func is not torch.ops.aten.index.Tensor:
+                return self._known(func, args, kwargs, "A shape depends on values")
+            args = (args[0], self._without_masks(args[1]))
         if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
-            is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
-            if is_condition and _find_caller().startswith(_PYRO_RB):
-                return self._assumptions.decide(tensors[0])
-            if func is not torch.ops.aten.equal.default or max(map(origin, tensors)) == DRAWS:
-                _refuse("It looks at the value of a tensor")
-            if tensors[0].shape != tensors[1].shape:
-                return False
-            self._assumptions.places.append(f"It compares the values of tensors{find_user_line()}")
-            return self._assumptions.decide((tensors[0] == tensors[1]).all())
+            return self._look(func, args, kwargs, tensors)
         return func(*args, **kwargs)
+
+    def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], tensors: List[Any]) -> Any:
+        is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
+        if is_condition and _find_caller().startswith(_PYRO_RB):
+            return self._assumptions.decide(tensors[0])
+        what = "It looks at the value of a tensor"
+        if func is torch.ops.aten.equal.default and max(map(origin, tensors)) < DRAWS:
+            self._assumptions.places.append(f"{what}{find_user_line()}")
+            same = tensors[0].shape == tensors[1].shape
+            return same and self._assumptions.decide((tensors[0] == tensors[1]).all())
+        return self._known(func, args, kwargs, what)
+
+    def _known(self, func: Any, args: Tuple, kwargs: Dict[str, Any], what: str) -> Any:
+        """What a function makes of tensors whose values are known, outside of the graph."""
+        args = tuple(self._find(x, what) if isinstance(x, torch.Tensor) else x for x in args)
+        with outside_of_graph():
+            return func(*args, **kwargs)
+
+    def _find(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """The value of a tensor, if it is known."""
+        if origin(tensor) > INPUTS:
+            _refuse(what, _find_caller())
+        return tensor if origin(tensor) == NOTHING else self._assumptions.look(tensor, what)
+
+    def _without_masks(self, indices: Any) -> List[Any]:
+        """Indices, with numbers in the place of masks."""
+        found: List[Any] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+            else:
+                mask = self._find(index, "A shape depends on values")
+                with outside_of_graph():
+                    found.extend(mask.nonzero(as_tuple=True))
+        return found
 
     def _save(self, values: List[Any]) -> None:
         """Copies tensors of others that are about to be changed."""

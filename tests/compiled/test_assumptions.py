@@ -59,16 +59,39 @@ def equal(x):
     observe(2.0 * z if torch.equal(x, X) else z, x)
 
 
-MODELS = [branch, branch_by_parameter, number, count, as_list, as_array, constant, equal]
+def close(x):
+    assert torch.allclose(x, x + 1e-9)
+    observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x)
 
 
-@pytest.mark.parametrize("model", MODELS)
+def as_text(x):
+    observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x, scale=1.0 + float(f"{x[0]:.1f}"))
+
+
+def index(x):
+    """By a number that is a tensor."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0)) * torch.ones(3)
+    observe(z[torch.tensor(0)] + x[torch.tensor(1)], x)
+
+
+def missing(x):
+    """Rows by masks, of data and of a draw."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0)) * torch.arange(3.0)
+    keep = x > -1.0
+    observe(z[keep] + x.unique().numel(), x[keep])
+
+
+CONSTANT = [branch_by_parameter, constant, close, index]
+MODELS = [branch, number, count, as_list, as_array, as_text, missing, equal]
+
+
+@pytest.mark.parametrize("model", [*MODELS, *CONSTANT])
 def test_same_value(model):
     loss = assert_replayed(Trace_ELBO, lambda: (model, lambda x: guide(), lambda i: (X,)), 40)
     assert loss.report()[-1].treatment == "replayed"
 
 
-@pytest.mark.parametrize("model", [branch, number, count, as_list, as_array, equal])
+@pytest.mark.parametrize("model", MODELS)
 def test_other_value_now_and_then(model):
     """Such a step is eager, and the others are not."""
 
