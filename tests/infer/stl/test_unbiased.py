@@ -20,7 +20,7 @@ from tests.support.guides import GUIDES
 pytestmark = pytest.mark.slow
 
 VECTORIZED = {"num_particles": 500, "vectorize_particles": True}
-# A path gradient with nothing to gain equals Trace_ELBO, see test_stl_elbo.py. Pyro adds 1e-8 to determinants of block
+# A path gradient with nothing to gain equals Trace_ELBO, see test_elbo.py. Pyro adds 1e-8 to determinants of block
 # autoregressive flows, which shows where a gradient has no noise; see test_flows.py.
 TAPPED = [
     name
