@@ -58,9 +58,22 @@ def train(rank, kind):
         return rank, locs, [(bad.step, bad.bad.kind) for bad in guard.bad_steps]
 
 
-@pytest.mark.parametrize("kind, cause", [("derivative", "gradient"), ("error", "argument")])
-def test_both_processes_skip(kind, cause):
-    (_, locs, good), (_, same, bad) = sorted(ddp.run(train, kind))
+KINDS = {"derivative": "gradient", "error": "argument"}
+
+
+def train_all(rank):
+    return [train(rank, kind) for kind in KINDS]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """By kind, what each of the processes returns, which take longer to start than to train."""
+    return dict(zip(KINDS, zip(*ddp.run(train_all))))
+
+
+@pytest.mark.parametrize("kind, cause", KINDS.items())
+def test_both_processes_skip(trained, kind, cause):
+    (_, locs, good), (_, same, bad) = sorted(trained[kind])
     assert locs == same and all(map(math.isfinite, locs))
     assert [step for step in range(2, 8) if locs[step - 1] == locs[step - 2]] == list(BAD_STEPS)
     # Only the process in which it happened can say what it was.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """DReG_ELBO under the contract, with one particle unless a test asks for more: the
-contract's exact losses are ELBOs. ``test_dreg_exact.py`` has the bounds of more."""
+contract's exact losses are ELBOs. ``test_exact.py`` has the bounds of more."""
 
 from typing import Any
 

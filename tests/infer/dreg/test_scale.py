@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """Guide sites whose log density has a factor in the log weight. Bounds by quadrature are in
-``test_dreg_exact.py``."""
+``test_exact.py``."""
 
 import pyro
 import pyro.distributions as dist
