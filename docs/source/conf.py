@@ -101,8 +101,16 @@ nitpick_ignore_regex = [
 
 
 def setup(app):
+    app.connect("env-updated", without_aliases)
     app.connect("missing-reference", resolve)
     app.connect("html-page-context", without_back_links)
+
+
+def without_aliases(app, env):
+    """Each object has its public name only: some of the others cannot be looked up, as a function hides a package."""
+    objects = env.domains["py"].objects
+    for name in [name for name, entry in objects.items() if entry.aliased]:
+        del objects[name]
 
 
 def without_back_links(app, pagename, templatename, context, doctree):
@@ -151,7 +159,7 @@ def public_names(domain):
     """By identity of the object: the name that it is documented under."""
     names = {}
     for name, entry in domain.objects.items():
-        if not entry.aliased and name.startswith("pyro_rb"):
+        if name.startswith("pyro_rb"):
             try:
                 names[id(pkgutil.resolve_name(name))] = name
             except (ImportError, AttributeError):
