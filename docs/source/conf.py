@@ -19,6 +19,8 @@ import pyro_rb  # noqa: E402
 os.environ["PATH"] += os.pathsep + str(Path(pypandoc.get_pandoc_path()).parent)
 # Read by the notebooks' kernels: a printed progress bar is all that a page can show.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+# Notebooks show their figures whatever the surroundings ask for.
+os.environ.pop("MPLBACKEND", None)
 
 project = "pyro_rb"
 author = "Contributors to the pyro_rb project"
