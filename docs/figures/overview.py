@@ -122,7 +122,7 @@ def draw_gains(axes: Any, models: Dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(right=70.0)
+    axes.set_xlim(right=400.0)
     names = ["before training", "after training"]
     axes.legend([handles[last][0] for last in (False, True)], names, frameon=False, labelcolor=INK, loc="lower left")
     ticks = [0.001, 0.01, 0.1, 1.0]

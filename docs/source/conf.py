@@ -19,6 +19,8 @@ import pyro_rb  # noqa: E402
 os.environ["PATH"] += os.pathsep + str(Path(pypandoc.get_pandoc_path()).parent)
 # Read by the notebooks' kernels: a printed progress bar is all that a page can show.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+# Notebooks show their figures whatever the surroundings ask for.
+os.environ.pop("MPLBACKEND", None)
 
 project = "pyro_rb"
 author = "Contributors to the pyro_rb project"
@@ -101,8 +103,16 @@ nitpick_ignore_regex = [
 
 
 def setup(app):
+    app.connect("env-updated", without_aliases)
     app.connect("missing-reference", resolve)
     app.connect("html-page-context", without_back_links)
+
+
+def without_aliases(app, env):
+    """Each object has its public name only: some of the others cannot be looked up, as a function hides a package."""
+    objects = env.domains["py"].objects
+    for name in [name for name, entry in objects.items() if entry.aliased]:
+        del objects[name]
 
 
 def without_back_links(app, pagename, templatename, context, doctree):
@@ -151,7 +161,7 @@ def public_names(domain):
     """By identity of the object: the name that it is documented under."""
     names = {}
     for name, entry in domain.objects.items():
-        if not entry.aliased and name.startswith("pyro_rb"):
+        if name.startswith("pyro_rb"):
             try:
                 names[id(pkgutil.resolve_name(name))] = name
             except (ImportError, AttributeError):
