@@ -59,7 +59,7 @@ class BiasCheck:
         size = sum(torch.Size(shape).numel() for shape in self.parameters.values())
         what = f"{self.projections} random projections of " if self.projections else ""
         text = (
-            f"no bias seen in {what}{size} parameter values, {self.num_samples} "
+            f"no bias seen in {what}{size} parameter value{'s' * (size != 1)}, {self.num_samples} "
             f"{self.method} draws: largest |z| {self.max_abs_z:.1f} at {self.at} (threshold "
             f"{self.threshold:.1f}). A bias of {self.detectable_bias:.3g}, "
             f"{100 * self.detectable_share:.2g}% of the gradient's norm, would have been seen."

@@ -3,36 +3,25 @@
 
 """Is the gradient that a loss estimates unbiased? :func:`check_unbiased` tests it."""
 
-import copy
 import math
-from typing import Any, Callable, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
 from pyro.infer import ELBO
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.check.bias_check import BiasCheck
-from pyro_rb.diagnostics.run.arguments import Arguments
-from pyro_rb.diagnostics.run.bar import bar
-from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
+from pyro_rb.diagnostics.run.losses import copy_loss
 from pyro_rb.diagnostics.run.problem import prepared
-from pyro_rb.diagnostics.run.sampler import GradientSampler, draw_seeds
-from pyro_rb.diagnostics.stats.bias import (
-    PROJECTIONS,
-    BiasTest,
-    CheckError,
-    Draws,
-)
-from pyro_rb.diagnostics.stats.coordinates import coordinate_name
-from pyro_rb.diagnostics.stats.mean_test import rounding_error
+from pyro_rb.diagnostics.run.sampler import GradientSampler
+from pyro_rb.diagnostics.stats.bias import BiasTest, CheckError, Draws, find_bias
+from pyro_rb.diagnostics.stats.coordinates import Coordinates
+from pyro_rb.diagnostics.stats.mean_test import largest, rounding_error
+from pyro_rb.diagnostics.stats.projections import Projector
 
 METHODS = ("paired", "independent", "exact")
 Reference = Union[str, ELBO, Mapping[str, Tensor]]
-
-# Draws are projected this many at a time, so that the gradients of a large model need not
-# be held all at once.
-CHUNK = 64
 
 
 def check_unbiased(
@@ -129,44 +118,49 @@ def check_unbiased(
     biased in loc
     """
     method = _check_arguments(reference, num_samples, num_burn_in, method, projections)
-    ours = _copy(loss, "loss")
-    theirs = None if isinstance(reference, Mapping) else _copy(reference, "reference")
+    ours = copy_loss(loss, "loss")
+    theirs = None if isinstance(reference, Mapping) else copy_loss(reference, "reference")
     with prepared(model, guide, args, kwargs, seed, parameters) as problem:
         found = problem.parameters
         if projections is None:
             projections = 20 if problem.sites.discrete else 0
 
-        def draw(loss: Any, seed: int, count: int, projections: int = 0) -> Draws:
-            burn_in, seeds = draw_seeds(seed, count, num_burn_in)
-            return _draw(problem.sampler(loss), burn_in, seeds, projections, progress)
+        coordinates = Coordinates(list(found), list(found.values()), most=math.inf)
+        projector = Projector.of_all(coordinates, projections) if projections else None
+        samplers = [problem.sampler(loss) for loss in (ours, theirs) if loss is not None]
 
-        exact, others = None, None
+        def draws(sampler: GradientSampler, seed: int, count: int) -> Iterator[Tensor]:
+            return _draws(sampler, coordinates, seed, count, num_burn_in, progress)
+
+        mine, others = Draws(coordinates, projector), Draws(coordinates, projector)
+        exact = None
         if isinstance(reference, Mapping):
-            exact = _given_gradient(reference, found)
+            exact = coordinates.vector(_given_gradient(reference, found))
         elif method == "exact":
-            exact = _exact_gradient(draw(theirs, seed, 2))
-        mine = draw(ours, seed, num_samples, projections)
-        if exact is not None:
-            test = mine.test_exact(exact, failure_rate)
+            exact = _exact_gradient(coordinates, *draws(samplers[1], seed, 2))
+        if method == "paired":
+            for vector, other in zip(*(draws(sampler, seed, num_samples) for sampler in samplers)):
+                mine.add(vector - other)
+                others.add(other)
         else:
-            is_paired = method == "paired"
-            other = seed if is_paired else (seed + 1) % 2**32
-            others = draw(theirs, other, num_samples, projections)
-            test = mine.test_draws(others, is_paired, failure_rate)
-    name, index = test.worst
+            for vector in draws(samplers[0], seed, num_samples):
+                mine.add(vector)
+            for vector in draws(samplers[1], (seed + 1) % 2**32, num_samples) if exact is None else ():
+                others.add(vector)
+        test = find_bias(mine, others if exact is None else exact, failure_rate, method == "paired")
     size = test.detectable_bias()[1]
     check = BiasCheck(
         method=method,
         num_samples=num_samples,
         parameters={name: list(tensor.shape) for name, tensor in found.items()},
         projections=projections,
-        max_abs_z=test.tests[name].max_abs_z,
-        at=coordinate_name(name, test.tests[name].difference.shape, index),
-        threshold=test.threshold(name),
+        max_abs_z=test.test.max_abs_z,
+        at=test.label(test.worst),
+        threshold=test.threshold,
         detectable_bias=size,
         detectable_share=size / test.scale if test.scale > 0 else math.inf,
-        tail_share=mine.tail_share(others if method == "paired" else None),
-        z_scores=_z_scores(test),
+        tail_share=mine.tail_share(),
+        z_scores=_z_scores(test, projections),
     )
     try:
         test.raise_if_biased()
@@ -178,21 +172,18 @@ def check_unbiased(
     return check
 
 
-def _z_scores(test: BiasTest) -> Dict[str, float]:
-    if PROJECTIONS in test.tests:
-        scores = test.tests[PROJECTIONS].z.abs().tolist()
-        return {coordinate_name(PROJECTIONS, (len(scores),), i): z for i, z in enumerate(scores)}
-    return {name: one.max_abs_z for name, one in test.tests.items()}
+def _z_scores(test: BiasTest, projections: int) -> Dict[str, float]:
+    scores = test.test.z.abs()
+    if projections:
+        return {test.label(place): z for place, z in enumerate(scores.tolist())}
+    parts = scores.split(test.coordinates.counts)
+    return {name: largest(part) for name, part in zip(test.coordinates.names, parts)}
 
 
 def _check_arguments(
     reference: Reference, num_samples: int, num_burn_in: int, method: Optional[str], projections: Any
 ) -> str:
-    if num_samples < 2 or num_burn_in < 0:
-        raise ValueError(
-            "expected num_samples >= 2 and num_burn_in >= 0, "
-            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
-        )
+    check_counts(num_samples, num_burn_in, 2)
     if projections is not None and projections < 0:
         raise ValueError(f"projections: expected an integer >= 0 or None, got {projections}")
     is_given = isinstance(reference, Mapping)
@@ -208,68 +199,45 @@ def _check_arguments(
     return method
 
 
-def _copy(loss: Union[str, ELBO], role: str) -> ELBO:
-    if isinstance(loss, str):
-        return make_loss(loss)
-    if isinstance(loss, ELBO):
-        return copy.deepcopy(loss)
-    raise TypeError(
-        f"{role}: expected an instance of pyro.infer.ELBO or the name of a loss, got {loss!r}"
-    )
-
-
-def _draw(
-    sampler: GradientSampler, burn_in: List[int], seeds: List[int], projections: int, progress: bool
-) -> Draws:
-    draws, chunk = Draws(projections), []
-    name = type(sampler.loss).__name__
-    for i, seed in enumerate(bar(progress, burn_in + seeds, name)):
-        set_rng_seed(seed)
-        sampler.step()
-        gradients = sampler.collect()
-        if i < len(burn_in):
-            continue
-        for parameter, gradient in zip(sampler.names, gradients):
+def _draws(
+    sampler: GradientSampler, coordinates: Coordinates, seed: int, count: int, num_burn_in: int, progress: bool
+) -> Iterator[Tensor]:
+    loss = type(sampler.loss).__name__
+    for number, (_, gradients) in enumerate(sampler.draws(seed, count, num_burn_in, progress, loss)):
+        for name, gradient in zip(sampler.names, gradients):
             if not gradient.isfinite().all():
                 raise ValueError(
-                    f"{name}: the gradient of {parameter!r} is not finite in draw "
-                    f"{i - len(burn_in)}; GradientGuard says where that comes from"
+                    f"{loss}: the gradient of {name!r} is not finite in draw {number}; "
+                    "GradientGuard says where that comes from"
                 )
-        chunk.append(gradients)
-        if len(chunk) == CHUNK or i + 1 == len(burn_in) + len(seeds):
-            columns = zip(sampler.names, zip(*chunk))
-            draws.add({parameter: torch.stack(rows) for parameter, rows in columns})
-            chunk = []
-    return draws
+        yield coordinates.vector(gradients)
 
 
 def _given_gradient(
     reference: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> Dict[str, Tensor]:
+) -> List[Tensor]:
     if set(reference) != set(parameters):
         raise ValueError(
             f"reference has gradients of {sorted(reference)}, but the parameters are "
             f"{sorted(parameters)}"
         )
-    result = {}
+    result = []
     for name, tensor in parameters.items():
-        result[name] = torch.as_tensor(reference[name], device=tensor.device)
-        if result[name].shape != tensor.shape:
+        result.append(torch.as_tensor(reference[name], device=tensor.device))
+        if result[-1].shape != tensor.shape:
             raise ValueError(
-                f"reference[{name!r}] has shape {tuple(result[name].shape)}, but the parameter "
+                f"reference[{name!r}] has shape {tuple(result[-1].shape)}, but the parameter "
                 f"has shape {tuple(tensor.shape)}"
             )
     return result
 
 
-def _exact_gradient(draws: Draws) -> Dict[str, Tensor]:
-    for name, rows in draws.rows.items():
-        if not rows.numel():
-            continue
-        difference = (rows[0] - rows[1]).abs()
-        if difference.max() > rounding_error(rows.abs().max().item(), rows.dtype):
+def _exact_gradient(coordinates: Coordinates, first: Tensor, second: Tensor) -> Tensor:
+    for name, *parts in zip(coordinates.names, *(v.split(coordinates.counts) for v in (first, second))):
+        difference = largest((parts[0] - parts[1]).abs())
+        if difference > rounding_error(largest(parts[0].abs()), coordinates.dtype):
             raise ValueError(
                 f"method 'exact': the reference's gradient of {name!r} is random: two draws "
-                f"differ by {difference.max():.3g}. Use method='paired', or enumerate all sites"
+                f"differ by {difference:.3g}. Use method='paired', or enumerate all sites"
             )
-    return draws.means
+    return first

@@ -138,7 +138,7 @@ def _add_fit_options(add: Callable) -> None:
     _add_loss(add)
     add("--max-steps", metavar="N", type=int, default=10000, help="steps at most (10000)")
     add("--learning-rate", metavar="RATE", type=float, default=0.01, help="of Adam (0.01)")
-    add("--tolerance", metavar="NATS", type=float, help="the gain not worth waiting for (a quarter of the noise)")
+    add("--tolerance", metavar="NATS", type=float, help="the gain not worth waiting for (a third of the noise)")
     add("--on-bad", choices=ON_BAD, default="raise", help="what to do when a gradient is not finite (raise)")
     add("--save", metavar="FILE", help="save the param store")
 

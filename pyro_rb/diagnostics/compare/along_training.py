@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.util import set_rng_seed
 from torch import Tensor
@@ -96,8 +97,8 @@ class Study:
                         self.bar.counts["step"] = len(self.training)
                         break
                 if rule and self.training:
-                    how = "until the loss fell no more" if rule.stopped else "though the loss was still falling, maybe"
-                    self.notes.append(f"Trained for {len(self.training)} steps, {how}; train_steps says how far.")
+                    how = "until the loss fell no more" if rule.stopped else "where it may have been falling still"
+                    self.notes.append(f"Trained for {len(self.training)} steps, {how}; train_steps sets the number.")
                 self._measure(len(self.training), len(steps) - index)
                 if self.interrupted or self.error:
                     return
@@ -117,6 +118,17 @@ class Study:
         """New losses by name, the reference first: what a loss has learned belongs to one state."""
         made = {self.reference: make_loss(self.reference), **make_losses(self.losses)}
         return {**made, self.reference: make_loss(self.reference)}
+
+    def explanations(self) -> List[str]:
+        """Reasons for results that would surprise."""
+        jacobians = self.problem.sites.jacobians
+        biased = {row.name for state in self.states for row in state.losses if row.biased}
+        return [
+            f"{name} is biased on this guide: Pyro's KL divergence of a Delta leaves out its "
+            f"log_density, here the Jacobian of {', '.join(map(repr, jacobians))}."
+            for name, loss in make_losses(self.losses).items()
+            if name in biased and jacobians and isinstance(loss, TraceMeanField_ELBO)
+        ]
 
     def windows(self) -> List[TrainingWindow]:
         """The losses of training, summed up."""
@@ -208,8 +220,8 @@ class Study:
         self, gauges: List[Gauge], step: int, stopped: str, exact: Optional[Tensor]
     ) -> None:
         first, count = gauges[0], gauges[0].moments.count
-        coordinates, projector = first.coordinates, first.agreement.projector
-        size = len(first.moments.mean) if projector is None else len(projector.labels)
+        coordinates, projector = first.coordinates, first.draws.projector
+        size = len(first.moments.mean) if projector is None else len(projector)
         num_tests = size * max(1, len(gauges) - 1) * (2 if self.steps is None else len(self.steps))
 
         def threshold(gauge: Gauge) -> float:

@@ -244,7 +244,7 @@ def with_compiled(advice: Recommendation, times: Sequence[CompiledTime], num_ste
 
 
 def _sentence(one: CompiledTime, num_steps: int) -> str:
-    how, until = "", f"{one.setup_seconds:.2g} s of compilation"
+    how, until = "", f"{one.setup_seconds:.{0 if one.setup_seconds >= 10 else 1}f} s of compilation"
     if one.backend == "replay":
         how = ", where the graph is replayed without a compiler,"
     if one.replay_seconds is not None:

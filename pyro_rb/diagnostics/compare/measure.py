@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Un
 import numpy as np
 
 from pyro_rb.diagnostics.compare.measurement import Draw, Gauge, steps_ratios
+from pyro_rb.diagnostics.run.arguments import check_counts
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.messages import WarningLog, one_line
 from pyro_rb.diagnostics.run.sampler import draw_seeds
@@ -202,11 +203,7 @@ def make_plan(
     num_samples: int, num_burn_in: int, rel_error: Optional[float], max_seconds: Optional[float]
 ) -> Plan:
     """:raises ValueError: If a number is out of range."""
-    if num_samples < 2 or num_burn_in < 0:
-        raise ValueError(
-            "expected num_samples >= 2 and num_burn_in >= 0, "
-            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
-        )
+    check_counts(num_samples, num_burn_in, 2)
     for name, value in (("rel_error", rel_error), ("max_seconds", max_seconds)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected a number > 0, got {value!r}")

@@ -15,7 +15,8 @@ from pyro_rb.diagnostics.compare.report import LossResult
 from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.sampler import GradientSampler, choose_clock
 from pyro_rb.diagnostics.stats import summary as stats
-from pyro_rb.diagnostics.stats.agreement import Agreement
+from pyro_rb.diagnostics.stats.agreement import judge
+from pyro_rb.diagnostics.stats.bias import Draws
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 from pyro_rb.diagnostics.stats.progress import root_sum_of_squares, steps_ratio
@@ -35,7 +36,7 @@ class Gauge:
     :param str name: The loss.
     :param GradientSampler sampler: Draws its gradients.
     :param Coordinates coordinates: What is followed of them.
-    :param Projector projector: See :class:`~pyro_rb.diagnostics.stats.agreement.Agreement`.
+    :param Projector projector: See :mod:`~pyro_rb.diagnostics.stats.bias`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Gauge:
         self.failure: Optional[str] = None
         self.is_dropped = False
         self.moments = RunningMoments()
-        self.agreement = Agreement(coordinates, projector)
+        self.draws = Draws(coordinates, projector)  # for the test of bias
         self.losses = RunningMoments()
         self.bad_losses = 0
         self.seconds: List[float] = []
@@ -91,7 +92,7 @@ class Gauge:
         else:
             self.bad_losses += 1
         self.deviations.append(self.block.update(draw.vector).item())
-        self.agreement.update(draw.vector, reference.vector)
+        self.draws.add(draw.vector - reference.vector if self.draws.projector is None else draw.vector)
 
     def measure_memory(self, seed: int) -> None:
         """Of one more step."""
@@ -177,7 +178,7 @@ class Gauge:
         self, result: LossResult, reference: "Gauge", threshold: float, exact: Optional[Tensor]
     ) -> None:
         largest = max(self.moments.rms.max().item(), reference.moments.rms.max().item())
-        verdict = self.agreement.verdict(reference.agreement, exact, threshold, largest)
+        verdict = judge(self.draws, reference.draws, exact, threshold, largest)
         result.bias_z, result.bias_at, result.bias_threshold = verdict.z, verdict.at, threshold
         result.biased = verdict.z > threshold
         size = self.coordinates.sums(reference.moments.rms.square()).sum().sqrt().item()

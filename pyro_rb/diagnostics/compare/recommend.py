@@ -189,8 +189,8 @@ def recommend(states: Sequence[Any]) -> Recommendation:
         advice.loss, advice.usage = best.name, usage(best.name)
         measured = usable[best.name]
         advice.sentence = (
-            f"Take {best.name}: near the optimum it is to need {_number(best.time)} +/- {_number(best.error)} times "
-            f"the time of {reference} for the same precision. Its noise asks for "
+            f"Take {best.name}: near the optimum it is expected to need {_number(best.time)} +/- {_number(best.error)} "
+            f"times the time of {reference} for the same precision. Its noise asks for "
             f"{_range(row.steps_ratio for row in measured)} times the steps, and a step takes "
             f"{_range(row.time_ratio for row in measured)} times as long."
         )

@@ -3,21 +3,17 @@
 
 """How many draws does an exact gradient take? :func:`measure_noise` tells."""
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any, Callable, List, Mapping, Optional, Tuple, Union
 
 import torch
 from pyro.infer import ELBO
-from pyro.util import set_rng_seed
 from torch import Tensor
 
-from pyro_rb.diagnostics.run.arguments import Arguments
-from pyro_rb.diagnostics.run.bar import bar
-from pyro_rb.diagnostics.run.losses import make_loss
+from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
+from pyro_rb.diagnostics.run.losses import copy_loss
 from pyro_rb.diagnostics.run.problem import prepared
-from pyro_rb.diagnostics.run.sampler import draw_seeds
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 
@@ -171,26 +167,17 @@ def measure_noise(
     >>> 8 < noise.required_particles(rel_error=0.1) < 15   # the gradient is 3 +/- 1
     True
     """
-    if num_samples < 2 * NUM_BLOCKS or num_burn_in < 0:
-        raise ValueError(
-            f"expected num_samples >= {2 * NUM_BLOCKS} and num_burn_in >= 0, "
-            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
-        )
-    loss = make_loss(loss) if isinstance(loss, str) else copy.deepcopy(loss)
+    check_counts(num_samples, num_burn_in, 2 * NUM_BLOCKS)
+    loss = copy_loss(loss, "loss")
     blocks = [RunningMoments() for _ in range(NUM_BLOCKS)]
     losses = RunningMoments()
     with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
         sampler = problem.sampler(loss)
         coordinates = Coordinates(sampler.names, sampler.tensors)
         scale = coordinates.weights.sqrt()
-        burn_in, seeds = draw_seeds(seed, num_samples, num_burn_in)
-        for i, draw_seed in enumerate(bar(progress, burn_in + seeds)):
-            set_rng_seed(draw_seed)
-            value = sampler.step()
-            gradients = sampler.collect()
-            if i >= num_burn_in:
-                blocks[i % NUM_BLOCKS].update(coordinates.vector(gradients) * scale)
-                losses.update(torch.tensor(value, dtype=torch.double, device="cpu"))
+        for i, (value, gradients) in enumerate(sampler.draws(seed, num_samples, num_burn_in, progress)):
+            blocks[i % NUM_BLOCKS].update(coordinates.vector(gradients) * scale)
+            losses.update(torch.tensor(value, dtype=torch.double, device="cpu"))
     total = RunningMoments()
     for block in blocks:
         total.merge(block)

@@ -61,3 +61,12 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def check_counts(num_samples: int, num_burn_in: int, least: int) -> None:
+    """:raises ValueError: If a number of draws is out of range."""
+    if num_samples < least or num_burn_in < 0:
+        raise ValueError(
+            f"expected num_samples >= {least} and num_burn_in >= 0, "
+            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
+        )

@@ -26,26 +26,9 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
 
     :returns: Booleans of the shape of each parameter. All are true where there is no effect at all,
         or where it cannot be told.
-
-    **Example**
-
-    >>> import pyro, torch
-    >>> import pyro.distributions as dist
-    >>> from pyro_rb.diagnostics.run.problem import prepared
-    >>> pyro.clear_param_store()
-    >>> def model():
-    ...     with pyro.plate("two", 2), pyro.poutine.mask(mask=torch.tensor([True, False])):
-    ...         pyro.sample("z", dist.Normal(0., 1.))
-    >>> def guide():
-    ...     with pyro.plate("two", 2):
-    ...         pyro.sample("z", dist.Normal(pyro.param("loc", torch.ones(2)), 1.))
-    >>> with prepared(model, guide) as problem:
-    ...     print(find_effect(problem))
-    [tensor([ True, False])]
     """
     tensors = list(problem.parameters.values())
     found = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in tensors]
-    everything = [torch.ones_like(mask) for mask in found]
     for draw in range(NUM_DRAWS):
         set_rng_seed((seed + draw) % 2**32)
         try:
@@ -54,11 +37,11 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
                 # The graph may be shared with that of the losses.
                 gradients = torch.autograd.grad(total, tensors, allow_unused=True, retain_graph=True)
         except (ValueError, RuntimeError, NotImplementedError):
-            return everything
+            return [torch.ones_like(mask) for mask in found]
         for mask, gradient in zip(found, gradients):
             if gradient is not None:
                 mask |= gradient.to_dense() != 0  # also NaN
-    return found if any(mask.any() for mask in found) else everything
+    return found if any(mask.any() for mask in found) else [torch.ones_like(mask) for mask in found]
 
 
 def _relevant_density(problem: Problem) -> Tensor:

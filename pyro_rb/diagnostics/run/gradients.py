@@ -6,13 +6,10 @@
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 import torch
-from pyro.util import set_rng_seed
 from torch import Tensor
 
-from pyro_rb.diagnostics.run.arguments import Arguments
-from pyro_rb.diagnostics.run.bar import bar
+from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
 from pyro_rb.diagnostics.run.problem import prepared
-from pyro_rb.diagnostics.run.sampler import draw_seeds
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 
 
@@ -147,17 +144,8 @@ def _draws(
     parameters: Optional[Mapping[str, Tensor]],
     progress: bool,
 ) -> Iterator[Dict[str, Tensor]]:
-    if num_samples < 1 or num_burn_in < 0:
-        raise ValueError(
-            "expected num_samples >= 1 and num_burn_in >= 0, "
-            f"got num_samples={num_samples} and num_burn_in={num_burn_in}"
-        )
+    check_counts(num_samples, num_burn_in, 1)
     with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
         sampler = problem.sampler(loss)
-        burn_in, draws = draw_seeds(problem.seed, num_samples, num_burn_in)
-        for i, draw_seed in enumerate(bar(progress, burn_in + draws)):
-            set_rng_seed(draw_seed)
-            sampler.step()
-            gradients = sampler.collect()
-            if i >= num_burn_in:
-                yield dict(zip(sampler.names, gradients))
+        for _, gradients in sampler.draws(problem.seed, num_samples, num_burn_in, progress):
+            yield dict(zip(sampler.names, gradients))

@@ -11,7 +11,14 @@ import json
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import pyro.infer
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import (
+    ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceTailAdaptive_ELBO,
+    config_enumerate,
+)
 
 import pyro_rb.infer
 
@@ -79,6 +86,25 @@ def make_loss(name: str) -> ELBO:
         raise ValueError(f"cannot make the loss {name!r}: {error}") from error
 
 
+def copy_loss(loss: Any, role: str) -> ELBO:
+    """
+    A loss by its name, or a copy of one, so that what it learns stays with the copy.
+
+    :param str role: The name of the argument.
+
+    **Example**
+
+    >>> copy_loss("Trace_ELBO:num_particles=10", "loss").num_particles
+    10
+    """
+    if isinstance(loss, str):
+        return make_loss(loss)
+    if isinstance(loss, ELBO):
+        return copy.deepcopy(loss)
+    hint = f"; write {loss.__name__}()" if inspect.isclass(loss) and issubclass(loss, ELBO) else ""
+    raise TypeError(f"{role}: expected the name of a loss or an instance of pyro.infer.ELBO, got {loss!r}{hint}")
+
+
 def _parse(name: str) -> Tuple[Type[ELBO], List[Any], Dict[str, Any]]:
     class_name, _, rest = name.partition(":")
     classes: Dict[str, Type[ELBO]] = {**available_losses(), ENUMERATED: ConfigEnumerate_ELBO}
@@ -132,6 +158,18 @@ def with_options(name: str, reference: str) -> str:
     return name
 
 
+def has_elbo(name: str) -> bool:
+    """
+    Whether a loss has the ELBO for its objective.
+
+    >>> has_elbo("RenyiELBO:alpha=0")
+    False
+    """
+    loss = make_loss(name)
+    elbos = (Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO)
+    return isinstance(loss, elbos) and not isinstance(loss, TraceTailAdaptive_ELBO)
+
+
 def make_losses(losses: Losses) -> Dict[str, ELBO]:
     """
     Losses by the name under which they are shown, from names, ELBO instances or a dict of
@@ -158,17 +196,7 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
             raise ValueError(
                 f"two losses are called {name!r}; give a dict with a name for each"
             )
-        if isinstance(loss, str):
-            made[name] = make_loss(loss)
-        elif isinstance(loss, ELBO):
-            made[name] = copy.deepcopy(loss)
-        else:
-            hint = f"; write {loss.__name__}()" if inspect.isclass(loss) and issubclass(loss, ELBO) else ""
-            raise TypeError(
-                f"losses: expected the name of a loss or an instance of pyro.infer.ELBO, "
-                f"got {loss!r}{hint}"
-            )
-        found = made[name]
+        found = made[name] = copy_loss(loss, "losses")
         if name == REFERENCE and (type(found) is not Trace_ELBO or found.num_particles != 1):
             raise ValueError(
                 f"the name {REFERENCE!r} is kept for the reference, Trace_ELBO() with one "

@@ -76,21 +76,6 @@ def prepared(
     :param dict parameters: Unconstrained tensors by name. Default: all.
     :param bool must_match: Whether to insist on the same latent sites in both.
     :raises ValueError: If sites do not match, or there is no parameter.
-
-    **Example**
-
-    >>> import pyro, torch
-    >>> import pyro.distributions as dist
-    >>> from pyro.infer import Trace_ELBO
-    >>> pyro.clear_param_store()
-    >>> def model():
-    ...     pyro.sample("z", dist.Normal(0., 1.))
-    >>> def guide():
-    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(3.)), 1.))
-    >>> with prepared(model, guide) as problem:
-    ...     loss = problem.sampler(Trace_ELBO()).step()
-    >>> list(problem.parameters), list(pyro.get_param_store())
-    (['loc'], [])
     """
     kwargs = dict(kwargs or {})
     with preserve_state(model, guide, args, kwargs) as snapshot:

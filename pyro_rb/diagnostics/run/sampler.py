@@ -9,6 +9,7 @@ from typing import (
     Callable,
     Dict,
     Iterable,
+    Iterator,
     List,
     Mapping,
     Optional,
@@ -17,9 +18,11 @@ from typing import (
 )
 
 import torch
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.run.arguments import Arguments, current_args
+from pyro_rb.diagnostics.run.bar import bar
 
 
 class GradientSampler:
@@ -31,23 +34,6 @@ class GradientSampler:
         returns them.
     :param bool use_backward: Whether to call ``loss_and_grads`` and read ``.grad``, as SVI
         does; else ``differentiable_loss`` is differentiated.
-
-    **Example**
-
-    >>> import pyro, torch
-    >>> import pyro.distributions as dist
-    >>> from pyro.infer import Trace_ELBO
-    >>> pyro.clear_param_store()
-    >>> def model():
-    ...     pyro.sample("z", dist.Normal(0., 1.))
-    >>> def guide():
-    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(3.)), 1.))
-    >>> from pyro_rb.diagnostics.run.parameters import find_parameters
-    >>> parameters = find_parameters(model, guide)
-    >>> sampler = GradientSampler(Trace_ELBO(), model, guide, (), {}, parameters, use_backward=True)
-    >>> loss = sampler.step()
-    >>> [gradient.shape for gradient in sampler.collect()]
-    [torch.Size([])]
     """
 
     def __init__(
@@ -98,6 +84,18 @@ class GradientSampler:
         if isinstance(value, tuple):  # ReweightedWakeSleep: the loss of the model first
             value = value[0]
         return float(value.detach() if isinstance(value, Tensor) else value)
+
+    def draws(
+        self, seed: int, num_samples: int, num_burn_in: int, progress: bool, title: Optional[str] = None
+    ) -> Iterator[Tuple[float, List[Tensor]]]:
+        """The loss and the gradients of each draw, after a burn-in."""
+        burn_in, seeds = draw_seeds(seed, num_samples, num_burn_in)
+        for number, draw_seed in enumerate(bar(progress, burn_in + seeds, title)):
+            set_rng_seed(draw_seed)
+            loss = self.step()
+            gradients = self.collect()
+            if number >= num_burn_in:
+                yield loss, gradients
 
     def collect(self) -> List[Tensor]:
         """The gradients of the last step, in the order of the parameters."""

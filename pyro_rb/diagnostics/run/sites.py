@@ -4,17 +4,19 @@
 """One run of a guide and model, and what sites and parameters it shows."""
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_rb.diagnostics.run.arguments import Arguments, check_batches, current_args
 from pyro_rb.infer.run_mixin import RunMixin
+from pyro_rb.infer.util import sample_sites
 from pyro_rb.ops.family import strip_independent
 
 Traces = Tuple[poutine.Trace, poutine.Trace]
@@ -183,6 +185,24 @@ def settle_plates(loss: Any, sites: Sites) -> None:
     guesses = isinstance(loss, (TraceEnum_ELBO, RunMixin)) or getattr(loss, "vectorize_particles", False)
     if guesses and loss.max_plate_nesting == math.inf:
         loss.max_plate_nesting = sites.depth + (loss.vectorize_particles and loss.num_particles > 1)
+
+
+def without_dependents(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
+    """
+    Sites of the guide without a reparameterised draw, on which no other site depends as far as
+    :class:`~pyro.infer.tracegraph_elbo.TraceGraph_ELBO` knows. It follows tensors. What a value
+    decides by ``if``, ``while``, ``range()`` or ``.item()`` it takes for independent of it,
+    leaves it out of the costs of that site, and its gradient is biased.
+    """
+    traces = TraceGraph_ELBO()._get_traces(model, guide, args, kwargs)
+    model_trace, guide_trace = next(iter(traces))
+    seen: Set[str] = set()
+    for trace in (model_trace, guide_trace):
+        trace.compute_log_prob()
+        for name, site in sample_sites(trace):
+            seen |= get_provenance(site["log_prob"]) - {name}
+    scored = [n for n, s in latent_sites(guide_trace) if not getattr(s["fn"], "has_rsample", False)]
+    return [name for name in scored if name not in seen]
 
 
 def latent_sites(trace: poutine.Trace) -> List[Tuple[str, Any]]:

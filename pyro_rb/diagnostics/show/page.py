@@ -94,20 +94,6 @@ def section(comparison: Comparison, style: bool = True, figures: bool = False) -
     :param bool style: Whether to put the style sheet before it.
     :param bool figures: Whether to draw figures, if matplotlib is installed.
     :rtype: str
-
-    **Example**
-
-    >>> import pyro, torch
-    >>> import pyro.distributions as dist
-    >>> from pyro_rb import compare
-    >>> pyro.clear_param_store()
-    >>> def model():
-    ...     pyro.sample("z", dist.Normal(0., 1.))
-    >>> def guide():
-    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.))
-    >>> result = compare(model, guide, "STLTrace_ELBO", train_steps=0, num_samples=40, progress=False)
-    >>> "<table>" in section(result)
-    True
     """
     advice = comparison.recommendation
     kind = "advice" if advice.loss else "advice thin"

@@ -11,7 +11,7 @@ from pyro_rb.diagnostics.fit.fit import Fit
 from pyro_rb.diagnostics.noise.noise import NoiseEstimate
 from pyro_rb.diagnostics.show.palette import INK, STYLES, dress, literal
 from pyro_rb.diagnostics.show.plot import require_matplotlib
-from pyro_rb.diagnostics.show.table import short_names
+from pyro_rb.diagnostics.show.words import short_names
 
 BLUE, RED = STYLES[1][0], STYLES[6][0]
 MOST_BARS = 30

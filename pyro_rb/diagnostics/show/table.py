@@ -4,18 +4,22 @@
 """A comparison as text: tables, and sentences about what they show."""
 
 import math
-import os
-import shutil
-import textwrap
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
-
-from tabulate import tabulate
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from pyro_rb.diagnostics.compare.compiled import CompiledTime
 from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
+from pyro_rb.diagnostics.show.words import (
+    fitted,
+    left_then_right,
+    number,
+    percent,
+    shares,
+    with_error,
+    wrapped,
+)
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
 
 
@@ -23,26 +27,26 @@ def table(comparison: Comparison) -> str:
     """The printed form of a comparison, without the legend."""
     lines = [comparison.title]
     for text in outline(comparison):
-        lines += _wrapped(text)
+        lines += wrapped(text)
     for state in comparison.states:
         lines += ["", *_state_lines(state, heading(comparison, state))]
     headers, rows = ranking(comparison)
     if len(rows) > 1:
         title = "Ranking: training time for the same precision, over that of the reference"
-        lines += ["", *_wrapped(title), "", _fitted(rows, headers, _left_then_right(headers))]
-    lines += ["", *_wrapped(comparison.recommendation.sentence)]
+        lines += ["", *wrapped(title), "", fitted(rows, headers, left_then_right(headers))]
+    lines += ["", *wrapped(comparison.recommendation.sentence)]
     if comparison.recommendation.usage:
         lines.append(f"  {comparison.recommendation.usage}")
     for text in comparison.recommendation.caveats:
-        lines += _wrapped(text)
+        lines += wrapped(text)
     for sentence, headers, rows in trained(comparison):
-        lines += ["", *_wrapped(sentence)]
-        lines += ["", _fitted(rows, headers, _left_then_right(headers))] if rows else []
+        lines += ["", *wrapped(sentence)]
+        lines += ["", fitted(rows, headers, left_then_right(headers))] if rows else []
     if comparison.left_out or comparison.notes:
         lines.append("")
-    lines += _wrapped(left_out(comparison))
+    lines += wrapped(left_out(comparison))
     for text in comparison.notes:
-        lines += _wrapped(f"Note: {text}")
+        lines += wrapped(f"Note: {text}")
     return "\n".join(lines)
 
 
@@ -54,9 +58,11 @@ def text(comparison: Comparison) -> str:
 def trained(comparison: Comparison) -> Iterator[Tuple[str, List[str], List[List[str]]]]:
     """What was tried out beside the gradients, if it was: a sentence, headers and rows of each."""
     if comparison.compiled:
-        errors = [f" {one.name} is not compiled: {one.error}." for one in comparison.compiled if one.error is not None]
         sentence = "Whole steps, with the update of the parameters: of SVI, and of CompiledSVI."
-        yield sentence + "".join(errors), *_compiled_rows(comparison.compiled)
+        for one in comparison.compiled:
+            if one.error is not None:
+                sentence += f" {one.name} is not compiled: {one.error.rstrip('.')}."
+        yield sentence, *_compiled_rows(comparison.compiled)
     if comparison.race is not None:
         yield str(comparison.race), *_race_rows(comparison.race)
     if comparison.guides is not None:
@@ -70,14 +76,14 @@ def _compiled_rows(times: Sequence[CompiledTime]) -> Tuple[List[str], List[List[
             ms = [f"{1e3 * seconds:.3g}" for seconds in (one.eager_seconds, one.seconds)]
             pays = "never" if one.pays_from is None else f"{one.pays_from} steps"
             faster = f"{one.eager_seconds / one.seconds:.1f}"
-            rows.append([one.name, one.backend, *ms, faster, f"{one.setup_seconds:.2g} s", pays])
+            rows.append([one.name, one.backend, *ms, faster, f"{number(one.setup_seconds)} s", pays])
     return ["loss", "backend", "eager, ms", "compiled, ms", "times as fast", "compilation", "pays from"], rows
 
 
 def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:
     rows = []
     for guide in found.guides:
-        elbo = "-" if guide.error else _with_error(guide.elbo, guide.elbo_error)
+        elbo = "-" if guide.error else with_error(guide.elbo, guide.elbo_error)
         khat = "-" if guide.khat is None else f"{guide.khat:.2f}"
         rows.append([guide.name, elbo, khat, str(guide.num_values), f"{guide.learning_rate:g}", str(guide.steps)])
     return ["guide", "ELBO, nats", "k-hat", "parameter values", "learning rate", "steps"], rows
@@ -163,56 +169,25 @@ most variance in  the parameters with most of it."""
 HEADERS = ["loss", "variance", "time", "variance x time", "|z|", "bias seen from", "memory", "most variance in"]
 
 
-def width() -> int:
-    """Of the terminal, within reason."""
-    return max(60, min(shutil.get_terminal_size((110, 24)).columns, 140))
-
-
-def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequence[str]) -> str:
-    """As a table, without the last columns if it would be wider than the terminal. Long names are broken."""
-    rows = [[_broken(row[0]), *row[1:]] for row in rows]
-    for count in range(len(headers), 1, -1):
-        table = tabulate(
-            [row[:count] for row in rows],
-            headers[:count],
-            tablefmt="simple",
-            disable_numparse=True,
-            colalign=align[:count] if rows else None,
-        )
-        if max(map(len, table.splitlines())) <= width():
-            break
-    return table
-
-
-def _broken(name: str) -> str:
-    """The arguments of a loss go to lines of their own if there are many."""
-    class_name, colon, rest = name.partition(":")
-    return name if len(name) <= 34 else f"{class_name}{colon}\n  " + rest.replace(",", ",\n  ")
-
-
-def _left_then_right(headers: Sequence[str]) -> List[str]:
-    return ["left"] + ["right"] * (len(headers) - 1)
-
-
 def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:
     """Headers and rows: the time for the same precision, and the difference to the best."""
-    headers = ["loss", "time needed", "less the best"]
+    headers = ["loss", "time needed", "behind the best"]
     states = comparison.states if len(comparison.states) > 1 else []
     headers += [state.when() for state in states]
     rows = []
     for one in comparison.recommendation.ranking:
-        difference = _with_error(one.difference, one.difference_error) if one.difference else ""
-        times = [_number(time) for time in one.by_state] if states else []
-        rows.append([one.name, _with_error(one.time, one.error or None), difference, *times])
+        difference = with_error(one.difference, one.difference_error) if one.difference else ""
+        times = [number(time) for time in one.by_state] if states else []
+        rows.append([one.name, with_error(one.time, one.error or None), difference, *times])
     return headers, rows
 
 
 def _state_lines(state: StateResult, title: str) -> List[str]:
     headers, rows = state_cells(state)
-    align = [*_left_then_right(headers[:-1]), "left"]
-    lines = [*_wrapped(f"{title}: {summary(state)}"), "", _fitted(rows, headers, align), ""]
+    align = [*left_then_right(headers[:-1]), "left"]
+    lines = [*wrapped(f"{title}: {summary(state)}"), "", fitted(rows, headers, align), ""]
     for remark in remarks(state):
-        lines += _wrapped(remark)
+        lines += wrapped(remark)
     return lines
 
 
@@ -222,7 +197,7 @@ def summary(state: StateResult) -> str:
     assert reference.seconds is not None and reference.loss is not None
     return (
         f"loss {reference.loss:.4g} +/- {reference.loss_error:.2g} nats, {1e3 * reference.seconds:.3g} ms a step "
-        f"with {reference.name}; noise makes up {_percent(state.noise_share)} of the mean square of its gradient"
+        f"with {reference.name}; noise makes up {percent(state.noise_share)} of the mean square of its gradient"
     )
 
 
@@ -235,7 +210,7 @@ def remarks(state: StateResult) -> List[str]:
         elif result.biased:
             found.append(
                 f"{result.name} is biased, or has another objective: its mean gradient differs "
-                f"at {result.bias_at} by {_percent(result.bias_size)} of the gradient's size."
+                f"at {result.bias_at} by {percent(result.bias_size)} of the gradient's size."
             )
     bad = [f"{r.bad_losses} times with {r.name}" for r in state.losses if r.bad_losses]
     if bad:
@@ -244,7 +219,7 @@ def remarks(state: StateResult) -> List[str]:
             "gradient was."
         )
     heavy = [
-        f"{_percent(result.tail_share)} of that of {result.name}"
+        f"{percent(result.tail_share)} of that of {result.name}"
         for result in state.losses
         if (result.tail_share or 0) > HEAVY_TAIL
     ]
@@ -256,12 +231,8 @@ def remarks(state: StateResult) -> List[str]:
     fit = [r for r in state.losses if r.cost_ratio is not None and not r.biased]
     if fit:
         best = min(fit, key=lambda r: r.cost_ratio or 0.0)
-        found.append(f"Best variance x time: {best.name}, {_number(best.cost_ratio)}.")
+        found.append(f"Best variance x time: {best.name}, {number(best.cost_ratio)}.")
     return found
-
-
-def _wrapped(text: str) -> List[str]:
-    return textwrap.wrap(text, width(), subsequent_indent="  ", break_on_hyphens=False)
 
 
 def state_cells(state: StateResult) -> Tuple[List[str], List[List[str]]]:
@@ -288,57 +259,14 @@ def _row_cells(result: LossResult) -> List[str]:
         mark = "!" if result.biased else "?" if low_power else " "
         large = result.bias_z >= 1000
         bias = f"{'>999' if large else f'{result.bias_z:.1f}'} {mark}"
-        seen = _percent(result.detectable_bias)
+        seen = percent(result.detectable_bias)
     return [
         result.name,
-        _with_error(result.variance_ratio, None if result.reference else result.variance_ratio_error),
-        _with_error(result.time_ratio, None if result.reference else result.time_ratio_error),
-        _number(result.cost_ratio),
+        with_error(result.variance_ratio, None if result.reference else result.variance_ratio_error),
+        with_error(result.time_ratio, None if result.reference else result.time_ratio_error),
+        number(result.cost_ratio),
         bias,
         seen,
-        _number(result.memory_ratio),
-        _shares(result.variance_shares),
+        number(result.memory_ratio),
+        shares(result.variance_shares),
     ]
-
-
-def short_names(names: Sequence[str]) -> List[str]:
-    """Names of parameters without what all of them begin with."""
-    # Pyro joins a module's name and its parameter's by $$$.
-    names = [name.replace("$$$", ".") for name in names]
-    start = os.path.commonprefix([name[: name.rfind(".") + 1] for name in names])
-    start = start[: start.rfind(".") + 1]
-    return [name[len(start) :] for name in names]
-
-
-def _shares(shares: Dict[str, float], most: int = 2) -> str:
-    """The parameters with most of the variance."""
-    if not shares:
-        return "none: it has no noise"
-    ranked = sorted(zip(shares.values(), short_names(list(shares))), reverse=True)
-    shown = [f"{name} {_percent(share)}" for share, name in ranked[:most] if share > 0.005]
-    # A long name leaves no room for a second.
-    return ", ".join(shown if len(", ".join(shown)) <= 26 else shown[:1]) or f"{len(ranked)} alike"
-
-
-def _with_error(value: Optional[float], error: Optional[float]) -> str:
-    if value is None or error is None or not math.isfinite(error):
-        return _number(value)
-    if abs(value) < 0.1:
-        return f"{value:.2g} +/- {error:.1g}"
-    digits = 0 if error >= 1 else 1 if error >= 0.1 else 2
-    # Rounded up: an error of 0.00 would promise too much.
-    return f"{value:.{digits}f} +/- {max(error, 10.0**-digits):.{digits}f}"
-
-
-def _number(value: Optional[float]) -> str:
-    if value is None or not math.isfinite(value):
-        return "-" if value is None else str(value)
-    if abs(value) < 0.1:
-        return f"{value:.2g}"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _percent(share: Optional[float]) -> str:
-    if share is None or not math.isfinite(share):
-        return "-"
-    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"

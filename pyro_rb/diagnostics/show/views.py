@@ -16,7 +16,7 @@ from pyro_rb.diagnostics.show.palette import (
     is_measured,
     literal,
 )
-from pyro_rb.diagnostics.show.table import short_names
+from pyro_rb.diagnostics.show.words import short_names
 
 #: So many parameters are shown, those with most of the reference's variance.
 MOST = 12

@@ -1,37 +1,19 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Whether the mean gradients of two losses agree. There are two references and two tests.
-
-* The reference is the mean gradient of another loss, paired draw by draw; or the exact
-  gradient, by enumeration, which has no noise.
-* Where each draw moves all coordinates, as reparameterised draws do, each coordinate of the
-  gradient is tested. Draws of a discrete site move the coordinates of the value drawn, and
-  a value that was never drawn would look like a bias without noise. Then a few random
-  projections of each parameter's gradient are tested instead, which mix rare and common
-  values; and a projection whose spread is due to very few draws tells nothing.
-
-Gradients with respect to scales are skewed, as squares of normal variables are, and there are
-as many tests as coordinates. So all z-scores are corrected for skewness, as those of
-:class:`~pyro_rb.diagnostics.stats.mean_test.MeanTest` are.
-"""
+"""Is a loss to be called biased? :func:`judge` says so, from draws of it and of the reference."""
 
 import math
-from typing import List, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from pyro_rb.diagnostics.stats.coordinates import Coordinates
-from pyro_rb.diagnostics.stats.mean_test import (
-    MeanTest,
-    one_sample_test,
-    rounding_error,
-)
+from pyro_rb.diagnostics.stats.bias import Draws
+from pyro_rb.diagnostics.stats.mean_test import compare_moments, rounding_error
 from pyro_rb.diagnostics.stats.moments import SkewedMoments
-from pyro_rb.diagnostics.stats.projections import Projector
 
+#: A projection whose spread is due to fewer draws tells nothing.
 LEAST_EVENTS = 30
 
 
@@ -49,69 +31,37 @@ class Verdict(NamedTuple):
     detectable: float
 
 
-class Agreement:
+def judge(mine: Draws, reference: Draws, exact: Optional[Tensor], threshold: float, size: float) -> Verdict:
     """
-    Gathers the draws of one loss that its test needs.
+    Whether a loss is to be called biased. Projections whose spread is due to very few draws tell nothing.
 
-    :param Coordinates coordinates: Which are followed.
-    :param Projector projector: To test projections; None to test coordinates.
+    :param Draws mine: Where coordinates are tested, of the differences to the reference.
+    :param Draws reference: Of it.
+    :param ~torch.Tensor exact: The exact gradient ``[Q]``, needs projections; or None.
+    :param float threshold: The z-score beyond which means are said to differ.
+    :param float size: The largest root-mean-square coordinate, for the rounding.
     """
-
-    def __init__(self, coordinates: Coordinates, projector: Optional[Projector]) -> None:
-        self.coordinates, self.projector = coordinates, projector
-        self.dtype = torch.double
-        self.difference = SkewedMoments()  # to the reference, draw by draw
-        self.projected: List[Tensor] = []
-
-    def update(self, vector: Tensor, reference: Tensor) -> None:
-        """Adds one draw ``[Q]`` of this loss and one of the reference."""
-        self.dtype = vector.dtype
-        if self.projector is None:
-            self.difference.update(vector - reference)
-        else:
-            self.projected.append(self.projector(vector))
-
-    def verdict(
-        self, reference: "Agreement", exact: Optional[Tensor], threshold: float, largest: float
-    ) -> Verdict:
-        """
-        :param Agreement reference: That of the reference loss.
-        :param ~torch.Tensor exact: The exact gradient ``[Q]``, needs projections; or None.
-        :param float threshold: The z-score beyond which means are said to differ.
-        :param float largest: The largest root-mean-square coordinate, for the rounding.
-        """
-        rounding = rounding_error(largest, self.dtype)
-        if self.projector is not None:
-            return self._of_projections(reference, exact, threshold, rounding)
-        difference = self.difference
-        error = difference.standard_error
-        test = MeanTest(difference.mean, error, difference.count, rounding, difference.skewness)
+    rounding, projector = rounding_error(size, mine.coordinates.dtype), mine.projector
+    if projector is None:
+        tested = mine.tested
+        test = compare_moments(tested, torch.zeros_like(tested.mean), rounding)
         worst = int(test.z.abs().argmax())
-        size = abs(test.difference[worst].item())
         detectable = test.detectable_bias(threshold).max().item()
-        return Verdict(test.max_abs_z, self.coordinates.label(worst), size, detectable)
-
-    def _of_projections(
-        self, reference: "Agreement", exact: Optional[Tensor], threshold: float, rounding: float
-    ) -> Verdict:
-        assert self.projector is not None
-        draws = torch.stack(self.projected)
-        if exact is None:
-            draws = draws - torch.stack(reference.projected[: len(draws)])
-            expected = torch.zeros_like(draws[0])
-        else:
-            expected = self.projector(exact)
-        labels, widths = self.projector.labels, self.projector.widths
-        test = one_sample_test(draws, expected)
-        exactly = test.difference.abs() <= rounding * widths
-        # The number of draws that make up the spread, as their kurtosis tells.
-        squares = (draws - draws.mean(0)).square()
-        events = squares.sum(0).square() / squares.square().sum(0)
-        # A normal variable has a third of the draws.
-        tells = exactly | (events >= min(LEAST_EVENTS, len(draws) / 6))
-        z = torch.where(exactly | ~tells, torch.zeros_like(events), test.z.abs())
-        worst = int(z.argmax())
-        detectable = (test.detectable_bias(threshold) + rounding) * widths
-        detectable = torch.where(tells, detectable, torch.full_like(events, math.inf))
-        size = abs(test.difference[worst].item()) * widths[worst].item()
-        return Verdict(z.max().item(), labels[worst], size, detectable.max().item())
+        return Verdict(test.max_abs_z, mine.label(worst), abs(test.difference[worst].item()), detectable)
+    draws = torch.stack(mine.projected)
+    if exact is None:
+        draws = draws - torch.stack(reference.projected[: len(draws)])
+    expected = torch.zeros_like(draws[0]) if exact is None else projector(exact)
+    test = compare_moments(SkewedMoments.of(draws), expected, 0.0)
+    exactly = test.difference.abs() <= rounding * projector.widths
+    # The number of draws that make up the spread, as their kurtosis tells.
+    squares = (draws - draws.mean(0)).square()
+    events = squares.sum(0).square() / squares.square().sum(0)
+    # A normal variable has a third of the draws.
+    tells = exactly | (events >= min(LEAST_EVENTS, len(draws) / 6))
+    z = torch.where(exactly | ~tells, torch.zeros_like(events), test.z.abs())
+    worst = int(z.argmax())
+    sizes = (test.detectable_bias(threshold) + rounding) * projector.widths
+    sizes = torch.where(tells, sizes, torch.full_like(events, math.inf))
+    difference = abs(test.difference[worst].item()) * projector.widths[worst].item()
+    return Verdict(z.max().item(), mine.label(worst), difference, sizes.max().item())

@@ -2,29 +2,36 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Do two sets of gradient samples agree in the mean, in each coordinate of each parameter?
-Pure statistics on dicts of tensors, on top of :mod:`~pyro_rb.diagnostics.stats.mean_test`.
+Do the mean gradients of two losses agree? The reference is another loss, draw by draw with the same random numbers or
+with others, or the exact gradient.
+
+Where each draw moves all coordinates, as reparameterised draws do, each coordinate is tested. Draws of a discrete site
+move the coordinates of the value drawn, and a value that was never drawn would look like a bias without noise. Then a
+few random projections are tested instead, which mix rare and common values.
+
+Gradients with respect to scales are skewed, as squares of normal variables are, and there are as many tests as
+coordinates. So all z-scores are corrected for skewness, see :class:`~pyro_rb.diagnostics.stats.mean_test.MeanTest`.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from pyro_rb.diagnostics.stats import summary as stats
-from pyro_rb.diagnostics.stats.coordinates import coordinate_name
+from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import (
     MeanTest,
-    independent_test,
-    one_sample_test,
-    paired_test,
+    compare_moments,
+    largest,
+    rounding_error,
 )
-from pyro_rb.diagnostics.stats.moments import RunningMoments
-from pyro_rb.diagnostics.stats.projections import project
+from pyro_rb.diagnostics.stats.moments import RunningMoments, SkewedMoments
+from pyro_rb.diagnostics.stats.projections import Projector
 
-#: Name under which random projections stand in for the parameters.
+#: Name under which projections of the whole gradient stand in for its coordinates.
 PROJECTIONS = "projections"
 
 
@@ -49,77 +56,106 @@ class LowPowerError(CheckError):
     """There are too few draws to see a bias of the size that was asked for."""
 
 
+class Draws:
+    """
+    Draws of a gradient, or differences of two, as far as a test of their mean needs them.
+
+    :param Coordinates coordinates: What is followed of the gradient.
+    :param Projector projector: To test projections; None to test coordinates.
+    """
+
+    def __init__(self, coordinates: Coordinates, projector: Optional[Projector] = None) -> None:
+        self.coordinates, self.projector = coordinates, projector
+        self.moments: RunningMoments = SkewedMoments() if projector is None else RunningMoments()
+        self.projected: List[Tensor] = []
+        self._deviations: List[Tensor] = []
+
+    def add(self, vector: Tensor) -> None:
+        """:param ~torch.Tensor vector: One draw, ``[Q]``."""
+        self._deviations.append(self.moments.update(vector))
+        if self.projector is not None:
+            self.projected.append(self.projector(vector))
+
+    @property
+    def tested(self) -> SkewedMoments:
+        """Moments of what is tested."""
+        if self.projector is not None:
+            return SkewedMoments.of(torch.stack(self.projected))
+        assert isinstance(self.moments, SkewedMoments)
+        return self.moments
+
+    def label(self, place: int) -> str:
+        """What is tested there."""
+        return self.coordinates.label(place) if self.projector is None else self.projector.label(place)
+
+    def tail_share(self) -> float:
+        """See :func:`~pyro_rb.diagnostics.stats.summary.tail_share`."""
+        if self.projector is None:
+            return stats.tail_share(torch.stack(self._deviations))
+        rows = torch.stack(self.projected)
+        return stats.tail_share((rows - rows.mean(0)).square().sum(1))
+
+
 @dataclass(frozen=True)
 class BiasTest:
     """
-    The outcome of :func:`compare_means`.
+    The outcome of :func:`test_bias`.
 
-    :param dict tests: A :class:`~pyro_rb.diagnostics.stats.mean_test.MeanTest` for each parameter, or
-        one for all :data:`PROJECTIONS`.
-    :param dict differences: The difference of the means, by parameter.
-    :param float scale: The euclidean norm of the mean of the reference, over all parameters.
+    :param MeanTest test: Of the coordinates, or of projections.
+    :param callable label: Names each of them.
+    :param ~torch.Tensor differences: Of the means, by coordinate.
+    :param Coordinates coordinates: Names each of these.
+    :param float scale: The euclidean norm of the mean of the reference.
     :param float failure_rate: Probability of a false alarm in any of the tests.
     """
 
-    tests: Dict[str, MeanTest]
-    differences: Dict[str, Tensor]
+    test: MeanTest
+    label: Callable[[int], str]
+    differences: Tensor
+    coordinates: Coordinates
     scale: float
     failure_rate: float
 
     @property
-    def num_samples(self) -> int:
-        """Number of draws."""
-        return max(test.num_samples for test in self.tests.values())
-
-    def threshold(self, name: str) -> float:
-        """What the absolute z-scores of one parameter are compared with."""
-        num_tests = sum(test.difference.numel() for test in self.tests.values())
-        return self.tests[name].threshold(self.failure_rate, num_tests)
+    def threshold(self) -> float:
+        """What the absolute z-scores are compared with."""
+        return self.test.threshold(self.failure_rate)
 
     @property
-    def worst(self) -> Tuple[str, int]:
-        """The parameter, and the place in it, whose z-score exceeds its threshold most."""
-        return max(
-            ((n, int(t.z.abs().argmax())) for n, t in self.tests.items() if t.z.numel()),
-            key=lambda at: abs(self._at(at)) / self.threshold(at[0]),
-        )
+    def worst(self) -> int:
+        """The place of the largest absolute z-score."""
+        return int(self.test.z.abs().argmax())
 
     def detectable_bias(self, either_sign: bool = True) -> Tuple[str, float]:
         """
-        The parameter in which a bias is hardest to see, and the size, in units of the
-        gradient, that one would have to have there to be seen in 95 of 100 cases.
+        Where a bias is hardest to see, and the size, in units of the gradient, that one would have to have there to be
+        seen in 95 of 100 cases.
 
         :param bool either_sign: See :meth:`~pyro_rb.diagnostics.stats.mean_test.MeanTest.detectable_bias`.
         """
-        sizes = {
-            name: test.detectable_bias(self.threshold(name), either_sign=either_sign).max().item()
-            for name, test in self.tests.items()
-            if test.z.numel()
-        }
-        name = max(sizes, key=lambda n: sizes[n])
-        return name, sizes[name]
+        sizes = self.test.detectable_bias(self.threshold, either_sign=either_sign)
+        return self.label(int(sizes.argmax())), sizes.max().item()
 
     def raise_if_biased(self) -> None:
         """
         :raises BiasError: naming parameter, coordinate, z-score and size of the bias, and
             the size that could have been seen.
         """
-        for name, difference in self.differences.items():
-            if not difference.isfinite().all():
+        for name, part in zip(self.coordinates.names, self.differences.split(self.coordinates.counts)):
+            if not part.isfinite().all():
                 raise BiasError(f"the mean of {name} is not finite")
-        name, index = at = self.worst
-        if abs(self._at(at)) <= self.threshold(name):
+        test, index = self.test, self.worst
+        if not test.max_abs_z > self.threshold:
             return
-        test = self.tests[name]
-        size = test.difference.flatten()[index].item()
+        size = test.difference[index].item()
         message = (
-            f"biased in {coordinate_name(name, test.difference.shape, index)}: "
-            f"z = {self._at(at):.1f} (threshold {self.threshold(name):.1f}), difference "
-            f"{size:.4g} +/- {test.standard_error.flatten()[index]:.2g}"
-            f", {self.share(size)}, N = {test.num_samples}"
+            f"biased in {self.label(index)}: z = {test.z[index]:.1f} (threshold {self.threshold:.1f}), difference "
+            f"{size:.4g} +/- {test.standard_error[index]:.2g}, {self.share(size)}, N = {test.num_samples}"
         )
-        if name == PROJECTIONS:
-            message += f"; the means differ most in {self.largest_difference()}"
+        if self.label(index).startswith(PROJECTIONS):
+            place = int(self.differences.abs().argmax())
+            most = f"{self.coordinates.label(place)}, by {self.differences[place]:.4g}"
+            message += f"; the means differ most in {most}"
         raise BiasError(message)
 
     def raise_if_blind(
@@ -139,7 +175,7 @@ class BiasTest:
             )
         name, seen = self.detectable_bias(either_sign)
         if seen > detect * scale:
-            num_samples = self.tests[name].num_samples
+            num_samples = self.test.num_samples
             needed = math.ceil(num_samples * (seen / (detect * scale)) ** 2)
             raise LowPowerError(
                 f"too little power in {name}: a bias below {seen:.3g} would have gone "
@@ -147,22 +183,35 @@ class BiasTest:
                 f"raise N from {num_samples} to about {needed}"
             )
 
-    def largest_difference(self) -> str:
-        """The coordinate whose mean gradients lie furthest apart, and how far."""
-        sizes = {n: d.abs().max().item() for n, d in self.differences.items() if d.numel()}
-        name = max(sizes, key=lambda n: sizes[n])
-        difference = self.differences[name]
-        index = int(difference.abs().argmax())
-        return f"{coordinate_name(name, difference.shape, index)}, by {difference.flatten()[index]:.4g}"
-
-    def _at(self, at: Tuple[str, int]) -> float:
-        return self.tests[at[0]].z.flatten()[at[1]].item()
-
     def share(self, difference: float) -> str:
         """Its size relative to that of the gradient, in words."""
         if not self.scale > 0:
             return "the gradient is zero"
         return f"{100 * abs(difference) / self.scale:.3g}% of the gradient's norm"
+
+
+def find_bias(mine: Draws, reference: Any, failure_rate: float, paired: bool = False) -> BiasTest:
+    """
+    Tests whether mean gradients agree.
+
+    :param Draws mine: Of the loss; if paired, of its differences to the reference.
+    :param reference: Draws of it, or its exact gradient ``[Q]``.
+    """
+    tested, projector, coordinates = mine.tested, mine.projector, mine.coordinates
+    is_exact = isinstance(reference, Tensor)
+    means = reference.double() if is_exact else reference.moments.mean
+    expected = means if projector is None else projector(means).to(tested.mean.device)
+    size = max(largest(tested.rms), largest(expected.abs() if is_exact else reference.tested.rms))
+    rounding = rounding_error(size, coordinates.dtype)
+    other = torch.zeros_like(tested.mean) if paired else expected if is_exact else reference.tested
+    return BiasTest(
+        compare_moments(tested, other, rounding),
+        mine.label,
+        mine.moments.mean - (0.0 if paired else means),
+        coordinates,
+        means.norm().item(),
+        failure_rate,
+    )
 
 
 def compare_means(
@@ -189,6 +238,7 @@ def compare_means(
         never-drawn categories have no sample variance.
     :raises TypeError: Unless exactly one reference is given.
     :raises AssertionError: If it has other parameters.
+    :raises ValueError: If it has other shapes.
 
     **Example**
 
@@ -203,99 +253,33 @@ def compare_means(
     given = [reference for reference in (expected, paired, independent) if reference is not None]
     if len(given) != 1:
         raise TypeError("give exactly one of expected, paired, independent")
-    if set(samples) != set(given[0]):
+    (reference,) = given
+    if set(samples) != set(reference):
         raise AssertionError(
-            f"samples of {sorted(samples)} cannot be compared with {sorted(given[0])}"
+            f"samples of {sorted(samples)} cannot be compared with {sorted(reference)}"
         )
-    ours = Draws.of(samples, projections)
+    for name, rows in samples.items():
+        shape, wanted = reference[name].shape, rows.shape if paired is not None else rows.shape[1:]
+        if (shape if independent is None else shape[1:]) != wanted:
+            raise ValueError(f"{name}: the reference has shape {tuple(shape)}, samples have {tuple(rows.shape)}")
+    coordinates = Coordinates(list(samples), [rows[0] for rows in samples.values()], most=math.inf)
+    projector = Projector.of_all(coordinates, projections) if projections else None
+
+    def draws(values: Mapping[str, Tensor], less: Optional[Mapping[str, Tensor]] = None) -> Draws:
+        found = Draws(coordinates, projector)
+        rows = _flat(values, samples) - (_flat(less, samples) if less is not None else 0.0)
+        found.moments = SkewedMoments.of(rows)
+        found.projected = list(projector(rows)) if projector is not None else []
+        return found
+
     if expected is not None:
-        return ours.test_exact(expected, failure_rate)
-    return ours.test_draws(Draws.of(given[0], projections), paired is not None, failure_rate)
+        exact = coordinates.vector([expected[name].detach() for name in samples])
+        return find_bias(draws(samples), exact, failure_rate)
+    is_paired = paired is not None
+    return find_bias(draws(samples, paired), draws(reference), failure_rate, is_paired)
 
 
-class Draws:
-    """
-    Gradient samples as they are tested: all of them, or projections and means only, so that
-    the gradients of a large model need not be held all at once.
-
-    :param int num_projections: 0 to keep every coordinate.
-
-    **Example**
-
-    >>> import torch
-    >>> draws = Draws.of({"loc": torch.zeros(3, 2)}, num_projections=0)
-    >>> draws.add({"loc": torch.ones(1, 2)})
-    >>> draws.rows["loc"].shape, draws.moments["loc"].mean
-    (torch.Size([4, 2]), tensor([0.2500, 0.2500], dtype=torch.float64))
-    """
-
-    def __init__(self, num_projections: int) -> None:
-        self.num_projections = num_projections
-        self.moments: Dict[str, RunningMoments] = {}
-        self._rows: Dict[str, List[Tensor]] = {}
-
-    @classmethod
-    def of(cls, samples: Mapping[str, Tensor], num_projections: int) -> "Draws":
-        """:param dict samples: ``[N, *shape]`` by name, one chunk of all draws."""
-        draws = cls(num_projections)
-        draws.add(samples)
-        return draws
-
-    def add(self, samples: Mapping[str, Tensor]) -> None:
-        """:param dict samples: ``[N, *shape]`` by name, one chunk of the draws."""
-        for name, rows in samples.items():
-            chunk = RunningMoments()
-            chunk.count, chunk.mean = len(rows), rows.detach().double().mean(0)
-            self.moments.setdefault(name, RunningMoments()).merge(chunk)
-        kept = {PROJECTIONS: project(samples, self.num_projections)} if self.num_projections else samples
-        for name, rows in kept.items():
-            self._rows.setdefault(name, []).append(rows.detach())
-
-    @property
-    def rows(self) -> Dict[str, Tensor]:
-        """What is tested: ``[N, *shape]`` by name, or projections ``[N, num_projections]``."""
-        return {name: torch.cat(rows) for name, rows in self._rows.items()}
-
-    def tail_share(self, paired: Optional["Draws"] = None) -> float:
-        """
-        The share of the 1% largest draws in the variance of what is tested, see
-        :func:`~pyro_rb.diagnostics.stats.summary.tail_share`.
-        """
-        other = paired.rows if paired is not None else None
-        total: Any = 0.0
-        for name, rows in self.rows.items():
-            values = rows.double() - (0.0 if other is None else other[name].double())
-            total = total + (values - values.mean(0)).reshape(len(rows), -1).square().sum(1)
-        return stats.tail_share(total)
-
-    @property
-    def means(self) -> Dict[str, Tensor]:
-        """By parameter, also where projections are tested."""
-        return {name: moments.mean for name, moments in self.moments.items()}
-
-    def test_exact(self, expected: Mapping[str, Tensor], failure_rate: float) -> BiasTest:
-        """Tests against exact values, ``[*shape]`` by name."""
-        means = {name: expected[name].detach().double() for name in self.means}
-        reference: Mapping[str, Tensor] = means
-        if self.num_projections:
-            rows = project({n: mean.unsqueeze(0) for n, mean in means.items()}, self.num_projections)
-            reference = {PROJECTIONS: rows[0]}
-        tests = {n: one_sample_test(rows, reference[n]) for n, rows in self.rows.items()}
-        return self._result(tests, means, failure_rate)
-
-    def test_draws(self, other: "Draws", is_paired: bool, failure_rate: float) -> BiasTest:
-        """Tests against other draws, of which the rows belong to those here if paired."""
-        compare = paired_test if is_paired else independent_test
-        reference = other.rows
-        tests = {n: compare(rows, reference[n]) for n, rows in self.rows.items()}
-        return self._result(tests, other.means, failure_rate)
-
-    def _result(
-        self, tests: Dict[str, MeanTest], means: Mapping[str, Tensor], failure_rate: float
-    ) -> BiasTest:
-        # Terms of one size may cancel in one parameter, and leave their rounding there.
-        rounding = max(test.rounding for test in tests.values())
-        tests = {name: replace(test, rounding=rounding) for name, test in tests.items()}
-        differences = {name: mean - means[name] for name, mean in self.means.items()}
-        scale = math.sqrt(sum(mean.square().sum().item() for mean in means.values()))
-        return BiasTest(tests, differences, scale, failure_rate)
+def _flat(values: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """``[N, Q]``"""
+    rows = [values[name].detach().double() for name in names]
+    return torch.cat([row.reshape(len(row), row[0].numel()) for row in rows], 1)

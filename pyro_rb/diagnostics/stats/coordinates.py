@@ -23,7 +23,7 @@ class Coordinates:
     :param list tensors: The parameters.
     :param list used: For each parameter, booleans of its shape: which coordinates are of interest.
         Default: all.
-    :param int most: About how many to follow. Default: :data:`MOST`.
+    :param float most: About how many to follow, maybe infinity. Default: :data:`MOST`.
 
     **Example**
 
@@ -39,11 +39,11 @@ class Coordinates:
         names: Sequence[str],
         tensors: Sequence[Tensor],
         used: Optional[Sequence[Tensor]] = None,
-        most: Optional[int] = None,
+        most: Optional[float] = None,
     ) -> None:
         self.names, self.shapes = list(names), [tensor.shape for tensor in tensors]
         generator = torch.Generator().manual_seed(0)
-        each = max(1, (MOST if most is None else most) // max(1, len(tensors)))
+        each = max(1.0, (MOST if most is None else most) / max(1, len(tensors)))
         self._indices: List[Optional[Tensor]] = []
         #: How many coordinates of each parameter are of interest, and how many are followed.
         self.sizes: List[int] = []
@@ -52,12 +52,14 @@ class Coordinates:
             index = None if used is None or used[number].all() else used[number].flatten().nonzero()[:, 0]
             size = tensor.numel() if index is None else len(index)
             if size > each:
-                chosen = torch.randint(size, (each,), generator=generator, device="cpu").unique()
+                chosen = torch.randint(size, (int(each),), generator=generator, device="cpu").unique()
                 index = chosen.to(tensor.device) if index is None else index[chosen.to(tensor.device)]
             self._indices.append(index)
             self.sizes.append(size)
             self.counts.append(size if index is None else len(index))
         self.device = tensors[0].device
+        #: The least exact of all.
+        self.dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
         factors = [size / max(count, 1) for size, count in zip(self.sizes, self.counts)]
         self._factors = torch.tensor(factors, dtype=torch.double, device=self.device)
 

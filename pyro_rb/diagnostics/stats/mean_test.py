@@ -11,12 +11,12 @@ Throughout, ``samples`` is a tensor of shape ``[N, *shape]`` with one draw a row
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
-from pyro_rb.diagnostics.stats.moments import RunningMoments
+from pyro_rb.diagnostics.stats.moments import SkewedMoments, skewness
 
 # Differences below this many units in the last place, relative to the largest coordinate,
 # are rounding and not bias.
@@ -132,66 +132,16 @@ class MeanTest:
         return (needed + NormalDist().inv_cdf(power)) * self.standard_error + self.rounding
 
 
-def one_sample_test(samples: Tensor, expected: Tensor) -> MeanTest:
+def compare_moments(mine: SkewedMoments, other: Union[SkewedMoments, Tensor], rounding: float) -> MeanTest:
     """
-    Tests the mean of ``samples`` ``[N, *shape]`` against known values ``[*shape]``.
-
-    **Example**
-
-    >>> import torch
-    >>> one_sample_test(torch.tensor([[1.], [2.], [3.]]), torch.tensor([2.])).max_abs_z
-    0.0
+    :param other: Moments of independent draws, whose variance may differ (Welch), or exact values.
+    :param float rounding: Differences up to this size count as exact agreement.
     """
-    a = RunningMoments.of(samples)
-    expected = expected.detach().double()
-    if expected.shape != a.mean.shape:
-        raise ValueError(
-            f"expected has shape {tuple(expected.shape)}, "
-            f"but one draw of samples has shape {tuple(a.mean.shape)}"
-        )
-    size = max(_largest(a.rms), _largest(expected.abs()))
-    rounding = rounding_error(size, samples.dtype)
-    skewness = _skewness(_third_cumulant(samples, a), a.standard_error)
-    return MeanTest(a.mean - expected, a.standard_error, a.count, rounding, skewness)
-
-
-def paired_test(a: Tensor, b: Tensor) -> MeanTest:
-    """
-    Tests equality of the means of two samples of shape ``[N, *shape]`` whose rows belong
-    together, for example since they were drawn with the same random numbers.
-
-    Never wrong when the pairs are in truth independent; more sensitive the more the
-    pairs have in common.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"paired samples have shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    differences = a.detach().double() - b.detach().double()
-    difference = RunningMoments.of(differences)
-    size = max(_largest(RunningMoments.of(a).rms), _largest(RunningMoments.of(b).rms))
-    rounding = rounding_error(size, a.dtype)
-    error = difference.standard_error
-    skewness = _skewness(_third_cumulant(differences, difference), error)
-    return MeanTest(difference.mean, error, difference.count, rounding, skewness)
-
-
-def independent_test(a: Tensor, b: Tensor) -> MeanTest:
-    """
-    Tests equality of the means of two independent samples ``[N, *shape]`` and
-    ``[M, *shape]``, whose variances may differ (Welch).
-    """
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"draws have shapes {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
-    first, second = RunningMoments.of(a), RunningMoments.of(b)
-    size = max(_largest(first.rms), _largest(second.rms))
-    error = (first.standard_error**2 + second.standard_error**2).sqrt()
-    cumulant = _third_cumulant(a, first) - _third_cumulant(b, second)
-    return MeanTest(
-        first.mean - second.mean,
-        error,
-        min(first.count, second.count),
-        rounding_error(size, a.dtype),
-        _skewness(cumulant, error),
-    )
+    if isinstance(other, Tensor):
+        return MeanTest(mine.mean - other, mine.standard_error, mine.count, rounding, mine.skewness)
+    error = (mine.standard_error**2 + other.standard_error**2).sqrt()
+    skewed = skewness(mine.third_cumulant - other.third_cumulant, error)
+    return MeanTest(mine.mean - other.mean, error, min(mine.count, other.count), rounding, skewed)
 
 
 def rounding_error(size: float, dtype: torch.dtype) -> float:
@@ -199,16 +149,6 @@ def rounding_error(size: float, dtype: torch.dtype) -> float:
     return ROUNDING_UNITS * torch.finfo(dtype).eps * size
 
 
-def _third_cumulant(samples: Tensor, moments: RunningMoments) -> Tensor:
-    """That of the mean of the samples."""
-    centred = samples.detach().double() - moments.mean
-    return centred.pow(3).mean(0) / len(samples) ** 2
-
-
-def _skewness(third_cumulant: Tensor, standard_error: Tensor) -> Tensor:
-    skewness = third_cumulant / standard_error**3
-    return torch.where(skewness.isfinite(), skewness, torch.zeros_like(skewness))
-
-
-def _largest(value: Tensor) -> float:
+def largest(value: Tensor) -> float:
+    """0 if there is none."""
     return value.max().item() if value.numel() else 0.0

@@ -99,7 +99,7 @@ class RunningMoments:
 
 class SkewedMoments(RunningMoments):
     """
-    As :class:`RunningMoments`, and the skewness of the mean. Takes draws one by one.
+    As :class:`RunningMoments`, and the skewness of the mean.
 
     **Example**
 
@@ -126,11 +126,28 @@ class SkewedMoments(RunningMoments):
             self._cubes.addcmul_(part * part, deviation, value=self.count * (self.count - 1))
         return super().update(value)
 
+    @classmethod
+    def of(cls, samples: Tensor) -> "SkewedMoments":
+        found = super().of(samples)
+        assert isinstance(found, cls)
+        found._cubes = (samples.detach().double() - found.mean).pow(3).sum(0)
+        return found
+
     def merge(self, other: RunningMoments) -> None:
         raise NotImplementedError("SkewedMoments cannot be merged")
 
     @property
+    def third_cumulant(self) -> Tensor:
+        """Of the mean, per coordinate."""
+        return self._cubes / self.count**3
+
+    @property
     def skewness(self) -> Tensor:
         """Of the mean, per coordinate: that of one draw over the root of their number."""
-        found = self._cubes / self.count**3 / self.standard_error**3
-        return torch.where(found.isfinite(), found, torch.zeros_like(found))
+        return skewness(self.third_cumulant, self.standard_error)
+
+
+def skewness(third_cumulant: Tensor, standard_error: Tensor) -> Tensor:
+    """Zero where there is no variance."""
+    found = third_cumulant / standard_error**3
+    return torch.where(found.isfinite(), found, torch.zeros_like(found))

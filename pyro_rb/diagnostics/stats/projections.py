@@ -8,7 +8,7 @@ near normal.
 """
 
 import math
-from typing import List, Mapping, Optional
+from typing import List, Optional
 
 import torch
 from torch import Tensor
@@ -30,28 +30,6 @@ def random_directions(size: int, count: int, generator: torch.Generator) -> Tens
     return directions / directions.norm(dim=0)
 
 
-def random_projections(samples: Tensor, num_projections: int, seed: int = 0) -> Tensor:
-    """
-    Projects each draw on random directions of length one. A direction mixes all
-    coordinates, so that events too rare for a z-test of their own coordinate (categories
-    that were never drawn) add to tests that are near normal.
-
-    :param ~torch.Tensor samples: ``[N, *shape]``.
-    :param int num_projections: Number of directions, the same for the same seed and size.
-    :returns: A tensor of shape ``[N, num_projections]``.
-    :rtype: ~torch.Tensor
-    """
-    flat = samples.detach().double().reshape(len(samples), -1)
-    directions = random_directions(flat.shape[1], num_projections, torch.Generator().manual_seed(seed))
-    return flat @ directions.to(flat.device)
-
-
-def project(samples: Mapping[str, Tensor], num_projections: int) -> Tensor:
-    """Random projections ``[N, num_projections]`` of all parameters side by side."""
-    rows = [rows.double().reshape(len(rows), -1) for rows in samples.values()]
-    return random_projections(torch.cat(rows, dim=1), num_projections)
-
-
 class Projector:
     """
     A few random projections of each parameter's gradient. Parameters with no more
@@ -62,25 +40,42 @@ class Projector:
 
     def __init__(self, coordinates: Coordinates) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.labels: List[str] = []
         self.sizes = coordinates.counts
+        self._labels: List[str] = []
         self._directions: List[Optional[Tensor]] = []
         widths: List[float] = []
         for name, size in zip(coordinates.names, self.sizes):
-            count = min(size, EACH)
-            directions = None
-            if size > EACH:
-                directions = random_directions(size, count, generator).to(coordinates.device)
-            self._directions.append(directions)
-            self.labels += [name] * count
-            widths += [math.sqrt(size) if size > EACH else 1.0] * count
+            few = size <= EACH
+            self._directions.append(None if few else random_directions(size, EACH, generator).to(coordinates.device))
+            self._labels += [name] * min(size, EACH)
+            widths += [1.0] * size if few else [math.sqrt(size)] * EACH
         #: A bias has this many times its projection's size, typically.
         self.widths = torch.tensor(widths, dtype=torch.double, device="cpu")
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """``[Q]`` to ``[number of projections]``, on the CPU."""
+    @classmethod
+    def of_all(cls, coordinates: Coordinates, count: int, seed: int = 0) -> "Projector":
+        """Projections of the whole gradient, of all parameters side by side."""
+        found = cls.__new__(cls)
+        size = sum(coordinates.counts)
+        generator = torch.Generator().manual_seed(seed)
+        found.sizes = [size]
+        found._directions = [random_directions(size, count, generator).to(coordinates.device)]
+        found._labels = [f"projections[{number}]" for number in range(count)]
+        found.widths = torch.ones(count, dtype=torch.double, device="cpu")
+        return found
+
+    def __len__(self) -> int:
+        """The number of projections."""
+        return len(self.widths)
+
+    def label(self, number: int) -> str:
+        """The parameter of a projection."""
+        return self._labels[number]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """``[*, Q]`` to ``[*, number of projections]``, on the CPU."""
         parts = [
             part if directions is None else part @ directions
-            for part, directions in zip(vector.double().split(self.sizes), self._directions)
+            for part, directions in zip(vectors.double().split(self.sizes, -1), self._directions)
         ]
-        return torch.cat(parts).cpu()
+        return torch.cat(parts, -1).cpu()

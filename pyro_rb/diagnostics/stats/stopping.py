@@ -83,7 +83,8 @@ class StopRule:
     :param float failure_rate: Probability of stopping too early.
     :param float noise_share: See ``tolerance``. The noise is measured by the absolute
         differences of consecutive losses. To see that an improvement is smaller takes at
-        least ``50 / noise_share**2`` steps, more if consecutive losses are alike.
+        least ``50 / noise_share**2`` steps, more if consecutive losses are alike. A third is what stops after
+        about twice the steps that are needed.
     :raises ValueError: If an argument is out of range.
 
     **Attributes.** ``num_steps``: losses seen. ``num_ignored``: those among them that were not
@@ -107,7 +108,7 @@ class StopRule:
         tolerance: Optional[float] = None,
         min_steps: int = 400,
         failure_rate: float = 0.05,
-        noise_share: float = 0.25,
+        noise_share: float = 1 / 3,
     ) -> None:
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance: expected a number > 0 or None, got {tolerance}")

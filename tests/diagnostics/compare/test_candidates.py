@@ -13,7 +13,8 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_rb.diagnostics import check_unbiased, choose_losses, compare
-from pyro_rb.diagnostics.compare import candidates as choose_module
+from pyro_rb.diagnostics.compare import chooser as choose_module
+from pyro_rb.diagnostics.compare.candidates import PARTICLES
 from pyro_rb.diagnostics.run.losses import ENUMERATED
 from tests.infer.r2g2.models import net
 from tests.support.models import conj, discrete_first, mix
@@ -313,7 +314,7 @@ def test_particles_of_a_large_model(monkeypatch):
 
     choice = choose_losses(model, AutoNormal(model))
     assert not any("num_particles" in name for name in choice.losses)
-    assert "its particles together would draw 60 numbers" in choice.left_out[f"Trace_ELBO:{choose_module.PARTICLES}"]
+    assert "its particles together would draw 60 numbers" in choice.left_out[f"Trace_ELBO:{PARTICLES}"]
 
 
 def test_world_is_left_as_found():

@@ -11,7 +11,8 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_rb.diagnostics import compare
-from pyro_rb.diagnostics.stats.agreement import Agreement
+from pyro_rb.diagnostics.stats.agreement import judge
+from pyro_rb.diagnostics.stats.bias import Draws
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
 from pyro_rb.diagnostics.stats.projections import Projector
@@ -26,20 +27,19 @@ COORDINATES = Coordinates(list(PARAMETERS), list(PARAMETERS.values()))
 
 
 def fill(draws, reference=None):
-    """Agreements over projections of ``draws`` ``[N, 33]`` and of the reference's."""
+    """Projections of ``draws`` ``[N, 33]`` and of the reference's."""
     projector = Projector(COORDINATES)
     found = []
     for rows in (draws, torch.zeros_like(draws) if reference is None else reference):
-        agreement = Agreement(COORDINATES, projector)
+        found.append(Draws(COORDINATES, projector))
         for row in rows:
-            agreement.update(row, row)
-        found.append(agreement)
+            found[-1].add(row)
     return found
 
 
 def test_projector():
     projector = Projector(COORDINATES)
-    assert projector.labels == ["big"] * 4 + ["scalar"] + ["pair"] * 2
+    assert [projector.label(number) for number in range(len(projector))] == ["big"] * 4 + ["scalar"] + ["pair"] * 2
     assert projector.widths.tolist() == pytest.approx([30**0.5] * 4 + [1.0] * 3)
     vector = torch.arange(33.0)
     projected = projector(vector)
@@ -53,13 +53,13 @@ def test_projector():
 def test_bias_is_found_and_named():
     draws = torch.randn(200, 33)
     mine, reference = fill(draws)
-    assert mine.verdict(reference, torch.zeros(33), 4.5, 1.0).z < 4.5
+    assert judge(mine, reference, torch.zeros(33), 4.5, 1.0).z < 4.5
     mine, reference = fill(draws + torch.cat([torch.zeros(31), torch.tensor([0.8, 0.0])]))
-    verdict = mine.verdict(reference, torch.zeros(33), 4.5, 1.0)
+    verdict = judge(mine, reference, torch.zeros(33), 4.5, 1.0)
     assert verdict.z > 4.5 and verdict.at == "pair"
     assert verdict.difference == pytest.approx(0.8, abs=0.25)
     mine, reference = fill(draws + 0.8 * (torch.arange(33) < 30))
-    assert mine.verdict(reference, torch.zeros(33), 4.5, 1.0).at == "big"
+    assert judge(mine, reference, torch.zeros(33), 4.5, 1.0).at == "big"
 
 
 def test_false_alarms_are_rare():
@@ -71,7 +71,7 @@ def test_false_alarms_are_rare():
         drawn = torch.multinomial(probs, 300, replacement=True, generator=generator)
         draws = torch.nn.functional.one_hot(drawn, 33).float()
         mine, reference = fill(draws)
-        alarms += mine.verdict(reference, probs, 4.5, 1.0).z > 4.5
+        alarms += judge(mine, reference, probs, 4.5, 1.0).z > 4.5
     assert alarms == 0
 
 
@@ -88,12 +88,12 @@ def test_skewed_differences_are_no_bias(is_projected):
         draws = torch.randn(60, 1000, generator=torch.Generator().manual_seed(seed)).square() - 1
         zero = torch.zeros(1000)
         mine, reference = (
-            Agreement(coordinates, Projector(coordinates) if is_projected else None) for _ in range(2)
+            Draws(coordinates, Projector(coordinates) if is_projected else None) for _ in range(2)
         )
         for row in draws:
-            mine.update(row, zero)
-            reference.update(zero, zero)
-        alarms += mine.verdict(reference, None, threshold, 1.0).z > threshold
+            mine.add(row)
+            reference.add(zero)
+        alarms += judge(mine, reference, None, threshold, 1.0).z > threshold
         plain += (draws.mean(0) / draws.std(0)).abs().max() * 60**0.5 > threshold
     assert plain > 20 and alarms <= 4, (plain, alarms)
 
@@ -103,17 +103,17 @@ def test_rare_events_tell_nothing():
     draws = torch.zeros(300, 33)
     exact = torch.full((33,), 0.01)
     mine, reference = fill(draws)
-    verdict = mine.verdict(reference, exact, 4.5, 1.0)
+    verdict = judge(mine, reference, exact, 4.5, 1.0)
     assert verdict.z == 0 and verdict.detectable == math.inf
     draws[7] = 3.0  # once
     mine, reference = fill(draws)
-    assert mine.verdict(reference, torch.zeros(33), 4.5, 1.0).detectable == math.inf
+    assert judge(mine, reference, torch.zeros(33), 4.5, 1.0).detectable == math.inf
 
 
 def test_exact_draws():
     exact = torch.randn(33)
     mine, reference = fill(exact.expand(20, 33))
-    verdict = mine.verdict(reference, exact.double(), 4.5, 1.0)
+    verdict = judge(mine, reference, exact.double(), 4.5, 1.0)
     assert verdict.z == 0 and verdict.detectable < 1e-3
 
 
@@ -121,10 +121,10 @@ def test_pairs():
     common = 10 * torch.randn(200, 33)
     shift = torch.randn(200, 33)
     mine, reference = fill(common + shift + 0.7, common)
-    verdict = mine.verdict(reference, None, 4.5, 1.0)
+    verdict = judge(mine, reference, None, 4.5, 1.0)
     assert verdict.z > 4.5  # seen although the common part is ten times as noisy
     mine, reference = fill(common + shift, common)
-    assert mine.verdict(reference, None, 4.5, 1.0).z < 4.5
+    assert judge(mine, reference, None, 4.5, 1.0).z < 4.5
 
 
 class ShiftedTopK(RaoBlackwellTopK_ELBO):
