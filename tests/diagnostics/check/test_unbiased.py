@@ -113,7 +113,7 @@ def test_enumeration_as_reference():
         "Trace_ELBO", bernoulli_model, bernoulli_guide, Enumerated(max_plate_nesting=0),
         method="exact", num_samples=150,
     )
-    assert result.projections == 20 and "20 random projections of 1 parameter values" in str(result)
+    assert result.projections == 20 and "20 random projections of 1 parameter value, " in str(result)
 
 
 def concentrated(num_values=300):
