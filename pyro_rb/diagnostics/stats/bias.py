@@ -62,6 +62,15 @@ class Draws:
 
     :param Coordinates coordinates: What is followed of the gradient.
     :param Projector projector: To test projections; None to test coordinates.
+
+    **Example**
+
+    >>> import torch
+    >>> draws = Draws(Coordinates(["loc"], [torch.zeros(2)]))
+    >>> for row in torch.tensor([[1.0, 2.0], [3.0, 2.0]]):
+    ...     draws.add(row)
+    >>> draws.tested.mean.tolist(), draws.label(1)
+    ([2.0, 2.0], 'loc[1]')
     """
 
     def __init__(self, coordinates: Coordinates, projector: Optional[Projector] = None) -> None:
@@ -158,9 +167,7 @@ class BiasTest:
             message += f"; the means differ most in {most}"
         raise BiasError(message)
 
-    def raise_if_blind(
-        self, detect: float, scale: Optional[float] = None, either_sign: bool = True
-    ) -> None:
+    def raise_if_blind(self, detect: float, scale: Optional[float] = None, either_sign: bool = True) -> None:
         """
         :param float detect: The smallest bias that must be seen, as a share of ``scale``.
         :param float scale: Default: that of the test.
@@ -170,8 +177,7 @@ class BiasTest:
         scale = self.scale if scale is None else scale
         if not scale > 0:
             raise LowPowerError(
-                "the expected gradient is zero, so that detect has no scale: "
-                "give scale=..., or detect=None"
+                "the expected gradient is zero, so that detect has no scale: give scale=..., or detect=None"
             )
         name, seen = self.detectable_bias(either_sign)
         if seen > detect * scale:
@@ -196,6 +202,17 @@ def find_bias(mine: Draws, reference: Any, failure_rate: float, paired: bool = F
 
     :param Draws mine: Of the loss; if paired, of its differences to the reference.
     :param reference: Draws of it, or its exact gradient ``[Q]``.
+    :param bool paired: Whether ``mine`` has such differences.
+
+    **Example**
+
+    >>> import torch
+    >>> draws = Draws(Coordinates(["loc"], [torch.zeros(1)]))
+    >>> for value in torch.linspace(-1, 1, 50):
+    ...     draws.add(value.reshape(1))
+    >>> test = find_bias(draws, torch.ones(1), failure_rate=1e-3)
+    >>> test.test.max_abs_z > test.threshold
+    True
     """
     tested, projector, coordinates = mine.tested, mine.projector, mine.coordinates
     is_exact = isinstance(reference, Tensor)
@@ -255,9 +272,7 @@ def compare_means(
         raise TypeError("give exactly one of expected, paired, independent")
     (reference,) = given
     if set(samples) != set(reference):
-        raise AssertionError(
-            f"samples of {sorted(samples)} cannot be compared with {sorted(reference)}"
-        )
+        raise AssertionError(f"samples of {sorted(samples)} cannot be compared with {sorted(reference)}")
     for name, rows in samples.items():
         shape, wanted = reference[name].shape, rows.shape if paired is not None else rows.shape[1:]
         if (shape if independent is None else shape[1:]) != wanted:
