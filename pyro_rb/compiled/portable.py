@@ -17,6 +17,8 @@ from pyro_rb.compiled.torch_private import is_operation
 aten = torch.ops.aten
 #: Number of multiplications of which a product of matrices is written as a sum.
 LARGEST_PRODUCT = 2**14
+#: Numbers of which a sum is made in single precision: Inductor adds them one by one, not pair by pair.
+LARGEST_SUM = 2**12
 
 
 def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
@@ -26,6 +28,7 @@ def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     _expand_products(graph)
+    _sum_in_double(graph)
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     constants: List[torch.Tensor] = []
     for node in list(graph.nodes):
@@ -44,6 +47,21 @@ def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     return graph, constants
+
+
+def _sum_in_double(graph: Graph) -> None:
+    """Makes long sums as precise as those of PyTorch, such as that of the log densities of many weights."""
+    for node in list(graph.nodes):
+        if node.target not in (aten.sum.default, aten.sum.dim_IntList) or node.kwargs:
+            continue
+        terms, total = (x.meta.get("val") for x in (node.args[0], node))
+        if not isinstance(terms, torch.Tensor) or terms.dtype != torch.float32:
+            continue
+        if terms.numel() > LARGEST_SUM * max(1, total.numel()):
+            node.kwargs = {"dtype": torch.float64}
+            with graph.inserting_after(node):
+                new = graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
+            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
 
 
 def _expand_products(graph: Graph) -> None:

@@ -64,3 +64,20 @@ def test_products_with_vectors_are_sums():
     module = trace(product_of_rows, [torch.zeros(3)])
     graph, _ = without_tensors(module)
     assert sum(node.target is torch.ops.aten.mm.default for node in graph.nodes) == 1
+
+
+@pytest.mark.parametrize("size, is_long", [(2**12, False), (2**16, True)])
+def test_long_sums_are_made_in_double_precision(size, is_long):
+    """Inductor adds up in order, in which 65,536 numbers lose three digits."""
+    torch.manual_seed(0)
+    x = 1.0 + torch.rand(size)
+
+    def fn(x):
+        return x.sum(), x.reshape(2, -1).sum(1)
+
+    graph, _ = without_tensors(trace(fn, [x]))
+    sums = [node for node in graph.nodes if str(node.target).startswith("aten.sum")]
+    assert [node.kwargs.get("dtype") for node in sums] == [torch.float64 if is_long else None] * 2
+    found = send(fn, [x])[1](x)
+    assert all(y.dtype == torch.float32 for y in found)
+    torch.testing.assert_close(found[0].double(), x.double().sum(), rtol=1e-7, atol=0)
