@@ -71,7 +71,7 @@ def written():
 
 def test_check(capsys):
     assert call("check", "--loss", "STLTrace_ELBO", "--num-samples", "100", *FILES) == 0
-    assert capsys.readouterr().out.startswith("no bias seen in 1 parameter values, 100 paired draws")
+    assert capsys.readouterr().out.startswith("no bias seen in 1 parameter value, 100 paired draws")
     found = written()
     assert found["failure"] is None and found["max_abs_z"] == max(found["z_scores"].values()) < found["threshold"]
 

@@ -517,8 +517,8 @@ def test_order_is_rotated():
 
     losses = {"a": Logging("a"), "b": Logging("b")}
     compare(model, AutoNormal(model), losses, args=(X,), num_samples=3, num_burn_in=0, progress=False)
-    # The reference takes its turn too. Then come two steps of each for the memory.
-    assert calls == ["a", "b", "a", "b", "b", "a", "a", "a", "b", "b"]
+    # The reference takes its turn too. Then comes a step of each for the memory.
+    assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
 
 
 def test_one_line():

@@ -57,7 +57,8 @@ def test_inductor_comes_after_replay():
     replayed, inductor = times_of(model, AutoNormal(model), (X,))
     assert (replayed.backend, inductor.backend) == ("replay", "inductor")
     assert replayed.error is None and inductor.error is None
-    assert inductor.setup_seconds > replayed.setup_seconds
+    # Not more, where Inductor has the program from an earlier run.
+    assert inductor.setup_seconds >= replayed.setup_seconds > 0.0
 
 
 def test_minibatches_are_drawn_anew(replay_only):
