@@ -133,7 +133,7 @@ def test_user_model_in_a_process():
     # Pyro tells what it has guessed.
     errors = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
     assert done.returncode == 0 and errors == []
-    assert done.stdout.startswith("Model mine:model, guide mine:guide\n1 parameter values")
+    assert done.stdout.startswith("Model mine:model, guide mine:guide\n1 parameter value,")
     assert "After 1 training steps" in done.stdout
     (comparison,) = json.loads(Path("out.json").read_text())["comparisons"]
     assert [state["step"] for state in comparison["states"]] == [0, 1, 2]

@@ -112,7 +112,7 @@ def outline(comparison: Comparison) -> List[str]:
     if any(map(_has_dropped, comparison.states)):
         count = f"up to {counts[-1]}"
     lines = [
-        f"{size} parameter values, {count} gradients of each loss, "
+        f"{size} parameter value{'s' * (size != 1)}, {count} gradients of each loss, "
         f"seed {settings['seed']}, device {settings['device']}",
         f"biased means |z| > {settings['bias_threshold']:.1f} against "
         f"{settings['reference_gradient']}",
