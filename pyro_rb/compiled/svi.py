@@ -121,13 +121,18 @@ class CompiledSVI(SVI):
         return torch.tensor(losses)
 
     def _make(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Iterator[List[float]]:
-        """Yields the losses of the next steps, a few at a time: those that a graph makes, or that of one step."""
-        is_eager = True
-        for losses in self._fused(num_steps, args, kwargs):
-            is_eager = False
-            yield losses
-        if is_eager:
-            yield [self.step(*args, **kwargs)]
+        """
+        Yields the losses of the next steps, a few at a time: those of a graph of so many steps, or of one step; or that
+        of a step that is eager.
+        """
+        for size in dict.fromkeys((num_steps, 1)):
+            is_made = False
+            for losses in self._fused(size, args, kwargs):
+                is_made = True
+                yield losses
+            if is_made:
+                return
+        yield [self.step(*args, **kwargs)]
 
     def _fused(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Iterator[List[float]]:
         """
