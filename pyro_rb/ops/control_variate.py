@@ -204,7 +204,7 @@ class AdaptiveScale:
             name = name_of(parameter)
             waiting = self._loaded.pop((name, *shape), [])
             if name is None and waiting[1:]:
-                self._loaded[name, *shape] = waiting[1:]
+                self._loaded[(name, *shape)] = waiting[1:]
             # Of several with one name, all but the last have been replaced.
             found = waiting[0 if name is None else -1] if waiting else Moments(shape, name)
             self._variates[parameter] = found
