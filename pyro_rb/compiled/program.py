@@ -223,7 +223,8 @@ class Program:
         loss = step.loss.item()
         held = step.held is None or bool(step.held)
         if loss != loss or not held:
-            self._count_miss(graph, held)
+            if not held:
+                self._count_miss(graph)
             # The eager loss says where, or does without what was taken for granted.
             set_torch_generators(generators)
             for x, value in changed:
@@ -233,10 +234,10 @@ class Program:
         graph.announce()
         return Gradient(loss, graph.captured.parameters, step.grads)
 
-    def _count_miss(self, graph: Graph, held: bool) -> None:
+    def _count_miss(self, graph: Graph) -> None:
         """Drops a graph that was made for values which come up no more."""
-        places = "; ".join(dict.fromkeys(graph.captured.places))
-        graph.misses += not held
+        graph.misses += 1
+        places = graph.captured.places
         if not places or graph.misses < MAX_MISSES or graph.misses <= graph.calls // MAX_MISSES:
             return
         for graphs in self._graphs.values():
@@ -244,8 +245,8 @@ class Program:
         self._unstable += 1
         if self._unstable >= MAX_UNSTABLE:
             self._give_up(
-                f"{places}. A graph is made for one value, and others keep coming up. Expected tensor "
-                "operations only, such as torch.where"
+                f"{'; '.join(dict.fromkeys(places))}. A graph is made for one value, and others keep "
+                "coming up. Expected tensor operations only, such as torch.where"
             )
 
     def _reach(self) -> Reachable:
@@ -346,7 +347,7 @@ class Program:
         try:
             step = graph(tensors)
             if step.held is not None and not step.held:
-                self._count_miss(graph, False)
+                self._count_miss(graph)
                 return False  # such a step is eager
             parameters = graph.captured.parameters
             problem = difference(step, parameters, result, COMPILED if graph.is_compiled else REPLAYED)

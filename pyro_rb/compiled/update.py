@@ -89,7 +89,7 @@ class Update:
         self._numbers = torch.ones(3, len(parameters), dtype=torch.float64)
         #: What they were made of, as far as the graph has gone on since.
         self._known: Any = None
-        #: The numbers of steps that are tensors, and what they are views of.
+        #: The numbers of steps that are tensors, held as they are told apart by id, and what they are views of.
         self._steps: List[torch.Tensor] = []
         self._counts: List[torch.Tensor] = []
 

@@ -93,15 +93,26 @@ class Assumptions:
         #: Where code that is no library's looks at a value.
         self.places: List[str] = []
 
-    def decide(self, tensor: torch.Tensor) -> bool:
-        """The value of a condition."""
+    def decide(self, tensor: torch.Tensor, what: str = "") -> bool:
+        """
+        The value of a condition.
+
+        :param str what: is said of it, if code that is no library's looks at it.
+        """
+        if what:
+            self.places.append(f"{what}{find_user_line()}")
         with outside_of_graph():
             value = bool(tensor)
         self.conditions.append((tensor if value else ~tensor.bool()).bool().reshape(()))
         return value
 
-    def look(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """The value of a tensor, on which operations are not part of the graph."""
+    def find(self, tensor: torch.Tensor, what: str, caller: str) -> torch.Tensor:
+        """The value of a tensor, on which operations are not part of the graph; refuses one that is not known."""
+        known = origin(tensor)
+        if known > INPUTS:
+            _refuse(what, caller)
+        if known == NOTHING:  # such as the index of a sequential plate
+            return tensor
         self.places.append(f"{what}{find_user_line()}")
         with outside_of_graph():
             value = tensor.detach().clone()
@@ -158,13 +169,9 @@ class Watch(TorchFunctionMode):
 
     def _look_at_others(self, func: Any, args: Tuple, kwargs: Dict[str, Any], code: Any) -> Any:
         what = f"It looks at the value of a tensor, by {func.__name__}(),"
-        is_condition = func is torch.Tensor.__bool__
-        if origin(args[0]) > INPUTS and not (is_condition and origin(args[0]) < DRAWS):
-            _refuse(what, code.co_filename)
-        if is_condition:
-            self._assumptions.places.append(f"{what}{find_user_line()}")
-            return self._assumptions.decide(args[0])
-        value = self._assumptions.look(args[0], what)
+        if func is torch.Tensor.__bool__ and origin(args[0]) < DRAWS:
+            return self._assumptions.decide(args[0], what)
+        value = self._assumptions.find(args[0], what, code.co_filename)
         with outside_of_graph():
             return func(value, *args[1:], **kwargs)
 
@@ -228,22 +235,18 @@ class Operations(TorchDispatchMode):
             return self._assumptions.decide(tensors[0])
         what = "It looks at the value of a tensor"
         if func is torch.ops.aten.equal.default and max(map(origin, tensors)) < DRAWS:
-            self._assumptions.places.append(f"{what}{find_user_line()}")
             same = tensors[0].shape == tensors[1].shape
-            return same and self._assumptions.decide((tensors[0] == tensors[1]).all())
+            return same and self._assumptions.decide((tensors[0] == tensors[1]).all(), what)
         return self._known(func, args, kwargs, what)
 
     def _known(self, func: Any, args: Tuple, kwargs: Dict[str, Any], what: str) -> Any:
         """What a function makes of tensors whose values are known, outside of the graph."""
-        args = tuple(self._find(x, what) if isinstance(x, torch.Tensor) else x for x in args)
+        caller = _find_caller()
+        args = tuple(
+            self._assumptions.find(x, what, caller) if isinstance(x, torch.Tensor) else x for x in args
+        )
         with outside_of_graph():
             return func(*args, **kwargs)
-
-    def _find(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """The value of a tensor, if it is known."""
-        if origin(tensor) > INPUTS:
-            _refuse(what, _find_caller())
-        return tensor if origin(tensor) == NOTHING else self._assumptions.look(tensor, what)
 
     def _without_masks(self, indices: Any) -> List[Any]:
         """Indices, with numbers in the place of masks."""
@@ -252,7 +255,7 @@ class Operations(TorchDispatchMode):
             if index is None or index.dtype not in (torch.bool, torch.uint8):
                 found.append(index)
             else:
-                mask = self._find(index, "A shape depends on values")
+                mask = self._assumptions.find(index, "A shape depends on values", _find_caller())
                 with outside_of_graph():
                     found.extend(mask.nonzero(as_tuple=True))
         return found
