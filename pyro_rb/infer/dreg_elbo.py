@@ -20,6 +20,7 @@ from pyro_rb.infer.path_mixin import Groups, PathGradientMixin
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import check_traces, get_traces, prune, under
 from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
+from pyro_rb.poutine.densities import compute_score_parts
 
 
 def _find_hint(guide: Any, args: Tuple, kwargs: Dict) -> str:
@@ -180,7 +181,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         model_trace, guide_trace = prune(*traces, nesting)
         tap.settle(guide_trace)
         model_trace.compute_log_prob()
-        guide_trace.compute_score_parts()
+        compute_score_parts(guide_trace)
         check_traces(model_trace, guide_trace, nesting, enumerates=False)
         tap.path.raise_if_edited()
         tap.path.attach_flows()

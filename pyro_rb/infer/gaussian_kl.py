@@ -8,7 +8,6 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine import Trace
 from torch.distributions import Independent, Normal
@@ -18,6 +17,7 @@ from pyro_rb.infer.util import sample_sites
 from pyro_rb.ops.family import find_kl, is_exactly, strip_independent
 from pyro_rb.ops.gaussian import entropy_path, prior_path
 from pyro_rb.poutine import Projection
+from pyro_rb.poutine.densities import compute_score_parts, put_log_prob
 from pyro_rb.poutine.gaussian_site import GaussianSite, View
 from pyro_rb.poutine.local_draws import LocalDraws
 
@@ -47,14 +47,12 @@ def compute_log_prob(
         site: Any = guide_trace.nodes[name]
         drawn.append(site)
         entropy = ours.draw.entropy(len(site["fn"].batch_shape))
-        _put(site, -entropy)
-        term = site["log_prob"]
-        site["score_parts"] = ScoreParts(term, 0, term)  # type: ignore[arg-type]
+        put_log_prob(site, -entropy)
         if projection.has_path and ours.has_moments:
             moments[name] = ours.moments()
             path = _sum_event(entropy_path(ours.draw, *moments[name]), site["fn"])
             joint[name] = [(site, scale_and_mask(path, site["scale"], site["mask"]))]
-    guide_trace.compute_score_parts()
+    compute_score_parts(guide_trace)
     has_score_function = any(
         not is_identically_zero(site["score_parts"].score_function)
         for site in guide_trace.nodes.values()
@@ -75,7 +73,7 @@ def compute_log_prob(
             if expected is None:
                 left.add(view.site.name)
             else:
-                _put(site, expected)
+                put_log_prob(site, expected)
                 drawn.append(site)
                 prior = strip_independent(site["fn"])
                 if view.site.name in moments and is_exactly(prior, Normal):
@@ -94,12 +92,6 @@ def compute_log_prob(
                 value = site["fn"].log_prob(site["value"])
                 site["log_prob"] = scale_and_mask(value, site["scale"], site["mask"])
     return left, joint
-
-
-def _put(site: Any, term: torch.Tensor) -> None:
-    site["unscaled_log_prob"] = term
-    site["log_prob"] = scale_and_mask(term, site["scale"], site["mask"])
-    site["log_prob_sum"] = site["log_prob"].sum()
 
 
 def _is_apart(view: View, prior: Any) -> bool:

@@ -8,13 +8,14 @@ One run of guide and model: which strategies draw the sites, and the traces that
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 from pyro.poutine import Trace
+from torch.distributions import Independent
 
 from pyro_rb.infer.gaussian_kl import JointTerms, compute_log_prob, describe, note_uses
 from pyro_rb.infer.markov_dims import MarkovDims
 from pyro_rb.infer.report import Row, Summary
 from pyro_rb.infer.util import PARTICLES, under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
-from pyro_rb.ops.family import find_family
+from pyro_rb.ops.family import GAUSSIANS
 from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import (
     DrawMessenger,
@@ -23,6 +24,7 @@ from pyro_rb.poutine import (
     TopK,
     TopKModelMessenger,
 )
+from pyro_rb.poutine.densities import compute_score_parts
 from pyro_rb.poutine.draw_messenger import SUPPLIED
 
 
@@ -111,7 +113,7 @@ class Run:
         self.handler.settle(guide_trace)
         if self.projection is None:
             model_trace.compute_log_prob()
-            guide_trace.compute_score_parts()
+            compute_score_parts(guide_trace)
             return
         self._not_analytic, self.joint = compute_log_prob(
             model_trace, guide_trace, self.projection, list(self.handler.drawn_by)
@@ -156,12 +158,19 @@ class Run:
                     reason += f"; no path gradient: {of}"
             else:
                 treatment = None  # its scale is not known yet
-                if self._is_paused and find_family(site["fn"]) is not None:
+                if self._is_paused and _may_be_projected(site["fn"]):
                     reason += "; uses are not watched, as nothing was projected lately"
             if self.topk is not None and has_own_baseline(site):
                 reason = f"{reason}, infer={{'baseline': ...}}"
             rows.append(Row(name, treatment, reason))
         return Summary(rows, self.scales)
+
+
+def _may_be_projected(fn: Any) -> bool:
+    """Found at each step of a pause: without a look at what a subclass changes."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, GAUSSIANS)
 
 
 def _describe_baseline(site: Any, baselines: Baselines) -> str:

@@ -33,6 +33,13 @@ def rest_of(scale: Scale, term: torch.Tensor, whole: float) -> torch.Tensor:
     return (rest.to(term) if isinstance(rest, torch.Tensor) else rest) * term
 
 
+def _as_tensor(scale: Scale, term: torch.Tensor) -> torch.Tensor:
+    """Of the shape and the type of a term."""
+    if isinstance(scale, torch.Tensor):
+        return scale.to(term).expand(term.shape)
+    return torch.full_like(term, scale)
+
+
 def path_terms(
     log_q: Mapping[str, torch.Tensor], path: PathGradient, scales: Mapping[str, Scale]
 ) -> Dict[str, torch.Tensor]:
@@ -49,8 +56,7 @@ def path_terms(
         return {}
     weights = None
     if not all(is_exactly(scales[name], 1.0) for name in log_q):
-        weights = [torch.ones_like(term) * scales[name] for name, term in log_q.items()]
-        weights = [weight.to(term) for weight, term in zip(weights, log_q.values())]
+        weights = [_as_tensor(scales[name], term) for name, term in log_q.items()]
     draws = path.values
     partials: Any
     with path.closed():

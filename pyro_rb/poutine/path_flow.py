@@ -5,13 +5,13 @@ from typing import Any, List, Optional
 
 import torch
 from pyro.distributions import MaskedDistribution
-from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch.distributions import Independent, TransformedDistribution
 
 from pyro_rb.ops.flow import Layer, apply, differentiate, find_obstacle, is_forward_only
 from pyro_rb.ops.score_identity import flat_parts, flat_transforms, score_obstacle
 from pyro_rb.ops.zuko import as_transformed
+from pyro_rb.poutine.densities import put_log_prob
 
 
 class _Reason:
@@ -155,10 +155,7 @@ class PathFlow:
 
     def put_density(self, site: Any) -> None:
         """Puts the log density into a site of a trace, scaled and masked."""
-        parts = ScoreParts(self.log_prob, 0, self.log_prob)  # type: ignore[arg-type]
-        site["unscaled_log_prob"] = self.log_prob
-        site["score_parts"] = parts = parts.scale_and_mask(site["scale"], site["mask"])
-        site["log_prob"] = parts.log_prob
-        site["log_prob_sum"] = total = parts.log_prob.sum()
-        if parts.log_prob is self.log_prob and not any(isinstance(w, MaskedDistribution) for w in self._wrappers):
-            self.plain_sum = total
+        put_log_prob(site, self.log_prob)
+        is_plain = not any(isinstance(w, MaskedDistribution) for w in self._wrappers)
+        if is_plain and site["log_prob"] is self.log_prob:
+            self.plain_sum = site["log_prob_sum"]

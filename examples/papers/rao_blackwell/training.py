@@ -5,9 +5,9 @@
 Training by RaoBlackwell_ELBO, and by losses with one treatment for all sites, for the same time.
 
 Each loss has a learning rate of its own: at the first seed it is trained at each of three, from the
-same start, and the best is taken for the other seeds. The objective itself is noted along the
-CPU time of the training steps: with the same random numbers for all, and with discrete sites
-summed out. What counts is the mean of the last three values::
+same start, and the best is taken for the other seeds. Runs take turns. The objective itself is
+noted along the CPU time of the training steps: with the same random numbers for all, and with
+discrete sites summed out. What counts is the mean of the last three values::
 
     python examples/papers/rao_blackwell/training.py --out training
 
@@ -70,12 +70,11 @@ class Training(Run):
         first, self.num_steps = self.num_steps, self.num_steps + size
         return [self.problem.batch(step) for step in range(first, first + size)]
 
-    def train(self):
-        for i in range(self.num_notes):
-            while self.seconds < self.limit * (i + 1) / self.num_notes:
-                self.epoch(self.make_batches)
-            self.note()
-        return self
+    def go_on(self):
+        """As far as the next note."""
+        while self.seconds < self.limit * len(self.notes) / self.num_notes:
+            self.epoch(self.make_batches)
+        self.note()
 
     @property
     def result(self):
@@ -87,16 +86,24 @@ class Training(Run):
 def train(name, args):
     """By loss, the factor of its learning rate, and a run for each seed."""
     problem, seconds = PROBLEMS[name], args.seconds or SECONDS[name]
-    found = {}
-    for loss in (*problem.ours(), *problem.single()):  # what the first steps import is not to count
+    losses = [*problem.ours(), *problem.single()]
+    for loss in losses:  # what the first steps import is not to count
         first = Training(problem, loss, 1.0, args.seeds[0], seconds)
         first.epoch(first.make_batches)
-    for loss in tqdm([*problem.ours(), *problem.single()], desc=name, leave=False, disable=args.smoke_test):
-        tries = {f: Training(problem, loss, f, args.seeds[0], seconds).train() for f in args.factors}
-        best = min(tries, key=lambda factor: tries[factor].result)
-        others = [Training(problem, loss, best, seed, seconds).train() for seed in args.seeds[1:]]
-        found[loss] = best, [tries[best], *others]
-    return found
+
+    def train_all(choices):
+        runs = {(loss, f, seed): Training(problem, loss, f, seed, seconds) for loss, f, seed in choices}
+        # In turns, so that what else the machine does slows all of them.
+        for _ in tqdm(range(Training.num_notes), desc=name, leave=False, disable=args.smoke_test):
+            for run in runs.values():
+                run.go_on()
+        return runs
+
+    first_seed, *other_seeds = args.seeds
+    runs = train_all((loss, factor, first_seed) for loss in losses for factor in args.factors)
+    best = {loss: min(args.factors, key=lambda f: runs[loss, f, first_seed].result) for loss in losses}
+    runs.update(train_all((loss, best[loss], seed) for loss in losses for seed in other_seeds))
+    return {loss: (best[loss], [runs[loss, best[loss], seed] for seed in args.seeds]) for loss in losses}
 
 
 def rows_of(name, found):

@@ -1,0 +1,60 @@
+# Copyright Contributors to the pyro_rb project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Log densities of the sites of a trace, where they are known without ``fn.log_prob``."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from pyro.distributions.score_parts import ScoreParts
+from pyro.poutine import Trace
+
+
+def put_log_prob(site: Any, log_prob: torch.Tensor) -> None:
+    """
+    Puts the log density of a draw by ``rsample``, or an observation, into a site of a trace, as
+    ``Trace.compute_score_parts`` does.
+    """
+    parts = ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]
+    site["unscaled_log_prob"] = log_prob
+    site["score_parts"] = parts = parts.scale_and_mask(site["scale"], site["mask"])
+    site["log_prob"] = parts.log_prob
+    site["log_prob_sum"] = parts.log_prob.sum()
+
+
+def compute_score_parts(guide_trace: Trace) -> None:
+    """
+    What ``guide_trace.compute_score_parts()`` computes. The elements of a value that a ``Delta``
+    has drawn are not compared to those that it was made with: autoguides have such a site for each
+    latent, and a network has its weights in them.
+    """
+    site: Any
+    for site in guide_trace.nodes.values():
+        if site["type"] == "sample" and "score_parts" not in site and _is_drawn_delta(site):
+            put_log_prob(site, site["fn"].log_density)
+    guide_trace.compute_score_parts()
+
+
+def _is_drawn_delta(site: Any) -> bool:
+    fn, value = site["fn"], site["value"]
+    return (
+        type(fn) is Delta
+        and fn.log_density.shape == fn.batch_shape
+        and isinstance(value, torch.Tensor)
+        and _is_same(value, fn.v)
+    )
+
+
+def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors are known to have the same elements in the same memory."""
+    if x is y:
+        return True
+    bases = [z if z._base is None else z._base for z in (x, y)]
+    return (
+        bases[0] is bases[1]
+        and x.dtype == y.dtype
+        and x.shape == y.shape
+        and x.stride() == y.stride()
+        and x.storage_offset() == y.storage_offset()
+    )
