@@ -51,7 +51,10 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
        * - discrete, its values can be listed
          - few values are summed; of many the likely ones are summed, others drawn [1]
          - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
-       * - vectors of Bernoulli variables by ``to_event``
+       * - several such variables by ``to_event``
+         - the same with joint values, up to 65,536 of them
+         - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
+       * - Bernoulli variables by ``to_event`` with more values than are summed
          - two draws that are antithetic [4]
          -
        * - without ``rsample`` or such a list, and with more ``draws``

@@ -30,6 +30,7 @@ from pyro_rb.infer.util import (
     check_traces,
     get_traces,
     is_guide_messenger,
+    pack_traces,
     prune,
     sample_sites,
     shapes,
@@ -253,9 +254,8 @@ class RunMixin(PathGradientMixin):
         if run.path is not None:
             run.path.raise_if_edited()
         guide_trace.run = run  # type: ignore[attr-defined]
-        if enumerates:
-            guide_trace.pack_tensors()
-            model_trace.pack_tensors(guide_trace.plate_to_symbol)
+        if enumerates and needs_weights(model_trace, guide_trace):
+            pack_traces(model_trace, guide_trace)
             set_apart(guide_trace, self._baselines, run.path_sites, run.joint)
         return model_trace, guide_trace
 

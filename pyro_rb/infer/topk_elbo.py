@@ -35,13 +35,15 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     needed. Treated is
     each latent guide site that is a Categorical, OneHotCategorical, Bernoulli, Binomial,
     any other distribution with ``enumerate_support``, or a Poisson, Geometric or
-    NegativeBinomial. In a plate of size ``N`` the value of a treated site has the
+    NegativeBinomial; and several of these but the last three by ``to_event``, with their
+    joint values. In a plate of size ``N`` the value of a treated site has the
     shape ``[k + num_samples, N]``, not ``[K, 1]``: index arrays by
     :func:`~pyro.ops.indexing.Vindex`.
 
-    **Single draws.** A site has one draw where no table can be made, as for Bernoulli
-    vectors by ``to_event``; where the table would have more than
-    :data:`~pyro_rb.poutine.topk_table.MAX_TABLE` elements; where ``infer={"topk": 0}``
+    **Single draws.** A site has one draw where no table can be made; where it is a vector of
+    Bernoulli variables by ``to_event``, of which not all joint values are summed; where the table would have more than
+    :data:`~pyro_rb.poutine.topk_table.MAX_TABLE` elements, or of joint values more than
+    :data:`~pyro_rb.poutine.topk_table.MAX_JOINT_TABLE`; where ``infer={"topk": 0}``
     asks for it; and where a cost depends on the site from outside of its plates, or on a
     sum over its values such as ``k.mean()``. The latter is found by following the values
     at the first step, when the structure changes, and now and then. Such a site then has

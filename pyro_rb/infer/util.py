@@ -328,6 +328,32 @@ def check_traces(
             check_if_enumerated(guide_trace)
 
 
+def pack_traces(model_trace: Trace, guide_trace: Trace) -> None:
+    """
+    Names the dims of densities by plates and sites, as terms of different weights need.
+
+    :raises ValueError: naming a site, if its density has a dim that is that of no plate.
+    """
+    try:
+        guide_trace.pack_tensors()
+        model_trace.pack_tensors(guide_trace.plate_to_symbol)
+    except ValueError as e:
+        for name, site in [*sample_sites(guide_trace), *sample_sites(model_trace)]:
+            shape = tuple(site["log_prob"].shape)
+            known = {*site["infer"].get("_dim_to_symbol", ())}
+            if any(size > 1 and i - len(shape) not in known for i, size in enumerate(shape)):
+                dims = sorted(f.dim for f in site["cond_indep_stack"] if f.vectorized)
+                raise ValueError(
+                    f"Found log densities of shape {shape} at site '{name}', which has plates at the dims "
+                    f"{dims}. Expected a plate for each dim of a size other than 1, since some sites "
+                    "have several values, whose weights are by plate. Often an observation "
+                    "of shape [N, 1] has a mean of shape [N]: give both the same shape, or make the dim part "
+                    "of the event by .to_event(). Or use STLTrace_ELBO, R2G2_ELBO or Trace_ELBO, which add up all "
+                    "elements, whatever they belong to."
+                ) from e
+        raise
+
+
 def parameter_table() -> Dict[str, torch.Tensor]:
     """The unconstrained parameters in the param store, by name; not a copy."""
     table: Dict[str, torch.Tensor] = get_param_store()._params

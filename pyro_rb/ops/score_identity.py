@@ -17,9 +17,16 @@ from functools import partial
 from typing import Any, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
-from torch.distributions import AffineTransform, Distribution, Transform, constraints
+from torch.distributions import (
+    AffineTransform,
+    Distribution,
+    MultivariateNormal,
+    Transform,
+    constraints,
+)
 
 from pyro_rb.ops import zuko
+from pyro_rb.ops.family import is_exactly
 from pyro_rb.ops.zuko import as_transformed
 
 # Classes are told by name and home, as nothing of Pyro is imported here.
@@ -255,6 +262,8 @@ def _check_parts(part: Any, seen: Set[int]) -> None:
 
 def _known_class(fn: Distribution) -> type:
     """The class of torch or Pyro by which ``fn`` draws, and computes its density."""
+    if is_exactly(fn, MultivariateNormal):  # GPyTorch's as well
+        return MultivariateNormal
     if _METHODS.isdisjoint(vars(fn)):
         for cls in type(fn).__mro__:
             if cls.__module__.startswith(_HOMES):

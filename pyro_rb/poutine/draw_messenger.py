@@ -136,7 +136,9 @@ class DrawMessenger(UnseenEnumMessenger):
                 if self.first_available_dim is not None and msg["infer"].get("enumerate"):
                     break  # Its draws, if reparameterised, have weights, and are Pyro's.
         # The first strategy is for draws without rsample, the last for all others.
-        self.reasons[name] = reasons[-1 if msg["fn"].has_rsample else 0] if reasons else ""
+        has_rsample = msg["fn"].has_rsample
+        unasked = "reparameterised" if has_rsample else ""
+        self.reasons[name] = reasons[-1 if has_rsample else 0] if reasons else unasked
         self.enumerate(msg)
 
     def settle(self, trace: Any) -> None:

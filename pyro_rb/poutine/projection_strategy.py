@@ -4,6 +4,7 @@
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 
 from pyro_rb.ops.family import GAUSSIANS, find_changes, find_family, strip_independent
 from pyro_rb.ops.gaussian import GaussianDraw
@@ -170,6 +171,8 @@ class Projection(Strategy):
 
 def _why_not_gaussian(fn: Any) -> str:
     base = strip_independent(fn)
+    if isinstance(base, MaskedDistribution):
+        return "a masked distribution; use poutine.mask in its place"
     for family in GAUSSIANS:
         if isinstance(base, family):
             changes = find_changes(base, family)

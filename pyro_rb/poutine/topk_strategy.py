@@ -17,9 +17,11 @@ from pyro_rb.poutine.draw_messenger import (
 from pyro_rb.poutine.topk_options import TopKOptions
 from pyro_rb.poutine.topk_room import Enumerated, Room, sequential_counters
 from pyro_rb.poutine.topk_table import (
+    IN_A_PLATE,
+    AnyTable,
     GatherCategorical,
+    JointTable,
     NoTable,
-    Table,
     TableTooLarge,
     as_bits,
     find_table,
@@ -107,6 +109,10 @@ class TopK(Strategy):
             table = self._find_table(msg)
         except Declined as e:
             return self._draw_several(msg, handler, num_draws, is_paired, str(e))
+        is_joint, infer = isinstance(table, JointTable), msg["infer"]
+        if is_joint and not infer.get("topk") and ("draws" in infer or "antithetic" in infer):
+            reason = f"{table.num_categories} joint values; {IN_A_PLATE}"
+            return self._draw_several(msg, handler, num_draws, is_paired, reason)
         num_slots = options.num_slots + self.probe
         is_whole, note = options.num_slots >= table.num_categories, ""
         is_summed = not (is_whole or table.is_truncated) and table.num_categories <= options.sum_up_to
@@ -115,9 +121,15 @@ class TopK(Strategy):
             is_whole = is_summed = not note
         if is_whole:
             num_slots = table.num_categories
+        elif is_joint:
+            note += f"; {IN_A_PLATE}"
+            if as_bits(msg["fn"]) is not None and not infer.get("topk"):
+                # Rather a pair, as hardly any of so many values is likely.
+                reason = f"{table.num_categories} joint values{note}"
+                return self._draw_several(msg, handler, num_draws, is_paired, reason)
         self.room.check(msg, num_slots)
         fn, slots, values = msg["fn"], None, None
-        reason = f"{num_slots} of {table.num_categories} values"
+        reason = f"{num_slots} of {table.num_categories} {'joint ' * is_joint}values"
         if table.is_truncated:
             reason += ", which have all but 1e-9 of the mass"
         if not is_whole:
@@ -136,7 +148,7 @@ class TopK(Strategy):
             values = table.values(slots.category)
             if self.probe:
                 reason += ", one of them for the baseline"
-        elif table.is_truncated:
+        elif table.is_truncated or is_joint:
             index = torch.arange(num_slots, device=table.log_q.device)
             shape = (1,) * len(fn.batch_shape) + (-1,)
             values = table.values(index.reshape(shape))
@@ -278,7 +290,7 @@ class TopK(Strategy):
             raise Declined("one evaluation")
         return options
 
-    def _find_table(self, msg: Any) -> Table:
+    def _find_table(self, msg: Any) -> AnyTable:
         name, asked = msg["name"], msg["infer"].get("topk")
         try:
             table = find_table(msg["fn"])

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from pyro_rb.ops.gather import compact, gather_last
 #: Most elements of a table, all rows together: in float32 it then takes 0.3 GB to choose
 #: slots, and about half a second.
 MAX_TABLE = 2**23
+
+#: The same, of the joint values of the variables of an event, which may be drawn one by one instead.
+MAX_JOINT_TABLE = 2**16
 
 #: Smallest Categorical whose expanded table costs more than the look-up.
 MIN_GATHER = 64
@@ -85,15 +88,39 @@ class OneHotTable(Table):
         return F.one_hot(index.movedim(-1, 0), self.num_categories).to(self.log_q)
 
 
-def find_table(fn: Any) -> Table:
+class JointTable(NamedTuple):
+    """The joint probabilities of the independent variables of an event, and their joint values."""
+
+    log_q: torch.Tensor  # [*table, K ** variables], the last variable runs fastest
+    base: Any  # the table of one variable, of K values
+    shape: torch.Size  # of the variables
+    is_truncated: bool = False
+
+    @property
+    def num_categories(self) -> int:
+        return self.log_q.shape[-1]
+
+    def values(self, index: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Table.values`."""
+        num_values, num_variables = self.base.num_categories, self.shape.numel()
+        places = num_values ** torch.arange(num_variables - 1, -1, -1, device=index.device)
+        digits = index.unsqueeze(-2) // places.unsqueeze(-1) % num_values
+        return self.base.values(digits.reshape(index.shape[:-1] + self.shape + index.shape[-1:]))
+
+
+AnyTable = Union[Table, JointTable]
+
+
+def find_table(fn: Any) -> AnyTable:
     """
     Makes the table of a distribution over finitely many values that does not say how to
     be reparameterised, or of a Poisson, Geometric or NegativeBinomial up to where less
     than 1e-9 of the mass is left. Batch dims along which a distribution is expanded have
-    size 1 in the table.
+    size 1 in the table. The variables of an event by ``to_event`` have one of joint values.
 
     :raises NoTable: with the reason, where there is none.
-    :raises TableTooLarge: if it would have more than :data:`MAX_TABLE` elements.
+    :raises TableTooLarge: if it would have more than :data:`MAX_TABLE` elements, or
+        :data:`MAX_JOINT_TABLE` if of joint values.
 
     >>> find_table(dist.Binomial(2, torch.tensor(0.5))).log_q.exp()
     tensor([0.2500, 0.5000, 0.2500])
@@ -103,6 +130,8 @@ def find_table(fn: Any) -> Table:
             raise NoTable("reparameterised")
         if isinstance(fn, MaskedDistribution):
             raise NoTable("a masked distribution; use poutine.mask in its place")
+        if isinstance(fn, dist.Independent):
+            return _joint_table(fn)
         if type(fn) is dist.Categorical:
             return _checked(Table(compact(_unexpanded(fn).logits)))
         if type(fn) is dist.OneHotCategorical:
@@ -110,10 +139,7 @@ def find_table(fn: Any) -> Table:
         if type(fn) in _WINDOWS:
             return _truncated_table(fn)
         if not getattr(fn, "has_enumerate_support", False):
-            reason = "no enumerable support"
-            if isinstance(fn, dist.Independent):
-                reason += ": an event of several variables; in a plate, without to_event(), each has one"
-            raise NoTable(reason)
+            raise NoTable("no enumerable support")
         event_shape, fn = fn.event_shape, _unexpanded(fn)
         if hasattr(fn, "total_count"):
             # Before the values are listed.
@@ -134,6 +160,32 @@ def as_bits(fn: Any) -> Any:
     return fn if type(fn) is dist.Bernoulli else None
 
 
+def _joint_table(fn: Any) -> AnyTable:
+    base, num_dims = fn, 0
+    while isinstance(base, dist.Independent):
+        base, num_dims = base.base_dist, num_dims + base.reinterpreted_batch_ndims
+    if num_dims == 0:
+        return find_table(base)
+    shape = base.batch_shape[-num_dims:]
+    num_variables, num_rows = shape.numel(), max(1, fn.batch_shape.numel())
+    if type(base) in _WINDOWS:
+        raise NoTable(f"{num_variables} variables without a largest value; {IN_A_PLATE}")
+
+    def check(num_values: int) -> None:
+        if num_variables * math.log2(num_values) + math.log2(num_rows) > math.log2(MAX_JOINT_TABLE):
+            raise TableTooLarge(f"too many joint values of {num_variables} variables; {IN_A_PLATE}")
+
+    if getattr(base, "has_enumerate_support", False):
+        check(2)  # without a look at its values
+    table = find_table(base)
+    check(table.num_categories)
+    log_q = table.log_q.expand(table.log_q.shape[: -1 - num_dims] + shape + (-1,))
+    joint = log_q.new_zeros(log_q.shape[: -1 - num_dims] + (1,))
+    for row in log_q.flatten(-1 - num_dims, -2).unbind(-2):
+        joint = (joint.unsqueeze(-1) + row.unsqueeze(-2)).flatten(-2)
+    return JointTable(joint, table, shape)
+
+
 def _truncated_table(fn: Any) -> Table:
     fn = _unexpanded(fn)
     last = _WINDOWS[type(fn)](fn).max().item()
@@ -141,6 +193,10 @@ def _truncated_table(fn: Any) -> Table:
     support = torch.arange(math.ceil(last) + 1, device=fn.mean.device).to(fn.mean.dtype)
     shape = (-1,) + (1,) * len(fn.batch_shape)
     return Table(fn.log_prob(support.reshape(shape)).movedim(0, -1), support, True)
+
+
+#: What makes a difference to variables of one event, where the model allows it.
+IN_A_PLATE = "in a plate, without to_event(), each variable has values of its own"
 
 
 def _checked(table: Table) -> Table:

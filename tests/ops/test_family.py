@@ -18,6 +18,7 @@ from pyro_rb.ops.family import (
     strip_independent,
 )
 from pyro_rb.ops.gaussian import GaussianDraw
+from pyro_rb.ops.score_identity import score_obstacle
 
 
 class Named(dist.Normal):
@@ -170,7 +171,7 @@ def test_gpytorch(monkeypatch):
             return super().rsample(sample_shape)
 
     fn = GPyTorchNormal(torch.zeros(3), torch.eye(3))
-    assert find_family(fn) is None
+    assert find_family(fn) is None and "is not known" in score_obstacle(fn)
     size = SimpleNamespace(value=lambda: 3)
     module = SimpleNamespace(
         distributions=SimpleNamespace(MultivariateNormal=GPyTorchNormal),
@@ -178,6 +179,8 @@ def test_gpytorch(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "gpytorch", module)
     assert find_family(fn) is td.MultivariateNormal
+    assert score_obstacle(fn) is None and score_obstacle(fn.expand([2]).to_event(1)) is None
+    assert "is not known" in score_obstacle(GPyTorchNormal(torch.zeros(4), torch.eye(4)))
     assert find_family(changed("log_prob", GPyTorchNormal)(torch.zeros(3), torch.eye(3))) is None
     assert find_family(GPyTorchNormal(torch.zeros(4), torch.eye(4))) is None
     prior = dist.MultivariateNormal(torch.ones(3), torch.eye(3))

@@ -173,7 +173,8 @@ def test_infer_of_the_user_is_not_changed():
     "fn, reason",
     [
         (dist.Normal(0.0, 1.0), "reparameterised"),
-        (dist.Bernoulli(torch.ones(2)).to_event(1), "to_event"),
+        (dist.Poisson(torch.ones(2)).to_event(1), "2 variables without a largest value; in a plate, without to_event"),
+        (dist.Bernoulli(0.5 * torch.ones(2)).mask(True).to_event(1), "poutine.mask"),
         (dist.Bernoulli(0.5).mask(True), "poutine.mask"),
         (dist.Categorical(torch.ones(3)).expand([2]).mask(torch.ones(2) > 0), "poutine.mask"),
         (dist.Binomial(torch.tensor([2.0, 3.0]), torch.tensor(0.5)), "no enumerable support"),

@@ -182,6 +182,19 @@ def test_score_function_is_as_asked_for():
     assert reasons(elbo) == {"w": "not Gaussian"}
 
 
+def test_a_masked_distribution():
+    case, elbo = regression(), R2G2_ELBO()
+    inner = case.guide
+
+    def guide():
+        loc, scale = pyro.param("w.loc"), pyro.param("w.scale")
+        pyro.sample("w", dist.Normal(loc, scale).mask(False).to_event(1))
+
+    inner()
+    evaluate(elbo, Case(case.model, guide))
+    assert reasons(elbo) == {"w": "a masked distribution; use poutine.mask in its place"}
+
+
 @pytest.mark.parametrize("guide", ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal"])
 def test_correlated_guide_over_layers_is_plain(guide):
     case, elbo = net(guide), R2G2_ELBO()

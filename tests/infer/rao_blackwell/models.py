@@ -161,7 +161,7 @@ def regression(num: int) -> Case:
 
 
 def score_function(num: int, **infer: Any) -> Case:
-    """A Gamma and a vector of bits whose values no table holds, and a Gaussian."""
+    """A Gamma, a vector of bits, and a Gaussian."""
     x = fixed(3, seed=1)
 
     def model(num: int) -> None:

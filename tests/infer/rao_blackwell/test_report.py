@@ -26,7 +26,7 @@ def many_kinds():
         z = pyro.sample("normal", dist.Normal(0.0, 1.0))
         s = pyro.sample("lognormal", dist.LogNormal(0.0, 1.0))
         g = pyro.sample("gamma", dist.Gamma(2.0, 2.0))
-        bits = pyro.sample("bits", dist.Bernoulli(0.5 * torch.ones(3)).to_event(1))
+        bits = pyro.sample("bits", dist.Bernoulli(0.5 * torch.ones(6)).to_event(1))
         w = pyro.sample("weights", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         b = pyro.sample("bernoulli", dist.Bernoulli(0.5))
         y = pyro.sample("categorical", dist.Categorical(torch.ones(6)))
@@ -41,7 +41,7 @@ def many_kinds():
         pyro.sample("normal", dist.Normal(real("loc", 0.1), 1.0))
         pyro.sample("lognormal", dist.LogNormal(real("log", 0.1), 0.5))
         pyro.sample("gamma", fakes.NonreparameterizedGamma(positive("a", 2.0), 2.0))
-        bits = pyro.param("bit_logits", torch.zeros(3))
+        bits = pyro.param("bit_logits", torch.zeros(6))
         pyro.sample("bits", dist.Bernoulli(logits=bits).to_event(1))
         loc, scale = pyro.param("w_loc", torch.zeros(20)), positive("w_scale", 0.5)
         pyro.sample("weights", dist.Normal(loc, scale).to_event(1))
@@ -69,7 +69,7 @@ KINDS = {
     "normal": ("path gradient, c = ", "."),
     "lognormal": ("path gradient, c = ", "."),
     "gamma": (".", "2 draws"),
-    "bits": (".", "2 antithetic draws.*to_event"),
+    "bits": (".", "2 antithetic draws: 64 joint values; in a plate, without to_event"),
     "weights": ("projected", "3 rows, fan-in 20"),
     "bernoulli": ("exact", "2 of 2 values"),
     "categorical": ("exact", "6 of 6 values"),

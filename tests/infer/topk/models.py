@@ -274,7 +274,7 @@ def bernoullis() -> Case:
             pyro.sample("x", dist.Normal(a.sum(-1) + b, 1.0), obs=torch.tensor([0.0, 1.0, 2.0]))
 
     def guide() -> None:
-        pyro.sample("a", dist.Bernoulli(logits=table("q_a", 3)).to_event(1))
+        pyro.sample("a", dist.Bernoulli(logits=table("q_a", 3)).to_event(1), infer={"topk": 0})
         with pyro.plate("data", 3):
             pyro.sample("b", dist.Bernoulli(logits=table("q_b", 3)))
 

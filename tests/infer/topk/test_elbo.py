@@ -551,7 +551,7 @@ def test_report_of_a_mixed_guide():
         (
             "event",
             NO_BASELINE,
-            "no enumerable support: an event of several variables; in a plate, without to_event(), each has one",
+            "4 joint values; in a plate, without to_event(), each variable has values of its own",
         ),
         ("masked", NO_BASELINE, "a masked distribution; use poutine.mask in its place"),
         ("one", "as TraceEnum_ELBO", "one value"),
