@@ -19,10 +19,10 @@ from pyro_rb.diagnostics.run.losses import (
     make_loss,
     with_options,
 )
+from pyro_rb.diagnostics.run.memory import SizeLimit
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sites import without_dependents
-from pyro_rb.diagnostics.run.size_limit import SizeLimit
 from pyro_rb.infer import DReG_ELBO
 
 #: Enumeration and particles are tried up to this many numbers in one tensor.

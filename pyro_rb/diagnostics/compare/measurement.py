@@ -15,8 +15,7 @@ from pyro_rb.diagnostics.compare.report import LossResult
 from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.sampler import GradientSampler, choose_clock
 from pyro_rb.diagnostics.stats import summary as stats
-from pyro_rb.diagnostics.stats.agreement import Verdict, judge
-from pyro_rb.diagnostics.stats.bias import Draws
+from pyro_rb.diagnostics.stats.bias import Draws, Verdict, judge
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 from pyro_rb.diagnostics.stats.progress import root_sum_of_squares, steps_ratio

@@ -42,6 +42,16 @@ def one_line(error: Any) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def counted(number: int, what: str) -> str:
+    """
+    A number of things.
+
+    >>> counted(1, "draw"), counted(2, "draw")
+    ('1 draw', '2 draws')
+    """
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 @contextmanager
 def recorded_warnings() -> Iterator[WarningLog]:
     """All warnings in the block go to the log."""

@@ -11,6 +11,7 @@ from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
+from pyro_rb.diagnostics.run.messages import counted
 from pyro_rb.diagnostics.show.words import (
     fitted,
     left_then_right,
@@ -112,7 +113,7 @@ def outline(comparison: Comparison) -> List[str]:
     if any(map(_has_dropped, comparison.states)):
         count = f"up to {counts[-1]}"
     lines = [
-        f"{size} parameter value{'s' * (size != 1)}, {count} gradients of each loss, "
+        f"{counted(size, 'parameter value')}, {count} gradients of each loss, "
         f"seed {settings['seed']}, device {settings['device']}",
         f"biased means |z| > {settings['bias_threshold']:.1f} against "
         f"{settings['reference_gradient']}",
