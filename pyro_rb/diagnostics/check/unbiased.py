@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
 from pyro_rb.diagnostics.run.losses import copy_loss
-from pyro_rb.diagnostics.run.messages import counted
+from pyro_rb.diagnostics.run.messages import counted, percent
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats.bias import BiasTest, CheckError, Draws, find_bias
@@ -76,11 +76,11 @@ class BiasCheck:
             f"no bias seen in {what}{counted(size, 'parameter value')}, {self.num_samples} "
             f"{self.method} draws: largest |z| {self.max_abs_z:.1f} at {self.at} (threshold "
             f"{self.threshold:.1f}). A bias of {self.detectable_bias:.3g}, "
-            f"{100 * self.detectable_share:.2g}% of the gradient's norm, would have been seen."
+            f"{percent(self.detectable_share)} of the gradient's norm, would have been seen."
         )
         if self.heavy_tailed:
             text += (
-                f" But the largest 1% of the draws make up {100 * self.tail_share:.0f}% of the "
+                f" But the largest 1% of the draws make up {percent(self.tail_share)} of the "
                 "variance: what is rarer still was not seen. Take more draws."
             )
         return text

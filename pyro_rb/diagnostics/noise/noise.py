@@ -100,8 +100,8 @@ class NoiseEstimate:
         lines = [
             f"loss {self.loss:.6g} nats, with a standard deviation of {self.loss_sd:.3g} "
             f"({self.num_samples} draws of {counted(self.num_particles, 'particle')} each)",
-            f"a relative error of 10% of the gradient takes {_number(self.required_draws(0.1))} "
-            f"draws (between {low} and {high})",
+            f"draws for a relative error of 10% of the gradient: {_number(self.required_draws(0.1))} "
+            f"(between {low} and {high})",
         ]
         if self.signal < 2 * self.signal_error:
             lines.append(

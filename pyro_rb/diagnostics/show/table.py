@@ -11,14 +11,11 @@ from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
-from pyro_rb.diagnostics.run.messages import counted
+from pyro_rb.diagnostics.run.messages import counted, number, percent, with_error
 from pyro_rb.diagnostics.show.words import (
     fitted,
     left_then_right,
-    number,
-    percent,
     shares,
-    with_error,
     wrapped,
 )
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
@@ -174,7 +171,7 @@ def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:
     """Headers and rows: the time for the same precision, and the difference to the best."""
     headers = ["loss", "time needed", "behind the best"]
     states = comparison.states if len(comparison.states) > 1 else []
-    headers += [state.when() for state in states]
+    headers += [f"at step {state.step}" for state in states]
     rows = []
     for one in comparison.recommendation.ranking:
         difference = with_error(one.difference, one.difference_error) if one.difference else ""
