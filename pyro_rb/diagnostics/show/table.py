@@ -81,9 +81,9 @@ def _compiled_rows(times: Sequence[CompiledTime]) -> Tuple[List[str], List[List[
 def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:
     rows = []
     for guide in found.guides:
-        elbo = "-" if guide.error else with_error(guide.elbo, guide.elbo_error)
         khat = "-" if guide.khat is None else f"{guide.khat:.2f}"
-        rows.append([guide.name, elbo, khat, str(guide.num_values), f"{guide.learning_rate:g}", str(guide.steps)])
+        cells = [with_error(guide.elbo, guide.elbo_error), khat, guide.num_values, f"{guide.learning_rate:g}", guide.steps]
+        rows.append([guide.name, *(["-"] * len(cells) if guide.error else map(str, cells))])
     return ["guide", "ELBO, nats", "k-hat", "parameter values", "learning rate", "steps"], rows
 
 
