@@ -57,7 +57,8 @@ def wide_terminal(monkeypatch):
 
 
 def test_narrow_terminal(monkeypatch):
-    hidden = {60: "|z|, bias seen from, memory, most variance in", 80: "memory, most variance in", 100: "most variance in"}
+    last = "most variance in"
+    hidden = {60: f"|z|, bias seen from, memory, {last}", 80: f"memory, {last}", 100: last}
     for columns, names in hidden.items():
         monkeypatch.setenv("COLUMNS", str(columns))
         table = make_comparison(row("Good_ELBO"), steps=(0, 5)).table()
