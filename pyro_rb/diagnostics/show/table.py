@@ -82,8 +82,9 @@ def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:
     rows = []
     for guide in found.guides:
         khat = "-" if guide.khat is None else f"{guide.khat:.2f}"
-        cells = [with_error(guide.elbo, guide.elbo_error), khat, guide.num_values, f"{guide.learning_rate:g}", guide.steps]
-        rows.append([guide.name, *(["-"] * len(cells) if guide.error else map(str, cells))])
+        cells = [with_error(guide.elbo, guide.elbo_error), khat, str(guide.num_values)]
+        cells += [f"{guide.learning_rate:g}", str(guide.steps)]
+        rows.append([guide.name, *(["-"] * len(cells) if guide.error else cells)])
     return ["guide", "ELBO, nats", "k-hat", "parameter values", "learning rate", "steps"], rows
 
 
