@@ -132,6 +132,7 @@ def recommend(states: Sequence[Any]) -> Recommendation:
     >>> import pyro, torch
     >>> import pyro.distributions as dist
     >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
     >>> def model():
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
