@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import pyro_rb.diagnostics.show  # noqa: F401
-from pyro_rb.diagnostics.check.bias_check import BiasCheck
-from pyro_rb.diagnostics.check.unbiased import check_unbiased
+from pyro_rb.diagnostics.check.unbiased import BiasCheck, check_unbiased
 from pyro_rb.diagnostics.compare.candidates import choose_losses
 from pyro_rb.diagnostics.compare.compare import compare
 from pyro_rb.diagnostics.compare.compiled import CompiledTime

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from pyro_rb.diagnostics.stats import summary as stats
-from pyro_rb.diagnostics.stats.bias import compare_means
+from pyro_rb.diagnostics.stats.bias import BiasTest, Draws, find_bias
+from pyro_rb.diagnostics.stats.coordinates import Coordinates
+from pyro_rb.diagnostics.stats.moments import RunningMoments, SkewedMoments
+from pyro_rb.diagnostics.stats.projections import Projector
 
 Samples = Union[Tensor, Mapping[str, Tensor]]
 
@@ -68,6 +71,50 @@ def assert_unbiased(
         test.raise_if_blind(detect, scale, either_sign=False)
 
 
+def compare_means(
+    samples: Mapping[str, Tensor],
+    expected: Optional[Mapping[str, Tensor]] = None,
+    *,
+    paired: Optional[Mapping[str, Tensor]] = None,
+    independent: Optional[Mapping[str, Tensor]] = None,
+    failure_rate: float = 2e-5,
+    projections: int = 0,
+) -> BiasTest:
+    """
+    The test behind :func:`assert_unbiased`, for dicts of samples.
+
+    :raises TypeError: Unless exactly one reference is given.
+    :raises AssertionError: If it has other parameters.
+    :raises ValueError: If it has other shapes.
+    """
+    given = [reference for reference in (expected, paired, independent) if reference is not None]
+    if len(given) != 1:
+        raise TypeError("give exactly one of expected, paired, independent")
+    (reference,) = given
+    if set(samples) != set(reference):
+        raise AssertionError(f"samples of {sorted(samples)} cannot be compared with {sorted(reference)}")
+    for name, rows in samples.items():
+        shape, wanted = reference[name].shape, rows.shape if paired is not None else rows.shape[1:]
+        if (shape if independent is None else shape[1:]) != wanted:
+            raise ValueError(f"{name}: the reference has shape {tuple(shape)}, samples have {tuple(rows.shape)}")
+    names = sorted(samples)
+    coordinates = Coordinates(names, [samples[name][0] for name in names], most=math.inf)
+    projector = Projector.of_all(coordinates, projections) if projections else None
+
+    def draws(values: Mapping[str, Tensor], less: Optional[Mapping[str, Tensor]] = None) -> Draws:
+        found = Draws(coordinates, projector)
+        rows = _flat(values) - (_flat(less) if less is not None else 0.0)
+        found.moments = SkewedMoments.of(rows)
+        found.projected = list(projector(rows)) if projector is not None else []
+        return found
+
+    if expected is not None:
+        exact = coordinates.vector([expected[name].detach() for name in names])
+        return find_bias(draws(samples), exact, failure_rate)
+    is_paired = paired is not None
+    return find_bias(draws(samples, paired), draws(reference), failure_rate, is_paired)
+
+
 def assert_variance_ratio(
     a: Samples,
     b: Samples,
@@ -91,7 +138,7 @@ def assert_variance_ratio(
     if below is None and above is None:
         raise TypeError("give below=... or above=...")
     # The log ratio is nearer to normal, and has tails that 500 replicates do not reach.
-    logs = stats.bootstrap_variance_ratio(first, second, num_resamples).log()
+    logs = bootstrap_variance_ratio(first, second, num_resamples).log()
     spread = logs.std().item() if ratio > 0 else 0.0
     margin = math.exp(-NormalDist().inv_cdf(failure_rate) * spread)
     measured = f"variance ratio {ratio:.4g}, bound {{:.4g}}, N = {len(first)} and {len(second)}"
@@ -102,6 +149,29 @@ def assert_variance_ratio(
     return ratio
 
 
+def bootstrap_variance_ratio(a: Tensor, b: Tensor, num_resamples: int = 1000, seed: int = 0) -> Tensor:
+    """
+    Replicates of ``total_variance(a) / total_variance(b)``, ``[num_resamples]``, for two independent samples
+    ``[N, *shape]`` and ``[M, *shape]``. The global generator is not touched.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    top = _bootstrap_variance(a, num_resamples, generator)
+    bottom = _bootstrap_variance(b, num_resamples, generator)
+    return top / bottom
+
+
+def _bootstrap_variance(samples: Tensor, num_resamples: int, generator: torch.Generator) -> Tensor:
+    moments = RunningMoments.of(samples)  # before the counts: it checks the shape
+    centred = (samples.detach().double() - moments.mean).reshape(len(samples), -1)
+    count = len(centred)
+    drawn = torch.randint(count, (num_resamples, count), generator=generator, device="cpu")
+    weights = torch.zeros(num_resamples, count, dtype=torch.double, device="cpu")
+    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    weights = weights.to(centred.device) / count
+    second_moment = weights @ centred.square().sum(1)
+    return (second_moment - (weights @ centred).square().sum(1)) * (count / (count - 1))
+
+
 def _as_dict(samples: Samples) -> Dict[str, Tensor]:
     return {"samples": samples} if isinstance(samples, Tensor) else dict(samples)
 
@@ -109,4 +179,5 @@ def _as_dict(samples: Samples) -> Dict[str, Tensor]:
 def _flat(samples: Samples) -> Tensor:
     """All coordinates side by side, ``[N, D]``."""
     values = _as_dict(samples)
-    return torch.cat([values[name].double().reshape(len(values[name]), -1) for name in sorted(values)], dim=1)
+    rows = [values[name].detach().double() for name in sorted(values)]
+    return torch.cat([row.reshape(len(row), row[0].numel()) for row in rows], dim=1)

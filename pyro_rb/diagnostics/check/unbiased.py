@@ -4,24 +4,86 @@
 """Is the gradient that a loss estimates unbiased? :func:`check_unbiased` tests it."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_rb.diagnostics.check.bias_check import BiasCheck
 from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
 from pyro_rb.diagnostics.run.losses import copy_loss
+from pyro_rb.diagnostics.run.messages import counted, percent
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats.bias import BiasTest, CheckError, Draws, find_bias
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import largest, rounding_error
 from pyro_rb.diagnostics.stats.projections import Projector
+from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
 
 METHODS = ("paired", "independent", "exact")
 Reference = Union[str, ELBO, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BiasCheck:
+    """
+    What :func:`check_unbiased` has found when it found no bias. Prints as a sentence.
+
+    :param str method: ``"paired"``, ``"independent"`` or ``"exact"``.
+    :param int num_samples: Number of gradients of each loss.
+    :param dict parameters: The shape of each parameter.
+    :param int projections: Number of random projections that were tested in place of
+        coordinates; 0 if coordinates were.
+    :param float max_abs_z: The largest absolute z-score.
+    :param str at: Where it was found.
+    :param float threshold: What it would have had to exceed.
+    :param float detectable_bias: A bias of this size, in units of the gradient, would have
+        been seen with probability 0.95 in any coordinate (or along any projection).
+    :param float detectable_share: The same as a share of the euclidean norm of the
+        reference's mean gradient; infinite where that is zero.
+    :param dict z_scores: The largest absolute z-score of each parameter, or the
+        score of each projection.
+    :param float tail_share: The share of the 1% largest draws in the variance that the test
+        stands on; NaN with fewer than 100 draws. Of normal draws it is 0.08.
+    """
+
+    method: str
+    num_samples: int
+    parameters: Dict[str, List[int]]
+    projections: int
+    max_abs_z: float
+    at: str
+    threshold: float
+    detectable_bias: float
+    detectable_share: float
+    tail_share: float
+    z_scores: Dict[str, float] = field(default_factory=dict)
+
+    @property
+    def heavy_tailed(self) -> bool:
+        """
+        Whether rare draws dominate the variance. Then the test is blind to what even rarer
+        draws contribute, and ``detectable_bias`` is too small.
+        """
+        return self.tail_share > HEAVY_TAIL
+
+    def __str__(self) -> str:
+        size = sum(torch.Size(shape).numel() for shape in self.parameters.values())
+        what = f"{self.projections} random projections of " if self.projections else ""
+        text = (
+            f"no bias seen in {what}{counted(size, 'parameter value')}, {self.num_samples} "
+            f"{self.method} draws: largest |z| {self.max_abs_z:.1f} at {self.at} (threshold "
+            f"{self.threshold:.1f}). A bias of {self.detectable_bias:.3g}, "
+            f"{percent(self.detectable_share)} of the gradient's norm, would have been seen."
+        )
+        if self.heavy_tailed:
+            text += (
+                f" But the largest 1% of the draws make up {percent(self.tail_share)} of the "
+                "variance: what is rarer still was not seen. Take more draws."
+            )
+        return text
 
 
 def check_unbiased(
@@ -79,7 +141,7 @@ def check_unbiased(
     :param int seed: Seed, between 0 and 2**32 - 1.
     :param dict parameters: Unconstrained tensors by name. Default: all.
     :param bool progress: Whether to show a progress bar.
-    :returns: A :class:`~pyro_rb.diagnostics.check.bias_check.BiasCheck`.
+    :returns: A :class:`BiasCheck`.
     :raises ~pyro_rb.diagnostics.stats.bias.BiasError: An :class:`AssertionError` that names the
         parameter and coordinate, the z-score, the size of the bias, and the smallest bias
         that would have been seen.

@@ -13,6 +13,7 @@ from pyro.optim import PyroOptim
 from pyro.util import set_rng_seed
 from torch import Tensor
 
+from pyro_rb.diagnostics.compare.chooser import Chooser
 from pyro_rb.diagnostics.compare.measure import Plan, ReferenceFailed, measure
 from pyro_rb.diagnostics.compare.measurement import Gauge, find_signal, steps_ratios
 from pyro_rb.diagnostics.compare.report import StateResult, TrainingWindow
@@ -123,12 +124,20 @@ class Study:
         """Reasons for results that would surprise."""
         jacobians = self.problem.sites.jacobians
         biased = {row.name for state in self.states for row in state.losses if row.biased}
-        return [
-            f"{name} is biased on this guide: Pyro's KL divergence of a Delta leaves out its "
-            f"log_density, here the Jacobian of {', '.join(map(repr, jacobians))}."
-            for name, loss in make_losses(self.losses).items()
-            if name in biased and jacobians and isinstance(loss, TraceMeanField_ELBO)
-        ]
+        found = []
+        for name, loss in make_losses(self.losses).items():
+            if name in biased and jacobians and isinstance(loss, TraceMeanField_ELBO):
+                found.append(
+                    f"{name} is biased on this guide: Pyro's KL divergence of a Delta leaves out its "
+                    f"log_density, here the Jacobian of {', '.join(map(repr, jacobians))}."
+                )
+            if name in biased and loss.vectorize_particles and loss.num_particles > 1:
+                reason = Chooser(self.problem).not_vectorized(loss) or "a sum over all dimensions mixes the particles"
+                found.append(
+                    f"{name}: vectorised particles add a dimension on the left of all plates, which the model has to "
+                    f"leave alone. Does it? A likely cause: {reason}."
+                )
+        return found
 
     def windows(self) -> List[TrainingWindow]:
         """The losses of training, summed up."""

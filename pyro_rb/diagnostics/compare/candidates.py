@@ -38,8 +38,9 @@ def candidates() -> List[Candidate]:
         Candidate(LOCAL, Chooser.nothing_local),
         Candidate("RaoBlackwellTopK_ELBO:budget=4", Chooser.no_discrete, Chooser.nothing_sampled),
         Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
-        Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.no_particles, hint=one_by_one),
-        Candidate(f"{STL}:{PARTICLES}", lambda self: self.no_path_gradient() or self.no_particles(), hint=one_by_one),
+        Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.no_particles, Chooser.not_vectorized, hint=one_by_one),
+        Candidate(f"{STL}:{PARTICLES}", lambda self: self.no_path_gradient() or self.no_particles(),
+                  Chooser.not_vectorized, hint=one_by_one),  # fmt: skip
     ]
 
 

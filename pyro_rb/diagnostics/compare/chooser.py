@@ -19,10 +19,10 @@ from pyro_rb.diagnostics.run.losses import (
     make_loss,
     with_options,
 )
+from pyro_rb.diagnostics.run.memory import SizeLimit
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.problem import Problem
-from pyro_rb.diagnostics.run.sites import without_dependents
-from pyro_rb.diagnostics.run.size_limit import SizeLimit
+from pyro_rb.diagnostics.run.sites import beyond_particles, without_dependents
 from pyro_rb.infer import DReG_ELBO
 
 #: Enumeration and particles are tried up to this many numbers in one tensor.
@@ -137,16 +137,19 @@ class Chooser:
         return self.sums_in_model() or (None if self.sites.scored else "all sites of the guide are reparameterised")
 
     def hidden_dependence(self, loss: Any) -> Optional[str]:
-        one = self._problem.sampler(loss)
-        with self._problem.preserved(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            hidden = without_dependents(*one.call, **one.kwargs)
+        hidden = self._sites_of(without_dependents, loss)
         if not hidden:
             return None
         return (
             f"it sees nothing that depends on {_listed(hidden)}, and is biased where that "
             "is so by control flow such as if, range() or .item()"
         )
+
+    def _sites_of(self, find: Callable, loss: Any) -> List[str]:
+        one = self._problem.sampler(loss)
+        with self._problem.preserved(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return find(loss, *one.call, **one.kwargs)
 
     def no_discrete(self) -> Optional[str]:
         return None if self.sites.discrete else "the guide has no discrete site"
@@ -166,10 +169,20 @@ class Chooser:
         too_many = f"its particles together would draw {count} numbers at one site; name it in losses to try it"
         return self.sums_in_model() or (too_many if count > MAX_ELEMENTS else None)
 
+    def not_vectorized(self, loss: Any) -> Optional[str]:
+        names = self._sites_of(beyond_particles, loss)
+        if not names:
+            return None
+        return (
+            f"the model is another with vectorised particles: {_listed(names)} has more dimensions than these and the "
+            f"plates, and each row counts {loss.num_particles} times"
+        )
+
     def nothing_projected(self, loss: Any) -> Optional[str]:
         if is_treated(loss, "projected", "local"):
             return None
-        reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in loss.report())
+        rows = [row for row in loss.report() if not row.treatment.startswith("as ")]
+        reasons = dict.fromkeys(f"'{row.site}': {row.reason}" for row in rows)
         return f"it projects no site; {_shortened(list(reasons))}"
 
     def nothing_sampled(self, loss: Any) -> Optional[str]:

@@ -74,7 +74,7 @@ class GuideComparison:
     def __str__(self) -> str:
         begin = f"Trained each guide for {self.seconds:.3g} s: "
         sound = sorted((g for g in self.guides if math.isfinite(g.elbo)), key=lambda g: -g.elbo)
-        failed = "".join(f" {guide.name} failed: {guide.error}." for guide in self.guides if guide.error)
+        failed = "".join(f" {guide.name} failed: {guide.error.rstrip('.')}." for guide in self.guides if guide.error)
         if not sound:
             return begin + "none has a finite ELBO." + failed
         best = sound[0]

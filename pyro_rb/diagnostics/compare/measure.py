@@ -13,7 +13,12 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Un
 
 import numpy as np
 
-from pyro_rb.diagnostics.compare.measurement import Draw, Gauge, steps_ratios
+from pyro_rb.diagnostics.compare.measurement import (
+    Draw,
+    Gauge,
+    find_signal,
+    steps_ratios,
+)
 from pyro_rb.diagnostics.run.arguments import check_counts
 from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.messages import WarningLog, one_line
@@ -28,6 +33,8 @@ GROWTH = 1.5
 #: so many draws at least.
 FAR_BEHIND, STANDARD_ERRORS = 2.0, 5.0
 LEAST_BLOCKS, LEAST_DRAWS = 4, 60
+#: The z-score of a bias that is no chance, however many coordinates there are.
+PLAIN_BIAS = 10.0
 #: How long to go on for a relative error at most, where nothing else is said.
 DEFAULT_SECONDS = 600.0
 
@@ -156,15 +163,17 @@ def _draw_all(
 def drop_hopeless(gauges: List[Gauge]) -> None:
     """
     Losses that are behind the best by :data:`FAR_BEHIND` in the number that decides, the time for the same precision,
-    and by :data:`STANDARD_ERRORS` of its difference, are measured no further at this state. The reference is.
+    and by :data:`STANDARD_ERRORS` of its difference, are measured no further at this state. The reference is. What is
+    plainly biased is not the best.
     """
     live = [gauge for gauge in gauges if gauge.is_live]
     if len(gauges[0].block_variances) < LEAST_BLOCKS or gauges[0].moments.count < LEAST_DRAWS:
         return
-    ratios = steps_ratios(live)
-    needed = [(gauge, *gauge.time_needed(gauges[0], *ratios[gauge.name])) for gauge in live]
-    best, time, error = min(needed, key=lambda one: one[1])
-    for gauge, other, other_error in needed:
+    sound = [gauge for gauge in live if gauge.verdict(gauges[0], PLAIN_BIAS).z < PLAIN_BIAS]
+    ratios = steps_ratios(live, find_signal(sound))
+    needed = {gauge: gauge.time_needed(gauges[0], *ratios[gauge.name]) for gauge in live}
+    time, error = min(needed[gauge] for gauge in sound)
+    for gauge, (other, other_error) in needed.items():
         far = max(FAR_BEHIND * time, time + STANDARD_ERRORS * math.hypot(error, other_error))
         if other > far and gauge is not gauges[0]:
             gauge.is_dropped = True

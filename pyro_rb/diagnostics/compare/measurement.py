@@ -15,8 +15,7 @@ from pyro_rb.diagnostics.compare.report import LossResult
 from pyro_rb.diagnostics.run.memory import peak_memory
 from pyro_rb.diagnostics.run.sampler import GradientSampler, choose_clock
 from pyro_rb.diagnostics.stats import summary as stats
-from pyro_rb.diagnostics.stats.agreement import judge
-from pyro_rb.diagnostics.stats.bias import Draws
+from pyro_rb.diagnostics.stats.bias import Draws, Verdict, judge
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 from pyro_rb.diagnostics.stats.progress import root_sum_of_squares, steps_ratio
@@ -134,6 +133,11 @@ class Gauge:
         noise = self.moments.variance / self.moments.count
         return self.coordinates.sums(self.moments.mean.square() - noise)
 
+    def verdict(self, reference: "Gauge", threshold: float, exact: Optional[Tensor] = None) -> Verdict:
+        """Whether it is biased."""
+        largest = max(self.moments.rms.max().item(), reference.moments.rms.max().item())
+        return judge(self.draws, reference.draws, exact, threshold, largest)
+
     def result(
         self,
         reference: "Gauge",
@@ -177,8 +181,7 @@ class Gauge:
     def _add_bias(
         self, result: LossResult, reference: "Gauge", threshold: float, exact: Optional[Tensor]
     ) -> None:
-        largest = max(self.moments.rms.max().item(), reference.moments.rms.max().item())
-        verdict = judge(self.draws, reference.draws, exact, threshold, largest)
+        verdict = self.verdict(reference, threshold, exact)
         result.bias_z, result.bias_at, result.bias_threshold = verdict.z, verdict.at, threshold
         result.biased = verdict.z > threshold
         size = self.coordinates.sums(reference.moments.rms.square()).sum().sqrt().item()
@@ -192,15 +195,14 @@ class Gauge:
 
 
 def find_signal(gauges: Sequence[Gauge]) -> Tensor:
-    """The squared length of each parameter's mean gradient, of the loss with the least noise."""
-    quiet = min(gauges, key=lambda gauge: gauge.moments.variance.sum().item())
+    """The squared length of each parameter's mean gradient, of the loss whose mean has the least noise."""
+    quiet = min(gauges, key=lambda gauge: gauge.moments.standard_error.square().sum().item())
     return quiet.squared_mean().clamp(min=0.0)
 
 
-def steps_ratios(gauges: Sequence[Gauge], signal: Optional[Tensor] = None) -> Dict[str, Tuple[float, List[float]]]:
+def steps_ratios(gauges: Sequence[Gauge], signal: Tensor) -> Dict[str, Tuple[float, List[float]]]:
     """
     What :func:`~pyro_rb.diagnostics.stats.progress.steps_ratio` returns for each, by name; the first is the reference.
     """
-    signal = find_signal(gauges) if signal is None else signal
     base, sizes = gauges[0].blocks(), gauges[0].coordinates.sizes
     return {gauge.name: steps_ratio(gauge.blocks(), base, signal, sizes) for gauge in gauges}

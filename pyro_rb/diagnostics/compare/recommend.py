@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence
 
 from pyro_rb.diagnostics.run.losses import usage
+from pyro_rb.diagnostics.run.messages import with_error
 from pyro_rb.diagnostics.stats.progress import root_sum_of_squares
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
 
@@ -131,6 +132,7 @@ def recommend(states: Sequence[Any]) -> Recommendation:
     >>> import pyro, torch
     >>> import pyro.distributions as dist
     >>> from pyro_rb import compare
+    >>> pyro.clear_param_store()
     >>> def model():
     ...     pyro.sample("z", dist.Normal(0., 1.))
     >>> def guide():
@@ -174,7 +176,7 @@ def recommend(states: Sequence[Any]) -> Recommendation:
     gap, error = 1 - rival.time, rival.error
     if not math.isfinite(error) or (abs(gap) < 2 * error and gap + 2 * error > WORTHWHILE):
         advice.sentence = (
-            f"No advice yet: {rival.name} needs {_number(rival.time)} +/- {_number(error)} times the time of "
+            f"No advice yet: {rival.name} needs {with_error(rival.time, error)} times the time of "
             f"{reference}. Take more gradients{_needed(fewest, gap, error)}."
         )
         return advice
@@ -182,14 +184,14 @@ def recommend(states: Sequence[Any]) -> Recommendation:
         advice.loss = reference
         advice.sentence = (
             f"Stay with {reference}: for the same precision the best of the others, {rival.name}, "
-            f"needs {_number(rival.time)} +/- {_number(error)} times its time."
+            f"needs {with_error(rival.time, error)} times its time."
         )
     else:
         best = _simplest([ranked[name] for name in usable if ranked[name] in starts], rival)
         advice.loss, advice.usage = best.name, usage(best.name)
         measured = usable[best.name]
         advice.sentence = (
-            f"Take {best.name}: near the optimum it is expected to need {_number(best.time)} +/- {_number(best.error)} "
+            f"Take {best.name}: near the optimum it is expected to need {with_error(best.time, best.error)} "
             f"times the time of {reference} for the same precision. Its noise asks for "
             f"{_range(row.steps_ratio for row in measured)} times the steps, and a step takes "
             f"{_range(row.time_ratio for row in measured)} times as long."

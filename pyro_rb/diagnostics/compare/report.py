@@ -24,7 +24,7 @@ class LossResult:
     :param str error: Why the loss could not be measured; all numbers are then None.
     :param float bias_z: The largest absolute z-score of the difference between the mean
         gradients of the loss and the reference, see
-        :func:`~pyro_rb.diagnostics.stats.agreement.judge`.
+        :func:`~pyro_rb.diagnostics.stats.bias.judge`.
     :param str bias_at: The coordinate or parameter where it was found.
     :param float bias_size: The difference there, as a share of the root-mean-square norm of
         the reference's gradient.

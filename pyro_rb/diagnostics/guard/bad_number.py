@@ -12,7 +12,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pyro
 import torch
@@ -57,15 +57,23 @@ class BadNumber:
         return f"{where}{self.text}" + (f"; it comes from {self.code}" if self.code else "")
 
 
-def find_bad_number(
-    loss: Any,
-    entrance: str,
-    model: Callable,
-    guide: Callable,
-    args: Sequence,
-    kwargs: Dict[str, Any],
-    rng_state: Any,
-) -> Optional[BadNumber]:
+class Call(NamedTuple):
+    """
+    What a step was, so that it can be repeated.
+
+    :param str entrance: ``"loss_and_grads"`` or ``"differentiable_loss"``.
+    :param rng_state: What :func:`get_rng_state` returned before the step.
+    """
+
+    entrance: str
+    model: Callable
+    guide: Callable
+    args: Sequence
+    kwargs: Dict[str, Any]
+    rng_state: Any
+
+
+def find_bad_number(loss: Any, call: Call) -> Optional[BadNumber]:
     """
     Repeats a step and returns the first number that is not finite, in the order: parameters;
     then for each site of the guide, then of the model, its distribution's arguments, its
@@ -74,15 +82,13 @@ def find_bad_number(
     Parameters, modules and random number generators are left as they were.
 
     :param loss: The loss; it is copied.
-    :param str entrance: ``"loss_and_grads"`` or ``"differentiable_loss"``.
-    :param rng_state: What :func:`get_rng_state` returned before the step.
     :returns: None if all is finite.
     """
-    step = (loss, entrance, model, guide, args, kwargs, rng_state)
-    with preserve_state(model, guide, args, kwargs), pyro.validation_enabled(False):
+    model, guide = call.model, call.guide
+    with preserve_state(model, guide, call.args, call.kwargs), pyro.validation_enabled(False):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            log = _repeat(*step)
+            log = _repeat(loss, call)
             with torch.no_grad():
                 found = _in_parameters(log, model, guide) or _in_forward_pass(log)
             found = found or _in_matrix(log) or _in_derivatives(log) or log.first_bad
@@ -90,7 +96,7 @@ def find_bad_number(
                 return found
             caught.clear()
             with torch.autograd.set_detect_anomaly(True):
-                _repeat(*step)
+                _repeat(loss, call)
             return replace(found, code=_code_of_derivative(caught))
 
 
@@ -156,23 +162,16 @@ class _SiteLog(Messenger):
             self._hooks.append(tensor.register_hook(hook))
 
 
-def _repeat(
-    loss: Any,
-    entrance: str,
-    model: Callable,
-    guide: Callable,
-    args: Sequence,
-    kwargs: Dict[str, Any],
-    rng_state: Any,
-) -> _SiteLog:
+def _repeat(loss: Any, call: Call) -> _SiteLog:
     log = _SiteLog()
-    set_rng_state(rng_state)
-    run = getattr(_fresh_copy(loss), entrance)
-    for name, tensor in module_parameters(model, guide).items():
+    set_rng_state(call.rng_state)
+    run = getattr(_fresh_copy(loss), call.entrance)
+    model, guide = log.as_role("model", call.model), log.as_role("guide", call.guide)
+    for name, tensor in module_parameters(call.model, call.guide).items():
         log.watch_parameter(name, tensor)
     try:
         with log, torch.enable_grad():
-            value = run(log.as_role("model", model), log.as_role("guide", guide), *args, **kwargs)
+            value = run(model, guide, *call.args, **call.kwargs)
         if isinstance(value, Tensor) and value.requires_grad:
             value.backward()
     except Exception as error:  # what the step itself raised, or detect_anomaly did

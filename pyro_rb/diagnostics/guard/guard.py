@@ -12,9 +12,13 @@ import torch
 from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 
-from pyro_rb.diagnostics.guard.bad_number import BadNumber, get_rng_state
-from pyro_rb.diagnostics.guard.guarded_call import (
+from pyro_rb.diagnostics.guard.bad_number import (
+    BadNumber,
     Call,
+    find_bad_number,
+    get_rng_state,
+)
+from pyro_rb.diagnostics.guard.guarded_call import (
     FunctionLoss,
     SeenParameters,
     are_finite,
@@ -210,7 +214,7 @@ class GradientGuard(ELBO):
             return loss
         if self.on_bad == "skip":
             parameters = {**seen.tensors, **module_parameters(model, guide)}
-            if error is not None and call.find(self.wrapped) is None:
+            if error is not None and find_bad_number(self.wrapped, call) is None:
                 raise error
             # A NaN to each gradient: also other processes must know that this step is bad.
             sums = [p.sum() for p in parameters.values() if p.requires_grad]
@@ -258,7 +262,7 @@ class GradientGuard(ELBO):
         if self.on_bad == "warn" and not is_first and error is None:
             self._in_a_row += 1
             return
-        bad = None if call is None else call.find(self.wrapped)
+        bad = None if call is None else find_bad_number(self.wrapped, call)
         if error is not None and bad is None:
             raise error
         if self.on_bad != "warn":

@@ -2,18 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What :class:`~pyro_rb.diagnostics.guard.guard.GradientGuard` has to know of a call of a loss: how to
-repeat it, which parameters it used, and whether its numbers are finite.
+What :class:`~pyro_rb.diagnostics.guard.guard.GradientGuard` has to know of a call of a loss: which parameters it used,
+and whether its numbers are finite.
 """
 
 import math
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, List
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_rb.diagnostics.guard.bad_number import BadNumber, find_bad_number
 from pyro_rb.diagnostics.run.sites import unconstrained
 
 
@@ -28,20 +27,6 @@ class FunctionLoss:
         if getattr(value, "requires_grad", False):
             value.backward()
         return value
-
-
-class Call(NamedTuple):
-    """What a step was, so that it can be repeated."""
-
-    entrance: str
-    model: Callable
-    guide: Callable
-    args: Any
-    kwargs: Dict[str, Any]
-    rng_state: Any
-
-    def find(self, loss: Any) -> Optional[BadNumber]:
-        return find_bad_number(loss, *self)
 
 
 class SeenParameters(Messenger):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
 from pyro_rb.diagnostics.run.losses import copy_loss
+from pyro_rb.diagnostics.run.messages import counted
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
@@ -98,9 +99,9 @@ class NoiseEstimate:
         low, high = (_number(bound) for bound in self.bounds(0.1))
         lines = [
             f"loss {self.loss:.6g} nats, with a standard deviation of {self.loss_sd:.3g} "
-            f"({self.num_samples} draws of {self.num_particles} particle{'s' * (self.num_particles != 1)} each)",
-            f"a relative error of 10% of the gradient takes {_number(self.required_draws(0.1))} "
-            f"draws (between {low} and {high})",
+            f"({self.num_samples} draws of {counted(self.num_particles, 'particle')} each)",
+            f"draws for a relative error of 10% of the gradient: {_number(self.required_draws(0.1))} "
+            f"(between {low} and {high})",
         ]
         if self.signal < 2 * self.signal_error:
             lines.append(

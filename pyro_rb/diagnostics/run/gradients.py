@@ -3,7 +3,7 @@
 
 """Draws of the gradient that a loss estimates: :func:`sample_gradients`, :func:`gradient_moments`."""
 
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -78,14 +78,11 @@ def sample_gradients(
     >>> gradients["loc"].shape
     torch.Size([200])
     """
-    rows: Dict[str, List[Tensor]] = {}
-    draws = _draws(
-        loss, model, guide, args, kwargs, num_samples, num_burn_in, seed, parameters, progress
-    )
-    for gradients in draws:
-        for name, gradient in gradients.items():
-            rows.setdefault(name, []).append(gradient)
-    return {name: torch.stack(row) for name, row in rows.items()}
+    check_counts(num_samples, num_burn_in, 1)
+    with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
+        draws = problem.sampler(loss).draws(problem.seed, num_samples, num_burn_in, progress)
+        columns = zip(*(gradients for _, gradients in draws))
+        return {name: torch.stack(column) for name, column in zip(problem.parameters, columns)}
 
 
 def gradient_moments(
@@ -122,30 +119,10 @@ def gradient_moments(
     >>> 2.8 < moments["loc"].mean < 3.2, 0.7 < moments["loc"].variance < 1.3
     (tensor(True), tensor(True))
     """
-    moments: Dict[str, RunningMoments] = {}
-    draws = _draws(
-        loss, model, guide, args, kwargs, num_samples, num_burn_in, seed, parameters, progress
-    )
-    for gradients in draws:
-        for name, gradient in gradients.items():
-            moments.setdefault(name, RunningMoments()).update(gradient)
-    return moments
-
-
-def _draws(
-    loss: Any,
-    model: Callable,
-    guide: Callable,
-    args: Arguments,
-    kwargs: Optional[Mapping[str, Any]],
-    num_samples: int,
-    num_burn_in: int,
-    seed: Optional[int],
-    parameters: Optional[Mapping[str, Tensor]],
-    progress: bool,
-) -> Iterator[Dict[str, Tensor]]:
     check_counts(num_samples, num_burn_in, 1)
     with prepared(model, guide, args, kwargs, seed, parameters, must_match=False) as problem:
-        sampler = problem.sampler(loss)
-        for _, gradients in sampler.draws(problem.seed, num_samples, num_burn_in, progress):
-            yield dict(zip(sampler.names, gradients))
+        moments = {name: RunningMoments() for name in problem.parameters}
+        for _, gradients in problem.sampler(loss).draws(problem.seed, num_samples, num_burn_in, progress):
+            for name, gradient in zip(moments, gradients):
+                moments[name].update(gradient)
+    return moments

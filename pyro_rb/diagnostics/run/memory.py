@@ -1,9 +1,10 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How much memory a step takes: :func:`peak_memory`."""
+"""How much memory a step takes, and what stops one that takes too much: :func:`peak_memory`, :class:`SizeLimit`."""
 
 import gc
+import math
 import weakref
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 #: Since this version a storage has one Python object as long as it lives.
 _TRACKS_STORAGES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 1)
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
@@ -89,3 +91,46 @@ class _LiveStorage(TorchDispatchMode):
 
 def _has_storage(item: Any) -> bool:
     return isinstance(item, Tensor) and item.layout == torch.strided
+
+
+class SizeLimit(TorchDispatchMode):
+    """
+    Within the block no operation may make a tensor of more than ``most`` elements. What tensors are
+    broadcast to is known before the memory for it is taken.
+
+    :raises ValueError: At the first operation that would.
+
+    **Example**
+
+    >>> import torch
+    >>> with SizeLimit(100):
+    ...     torch.ones(20, 1) + torch.ones(20)
+    Traceback (most recent call last):
+    ValueError: a tensor of 400 elements is needed, more than 100
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Optional[Dict] = None
+    ) -> Any:
+        tensors = [item for item in tree_flatten((args, kwargs or {}))[0] if isinstance(item, Tensor)]
+        shapes = [tensor.shape for tensor in tensors]
+        if func.overloadpacket.__name__ in _PRODUCTS:
+            self._check(math.prod(shapes[-2][:-1]) * shapes[-1][-1])
+        elif len(shapes) > 1:
+            try:
+                self._check(math.prod(torch.broadcast_shapes(*shapes)))
+            except RuntimeError:  # not an operation that broadcasts
+                pass
+        result = func(*args, **(kwargs or {}))
+        for item in tree_flatten(result)[0]:
+            if _has_storage(item):
+                self._check(item.untyped_storage().nbytes() // item.element_size())
+        return result
+
+    def _check(self, size: int) -> None:
+        if size > self._most:
+            raise ValueError(f"a tensor of {size} elements is needed, more than {self._most}")

@@ -1,12 +1,13 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Errors and warnings of models and losses, in a line each."""
+"""Errors and warnings of models and losses, in a line each, and numbers in words."""
 
+import math
 import re
 import warnings
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 # Pyro adds the shapes at all sites to errors; what has been added after that is kept.
 _TRACE_SHAPES = re.compile(r" ?Trace Shapes:.*?(?= The values of the guide sites|$)")
@@ -42,6 +43,16 @@ def one_line(error: Any) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def counted(number: int, what: str) -> str:
+    """
+    A number of things.
+
+    >>> counted(1, "draw"), counted(2, "draw")
+    ('1 draw', '2 draws')
+    """
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 @contextmanager
 def recorded_warnings() -> Iterator[WarningLog]:
     """All warnings in the block go to the log."""
@@ -50,3 +61,37 @@ def recorded_warnings() -> Iterator[WarningLog]:
         warned = WarningLog(log)
         yield warned
         warned.collect("model and guide")
+
+
+def with_error(value: Optional[float], error: Optional[float]) -> str:
+    """
+    A value with its standard error, if it has one.
+
+    >>> with_error(0.162, 0.021), with_error(1.0, None)
+    ('0.16 +/- 0.02', '1.00')
+    """
+    if value is None or error is None or not math.isfinite(error):
+        return number(value)
+    if abs(value) < 0.1:
+        return f"{value:.2g} +/- {error:.1g}"
+    digits = 0 if error >= 1 else 1 if error >= 0.1 else 2
+    # Rounded up: an error of 0.00 would promise too much.
+    return f"{value:.{digits}f} +/- {max(error, 10.0**-digits):.{digits}f}"
+
+
+def number(value: Optional[float]) -> str:
+    if value is None or not math.isfinite(value):
+        return "-" if value is None else str(value)
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def percent(share: Optional[float]) -> str:
+    """
+    >>> percent(0.0123), percent(3.75)
+    ('1.2%', '375%')
+    """
+    if share is None or not math.isfinite(share):
+        return "-"
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"

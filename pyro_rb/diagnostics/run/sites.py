@@ -6,6 +6,7 @@
 import math
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -187,15 +188,14 @@ def settle_plates(loss: Any, sites: Sites) -> None:
         loss.max_plate_nesting = sites.depth + (loss.vectorize_particles and loss.num_particles > 1)
 
 
-def without_dependents(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
+def without_dependents(loss: TraceGraph_ELBO, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
     """
     Sites of the guide without a reparameterised draw, on which no other site depends as far as
     :class:`~pyro.infer.tracegraph_elbo.TraceGraph_ELBO` knows. It follows tensors. What a value
     decides by ``if``, ``while``, ``range()`` or ``.item()`` it takes for independent of it,
     leaves it out of the costs of that site, and its gradient is biased.
     """
-    traces = TraceGraph_ELBO()._get_traces(model, guide, args, kwargs)
-    model_trace, guide_trace = next(iter(traces))
+    model_trace, guide_trace = next(iter(loss._get_traces(model, guide, args, kwargs)))
     seen: Set[str] = set()
     for trace in (model_trace, guide_trace):
         trace.compute_log_prob()
@@ -203,6 +203,21 @@ def without_dependents(model: Callable, guide: Callable, *args: Any, **kwargs: A
             seen |= get_provenance(site["log_prob"]) - {name}
     scored = [n for n, s in latent_sites(guide_trace) if not getattr(s["fn"], "has_rsample", False)]
     return [name for name in scored if name not in seen]
+
+
+def beyond_particles(loss: Any, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
+    """
+    Sites whose distributions have more dimensions than plates and vectorised particles: a value that carries the
+    particles meets another dimension there. Pyro broadcasts both, without a word, and each row counts once for each.
+    """
+    particles = pyro.plate("num_particles_vectorized", loss.num_particles, dim=-loss.max_plate_nesting)
+    guide_trace, model_trace = run_traces(particles(model), particles(guide), args, kwargs)
+    shapes = {
+        name: getattr(site["fn"], "batch_shape", ())  # a subsample has none
+        for trace in (guide_trace, model_trace)
+        for name, site in sample_sites(trace)
+    }
+    return [name for name, shape in shapes.items() if len(shape) > loss.max_plate_nesting]
 
 
 def latent_sites(trace: poutine.Trace) -> List[Tuple[str, Any]]:

@@ -6,7 +6,7 @@
 import math
 from typing import Any
 
-from pyro_rb.diagnostics.check.bias_check import BiasCheck
+from pyro_rb.diagnostics.check.unbiased import BiasCheck
 from pyro_rb.diagnostics.fit.fit import Fit
 from pyro_rb.diagnostics.noise.noise import NoiseEstimate
 from pyro_rb.diagnostics.show.palette import INK, STYLES, dress, literal

@@ -11,13 +11,11 @@ from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
 from pyro_rb.diagnostics.compare.recommend import LOW_POWER
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
+from pyro_rb.diagnostics.run.messages import counted, number, percent, with_error
 from pyro_rb.diagnostics.show.words import (
     fitted,
     left_then_right,
-    number,
-    percent,
     shares,
-    with_error,
     wrapped,
 )
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
@@ -83,9 +81,10 @@ def _compiled_rows(times: Sequence[CompiledTime]) -> Tuple[List[str], List[List[
 def _guide_rows(found: GuideComparison) -> Tuple[List[str], List[List[str]]]:
     rows = []
     for guide in found.guides:
-        elbo = "-" if guide.error else with_error(guide.elbo, guide.elbo_error)
         khat = "-" if guide.khat is None else f"{guide.khat:.2f}"
-        rows.append([guide.name, elbo, khat, str(guide.num_values), f"{guide.learning_rate:g}", str(guide.steps)])
+        cells = [with_error(guide.elbo, guide.elbo_error), khat, str(guide.num_values)]
+        cells += [f"{guide.learning_rate:g}", str(guide.steps)]
+        rows.append([guide.name, *(["-"] * len(cells) if guide.error else cells)])
     return ["guide", "ELBO, nats", "k-hat", "parameter values", "learning rate", "steps"], rows
 
 
@@ -112,7 +111,7 @@ def outline(comparison: Comparison) -> List[str]:
     if any(map(_has_dropped, comparison.states)):
         count = f"up to {counts[-1]}"
     lines = [
-        f"{size} parameter value{'s' * (size != 1)}, {count} gradients of each loss, "
+        f"{counted(size, 'parameter value')}, {count} gradients of each loss, "
         f"seed {settings['seed']}, device {settings['device']}",
         f"biased means |z| > {settings['bias_threshold']:.1f} against "
         f"{settings['reference_gradient']}",
@@ -173,7 +172,7 @@ def ranking(comparison: Comparison) -> Tuple[List[str], List[List[str]]]:
     """Headers and rows: the time for the same precision, and the difference to the best."""
     headers = ["loss", "time needed", "behind the best"]
     states = comparison.states if len(comparison.states) > 1 else []
-    headers += [state.when() for state in states]
+    headers += [f"at step {state.step}" for state in states]
     rows = []
     for one in comparison.recommendation.ranking:
         difference = with_error(one.difference, one.difference_error) if one.difference else ""

@@ -1,15 +1,16 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Numbers, names and tables as text that fits the terminal."""
+"""Names and tables as text that fits the terminal."""
 
-import math
 import os
 import shutil
 import textwrap
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 from tabulate import tabulate
+
+from pyro_rb.diagnostics.run.messages import percent
 
 
 def width() -> int:
@@ -18,19 +19,25 @@ def width() -> int:
 
 
 def fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], align: Sequence[str]) -> str:
-    """As a table, without the last columns if it would be wider than the terminal. Long names are broken."""
+    """
+    As a table. If it would be wider than the terminal, headers are broken, then the last columns left out, and named
+    below. Long names are broken.
+    """
     rows = [[broken(row[0]), *row[1:]] for row in rows]
-    for count in range(len(headers), 1, -1):
-        table = tabulate(
+    short = [textwrap.fill(header, 8) for header in headers]
+    for count, shown in [(len(headers), headers), *((n, short) for n in range(len(headers), 1, -1))]:
+        lines = tabulate(
             [row[:count] for row in rows],
-            headers[:count],
+            shown[:count],
             tablefmt="simple",
             disable_numparse=True,
             colalign=align[:count] if rows else None,
-        )
-        if max(map(len, table.splitlines())) <= width():
+        ).splitlines()
+        if max(map(len, lines)) <= width():
             break
-    return table
+    if count < len(headers):
+        lines += ["", *wrapped(f"A wider terminal also shows: {', '.join(headers[count:])}.")]
+    return "\n".join(lines)
 
 
 def broken(name: str) -> str:
@@ -64,27 +71,3 @@ def shares(shares: Dict[str, float], most: int = 2) -> str:
     shown = [f"{name} {percent(share)}" for share, name in ranked[:most] if share > 0.005]
     # A long name leaves no room for a second.
     return ", ".join(shown if len(", ".join(shown)) <= 26 else shown[:1]) or f"{len(ranked)} alike"
-
-
-def with_error(value: Optional[float], error: Optional[float]) -> str:
-    if value is None or error is None or not math.isfinite(error):
-        return number(value)
-    if abs(value) < 0.1:
-        return f"{value:.2g} +/- {error:.1g}"
-    digits = 0 if error >= 1 else 1 if error >= 0.1 else 2
-    # Rounded up: an error of 0.00 would promise too much.
-    return f"{value:.{digits}f} +/- {max(error, 10.0**-digits):.{digits}f}"
-
-
-def number(value: Optional[float]) -> str:
-    if value is None or not math.isfinite(value):
-        return "-" if value is None else str(value)
-    if abs(value) < 0.1:
-        return f"{value:.2g}"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def percent(share: Optional[float]) -> str:
-    if share is None or not math.isfinite(share):
-        return "-"
-    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"

@@ -15,7 +15,7 @@ coordinates. So all z-scores are corrected for skewness, see :class:`~pyro_rb.di
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,15 @@ from pyro_rb.diagnostics.stats.projections import Projector
 
 #: Name under which projections of the whole gradient stand in for its coordinates.
 PROJECTIONS = "projections"
+#: A projection whose spread is due to fewer draws tells nothing.
+LEAST_EVENTS = 30
 
 
 class CheckError(AssertionError):
     """
     A test of bias that has failed.
 
-    :param ~pyro_rb.diagnostics.check.bias_check.BiasCheck check: The numbers, in ``check``, if
+    :param ~pyro_rb.diagnostics.check.unbiased.BiasCheck check: The numbers, in ``check``, if
         :func:`~pyro_rb.diagnostics.check.unbiased.check_unbiased` has raised it.
     """
 
@@ -231,70 +233,53 @@ def find_bias(mine: Draws, reference: Any, failure_rate: float, paired: bool = F
     )
 
 
-def compare_means(
-    samples: Mapping[str, Tensor],
-    expected: Optional[Mapping[str, Tensor]] = None,
-    *,
-    paired: Optional[Mapping[str, Tensor]] = None,
-    independent: Optional[Mapping[str, Tensor]] = None,
-    failure_rate: float = 2e-5,
-    projections: int = 0,
-) -> BiasTest:
+class Verdict(NamedTuple):
     """
-    Tests whether the mean of ``samples`` agrees with one of
+    What :func:`judge` has found.
 
-    * ``expected``: exact values, each of the shape ``[*shape]`` of one draw;
-    * ``paired``: draws ``[N, *shape]`` of the reference, row by row with the same random
-      numbers;
-    * ``independent``: draws ``[M, *shape]`` of the reference with other random numbers.
-
-    :param dict samples: ``[N, *shape]`` by name of the parameter.
-    :param float failure_rate: Probability of a false alarm in any coordinate (Bonferroni).
-    :param int projections: If positive, tests this many random projections of the gradient
-        in place of its coordinates. For concentrated discrete guides, where coordinates of
-        never-drawn categories have no sample variance.
-    :raises TypeError: Unless exactly one reference is given.
-    :raises AssertionError: If it has other parameters.
-    :raises ValueError: If it has other shapes.
-
-    **Example**
-
-    >>> import torch
-    >>> noise = torch.linspace(-1, 1, 200).reshape(100, 2)
-    >>> draws = {"loc": noise + torch.tensor([1.0, 2.0])}
-    >>> test = compare_means(draws, {"loc": torch.tensor([1.0, 2.0])})
-    >>> test.raise_if_biased()
-    >>> print(f"a bias of {test.detectable_bias()[1]:.1f} would have been seen")
-    a bias of 0.4 would have been seen
+    :param float z: The largest absolute z-score.
+    :param str at: Where it was found.
+    :param float difference: The absolute difference of the means there.
+    :param float detectable: A bias of this size would have been seen; infinite if none.
     """
-    given = [reference for reference in (expected, paired, independent) if reference is not None]
-    if len(given) != 1:
-        raise TypeError("give exactly one of expected, paired, independent")
-    (reference,) = given
-    if set(samples) != set(reference):
-        raise AssertionError(f"samples of {sorted(samples)} cannot be compared with {sorted(reference)}")
-    for name, rows in samples.items():
-        shape, wanted = reference[name].shape, rows.shape if paired is not None else rows.shape[1:]
-        if (shape if independent is None else shape[1:]) != wanted:
-            raise ValueError(f"{name}: the reference has shape {tuple(shape)}, samples have {tuple(rows.shape)}")
-    coordinates = Coordinates(list(samples), [rows[0] for rows in samples.values()], most=math.inf)
-    projector = Projector.of_all(coordinates, projections) if projections else None
 
-    def draws(values: Mapping[str, Tensor], less: Optional[Mapping[str, Tensor]] = None) -> Draws:
-        found = Draws(coordinates, projector)
-        rows = _flat(values, samples) - (_flat(less, samples) if less is not None else 0.0)
-        found.moments = SkewedMoments.of(rows)
-        found.projected = list(projector(rows)) if projector is not None else []
-        return found
-
-    if expected is not None:
-        exact = coordinates.vector([expected[name].detach() for name in samples])
-        return find_bias(draws(samples), exact, failure_rate)
-    is_paired = paired is not None
-    return find_bias(draws(samples, paired), draws(reference), failure_rate, is_paired)
+    z: float
+    at: str
+    difference: float
+    detectable: float
 
 
-def _flat(values: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """``[N, Q]``"""
-    rows = [values[name].detach().double() for name in names]
-    return torch.cat([row.reshape(len(row), row[0].numel()) for row in rows], 1)
+def judge(mine: Draws, reference: Draws, exact: Optional[Tensor], threshold: float, size: float) -> Verdict:
+    """
+    Whether a loss is to be called biased. Projections whose spread is due to very few draws tell nothing.
+
+    :param Draws mine: Where coordinates are tested, of the differences to the reference.
+    :param Draws reference: Of it.
+    :param ~torch.Tensor exact: The exact gradient ``[Q]``, needs projections; or None.
+    :param float threshold: The z-score beyond which means are said to differ.
+    :param float size: The largest root-mean-square coordinate, for the rounding.
+    """
+    rounding, projector = rounding_error(size, mine.coordinates.dtype), mine.projector
+    if projector is None:
+        tested = mine.tested
+        test = compare_moments(tested, torch.zeros_like(tested.mean), rounding)
+        worst = int(test.z.abs().argmax())
+        detectable = test.detectable_bias(threshold).max().item()
+        return Verdict(test.max_abs_z, mine.label(worst), abs(test.difference[worst].item()), detectable)
+    draws = torch.stack(mine.projected)
+    if exact is None:
+        draws = draws - torch.stack(reference.projected[: len(draws)])
+    expected = torch.zeros_like(draws[0]) if exact is None else projector(exact)
+    test = compare_moments(SkewedMoments.of(draws), expected, 0.0)
+    exactly = test.difference.abs() <= rounding * projector.widths
+    # The number of draws that make up the spread, as their kurtosis tells.
+    squares = (draws - draws.mean(0)).square()
+    events = squares.sum(0).square() / squares.square().sum(0)
+    # A normal variable has a third of the draws.
+    tells = exactly | (events >= min(LEAST_EVENTS, len(draws) / 6))
+    z = torch.where(exactly | ~tells, torch.zeros_like(events), test.z.abs())
+    worst = int(z.argmax())
+    sizes = (test.detectable_bias(threshold) + rounding) * projector.widths
+    sizes = torch.where(tells, sizes, torch.full_like(events, math.inf))
+    difference = abs(test.difference[worst].item()) * projector.widths[worst].item()
+    return Verdict(z.max().item(), mine.label(worst), difference, sizes.max().item())

@@ -168,7 +168,7 @@ class StopRule:
         factor = self._factor(self._num_checks + 1)
         bound = max(improvement, 0.0) + factor * error
         self.last_check = Check(len(self._losses), improvement, error, bound, tolerance)
-        if float(np.ptp(blocks)) < tolerance:
+        if float(np.ptp(blocks)) <= tolerance:
             self.stopped = True  # also without noise, where blocks tell nothing of it
         elif factor * error < tolerance:
             # Checks that are too noisy to stop at, whatever they find, do not count.

@@ -12,7 +12,6 @@ Throughout, ``samples`` is a tensor of shape ``[N, *shape]`` with one draw a row
 import math
 from typing import Tuple
 
-import torch
 from torch import Tensor
 
 from pyro_rb.diagnostics.stats.moments import RunningMoments
@@ -100,40 +99,3 @@ def tail_share(deviations: Tensor, quantile: float = 0.01) -> float:
     if count == 0:
         return math.nan
     return deviations.topk(count).values.sum().item() / total if total > 0 else 0.0
-
-
-def bootstrap_variance_ratio(
-    a: Tensor, b: Tensor, num_resamples: int = 1000, seed: int = 0
-) -> Tensor:
-    """
-    Bootstrap replicates of ``total_variance(a) / total_variance(b)`` for two independent
-    samples ``[N, *shape]`` and ``[M, *shape]``.
-
-    :param int num_resamples: Number of replicates.
-    :param int seed: Seed of the resampling; the global generator is not touched.
-    :returns: A tensor of shape ``[num_resamples]``.
-    :rtype: ~torch.Tensor
-
-    **Example**
-
-    >>> a, b = torch.arange(100.) % 10, 2 * (torch.arange(100.) % 10)
-    >>> ratios = bootstrap_variance_ratio(a, b)
-    >>> ratios.shape, 0.2 < ratios.median() < 0.3
-    (torch.Size([1000]), tensor(True))
-    """
-    generator = torch.Generator().manual_seed(seed)
-    top = _bootstrap_variance(a, num_resamples, generator)
-    bottom = _bootstrap_variance(b, num_resamples, generator)
-    return top / bottom
-
-
-def _bootstrap_variance(samples: Tensor, num_resamples: int, generator: torch.Generator) -> Tensor:
-    moments = RunningMoments.of(samples)  # before the counts: it checks the shape
-    centred = (samples.detach().double() - moments.mean).reshape(len(samples), -1)
-    count = len(centred)
-    drawn = torch.randint(count, (num_resamples, count), generator=generator, device="cpu")
-    weights = torch.zeros(num_resamples, count, dtype=torch.double, device="cpu")
-    weights.scatter_add_(1, drawn, torch.ones_like(weights))
-    weights = weights.to(centred.device) / count
-    second_moment = weights @ centred.square().sum(1)
-    return (second_moment - (weights @ centred).square().sum(1)) * (count / (count - 1))

@@ -305,6 +305,29 @@ def test_candidate_that_fails_is_left_out():
     assert "TraceGraph_ELBO has no differentiable_loss" in choice.left_out["TraceGraph_ELBO"]
 
 
+def regression():
+    """For each row a product with the weights, which vectorised particles turn into one for each particle and row."""
+    x, y = torch.randn(7, 2), torch.randn(7)
+
+    def model():
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 7):
+            pyro.sample("y", dist.Normal((x * weights.unsqueeze(-2)).sum(-1), 1.0), obs=y)
+
+    return model
+
+
+def test_model_that_is_another_with_vectorised_particles():
+    model = regression()
+    choice = choose_losses(model, AutoNormal(model))
+    assert not any("num_particles" in name for name in choice.losses)
+    for name in (f"Trace_ELBO:{PARTICLES}", f"STLTrace_ELBO:{PARTICLES}"):
+        assert "another with vectorised particles: 'y' has more dimensions" in choice.left_out[name]
+    named = compare(model, AutoNormal(model), f"Trace_ELBO:{PARTICLES}", train_steps=0, num_samples=60, progress=False)
+    (note,) = named.notes
+    assert named.states[0].losses[1].biased and "Does it?" in note and "each row counts 10 times" in note
+
+
 def test_particles_of_a_large_model(monkeypatch):
     monkeypatch.setattr(choose_module, "MAX_ELEMENTS", 50)
 

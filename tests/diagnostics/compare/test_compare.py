@@ -21,7 +21,7 @@ from pyro_rb.diagnostics import (
     sample_gradients,
 )
 from pyro_rb.diagnostics.compare import measure
-from pyro_rb.diagnostics.compare.along_training import MOST_STEPS
+from pyro_rb.diagnostics.compare.along_training import MOST_STEPS, Study
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.sampler import GradientSampler
 from pyro_rb.diagnostics.stats import coordinates
@@ -83,6 +83,24 @@ def test_losses_far_behind_are_measured_no_further():
     # One that was named is.
     named = compare(model, AutoNormal(model), ["STLTrace_ELBO:1.0", "STLTrace_ELBO"], **options)
     assert {row.num_samples for row in named.states[0].losses} == {100} and "draws  " not in named.table()
+
+
+class NoGradient(Trace_ELBO):
+    """At once and without noise: far ahead of all, and out of the running."""
+
+    def loss_and_grads(self, model, guide, *args, **kwargs):
+        return 0.0
+
+
+def test_biased_loss_puts_none_behind(monkeypatch):
+    made = Study.made
+    monkeypatch.setattr(Study, "made", lambda self: {**made(self), "none": NoGradient()})
+    result = compare(model, AutoNormal(model), args=(X,), num_samples=100, num_burn_in=5, progress=False)
+    found = rows(result)
+    assert found["none"].biased and found["none"].cost_ratio == 0
+    best = min((row for row in found.values() if not row.biased), key=lambda row: row.cost_ratio)
+    assert not best.reference and best.num_samples == 100
+    assert found["STLTrace_ELBO:1.0"].num_samples < 100
 
 
 def test_reference_row():

@@ -27,7 +27,7 @@ def test_a_clear_case():
     found = recommend([state(good())])
     assert found.loss == "Good_ELBO"
     assert found.sentence == (
-        "Take Good_ELBO: near the optimum it is expected to need 0.36 +/- 0.012 times the time of Trace_ELBO for "
+        "Take Good_ELBO: near the optimum it is expected to need 0.36 +/- 0.01 times the time of Trace_ELBO for "
         "the same precision. Its noise asks for 0.3 times the steps, and a step takes 1.2 times as long."
     )
     assert str(found) == found.sentence and not found.caveats

@@ -57,11 +57,15 @@ def wide_terminal(monkeypatch):
 
 
 def test_narrow_terminal(monkeypatch):
-    for columns in (60, 80, 100):
+    last = "most variance in"
+    hidden = {60: f"|z|, bias seen from, memory, {last}", 80: f"memory, {last}", 100: last}
+    for columns, names in hidden.items():
         monkeypatch.setenv("COLUMNS", str(columns))
         table = make_comparison(row("Good_ELBO"), steps=(0, 5)).table()
         assert max(map(len, table.splitlines())) <= columns
         assert "0.50 +/- 0.04" in table and "Ranking" in table
+        assert f"A wider terminal also shows: {names}." in " ".join(table.split())
+    assert "at step 5" in table and "at step 5." not in table
 
 
 def line_of(comparison, name):

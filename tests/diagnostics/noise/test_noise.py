@@ -42,7 +42,7 @@ def test_known_signal_and_noise():
     assert noise.loss == pytest.approx(6.0, abs=0.8)
     assert noise.loss_sd == pytest.approx(math.sqrt(12.0), rel=0.2)
     assert noise.required_loss_draws(0.5) == math.ceil(4 * noise.loss_sd**2)
-    assert "a relative error of 10% of the gradient takes" in str(noise)
+    assert "draws for a relative error of 10% of the gradient: " in str(noise)
     assert "no gradient can be told from zero" not in str(noise)
 
 

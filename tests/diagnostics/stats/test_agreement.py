@@ -11,8 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_rb.diagnostics import compare
-from pyro_rb.diagnostics.stats.agreement import judge
-from pyro_rb.diagnostics.stats.bias import Draws
+from pyro_rb.diagnostics.stats.bias import Draws, judge
 from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
 from pyro_rb.diagnostics.stats.projections import Projector

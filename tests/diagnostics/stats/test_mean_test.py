@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-from pyro_rb.diagnostics.stats.bias import compare_means
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
+from tests.support.common import compare_means
 
 
 def one_sample_test(samples, expected):

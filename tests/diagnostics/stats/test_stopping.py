@@ -127,8 +127,9 @@ def test_plateaus(length, is_seen):
 def test_without_noise():
     step, rule = stop_time(lambda t: 10 + np.exp(-t / 100.0), lambda rng, n: np.zeros(n), 0, tolerance=1e-3)
     assert 600 < step < 4000
-    step, rule = stop_time(lambda t: 10 + 0.0 * t, lambda rng, n: np.zeros(n), 0)
-    assert step == 400 and rule.stopped
+    for level in (10, 0):  # zero where the guide is the posterior
+        step, rule = stop_time(lambda t: level + 0.0 * t, lambda rng, n: np.zeros(n), 0)
+        assert step == 400 and rule.stopped
     step, rule = stop_time(lambda t: -0.1 * t, lambda rng, n: np.zeros(n), 0)
     assert step is None
 
