@@ -21,6 +21,9 @@ import pyro  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from pyro_rb.infer.report import Summary  # noqa: E402
+from tests.support.report_words import find_unexplained  # noqa: E402
+
 SEED = int(os.environ.get("PYRO_RB_SEED", 0))
 DEVICE = os.environ.get("PYRO_RB_TEST_DEVICE")
 
@@ -51,3 +54,17 @@ def fresh_state():
     torch.set_default_dtype(dtype)
     if DEVICE:
         torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def explained_reports(monkeypatch):
+    """Fails a test in which a report says something that the page on reports does not explain."""
+    make = Summary.report
+
+    def report(self, note=""):
+        found = make(self, note)
+        unexplained = find_unexplained(found)
+        assert not unexplained, f"docs/source/howto/report.rst does not explain {unexplained}"
+        return found
+
+    monkeypatch.setattr(Summary, "report", report)

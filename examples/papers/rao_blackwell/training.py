@@ -95,8 +95,8 @@ def train(name, args):
         runs = {(loss, f, seed): Training(problem, loss, f, seed, seconds) for loss, f, seed in choices}
         # In turns, so that what else the machine does slows all of them.
         for _ in tqdm(range(Training.num_notes), desc=name, leave=False, disable=args.smoke_test):
-            for run in runs.values():
-                run.go_on()
+            for training in runs.values():
+                training.go_on()
         return runs
 
     first_seed, *other_seeds = args.seeds
