@@ -5,12 +5,14 @@
 The logistic regression of Jankowiak and Phan (2024), Section 7.2, with the settings of the authors' own script.
 
 The data are those of the authors, ``bank.csv`` of https://github.com/martinjankowiak/rvrs_example_code, of which that
-script takes 100 rows. Without the file rows of the same shape are simulated. A mean-field guide is trained first, and
+script takes 100 rows. Without its folder rows of the same shape are simulated. A mean-field guide is trained first, and
 RVRSGuide takes over from where it ends. Each learning rate falls to a tenth after a third of the steps, and again after
 two thirds. Steps are compiled; those of SVI are timed for comparison::
 
-    python examples/papers/rvrs/bank.py --data bank.csv --out bank
+    python examples/papers/rvrs/bank.py --data-dir rvrs_example_code --out bank
 """
+
+from pathlib import Path
 
 import _path  # noqa: F401
 import numpy as np
@@ -33,12 +35,12 @@ from logistic import make_model  # isort: skip
 LR, LR_RVRS = 1e-3, 1e-4
 
 
-def load(path, num_rows):
+def load(folder, num_rows):
     """Features ``[num_rows, 17]``, labels ``[num_rows]``."""
-    if path is None:
+    if folder is None:
         features = torch.randn(num_rows, 17)
         return features, torch.bernoulli((features @ torch.randn(17)).sigmoid())
-    table = np.loadtxt(path, delimiter=",", skiprows=1)[:, 1:]  # the first column counts
+    table = np.loadtxt(Path(folder) / "bank.csv", delimiter=",", skiprows=1)[:, 1:]  # the first column counts
     rows = np.random.RandomState(0).permutation(len(table))[:num_rows]
     table = torch.tensor(table[rows], dtype=torch.get_default_dtype())
     return table[:, :-1], table[:, -1]
@@ -87,7 +89,7 @@ def main(args):
 
     for seed in args.seeds:
         restart(seed)
-        model = make_model(*load(args.data, args.num_rows))
+        model = make_model(*load(args.data_dir, args.num_rows))
         guide = AutoDiagonalNormal(model, init_scale=0.1)
         add("mean field", seed, model, guide, LR)
         state = {name: value.detach().clone() for name, value in guide.state_dict().items()}
@@ -100,7 +102,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
-    parser.add_argument("--data", metavar="FILE", help="bank.csv; default: simulated rows")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="with bank.csv; default: simulated rows")
     parser.add_argument("--num-rows", type=int, default=100)
     parser.add_argument("--num-steps", type=int, default=30_000, help="of each guide")
     parser.add_argument("--num-timed", type=int, default=300, help="steps of SVI that are timed")
