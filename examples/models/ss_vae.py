@@ -65,14 +65,19 @@ class SemiSupervisedVae(nn.Module):
         self.from_digit = nn.Embedding(NUM_LABELS, width)
         self.decoder = nn.Sequential(relu, nn.Linear(width, width), relu, nn.Linear(width, num_pixels))
 
+    def model_label(self, images, labels):
+        return pyro.sample("label", dist.Categorical(images.new_ones(NUM_LABELS)), obs=labels)
+
+    def guide_label(self, images):
+        return pyro.sample("label", dist.Categorical(logits=self.classifier(images)))
+
     def model(self, images, labels=None):
         pyro.module("vae", self)
         with pyro.plate("images", len(images)):
-            prior = dist.Categorical(images.new_ones(NUM_LABELS))
-            label = pyro.sample("label", prior, obs=labels)
+            label = self.model_label(images, labels)
             style = dist.Normal(images.new_zeros(self.style_size), 1.0).to_event(1)
             style = pyro.sample("style", style)
-            logits = self.decoder(self.from_style(style) + self.from_digit(label))
+            logits = self.decoder(self.from_style(style) + look_up(self.from_digit, label))
             pixels = dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
             pyro.sample("pixels", pixels, obs=images)
             if labels is not None and self.aux_weight:
@@ -83,10 +88,8 @@ class SemiSupervisedVae(nn.Module):
     def guide(self, images, labels=None):
         pyro.module("vae", self)
         with pyro.plate("images", len(images)):
-            label = labels
-            if label is None:
-                label = pyro.sample("label", dist.Categorical(logits=self.classifier(images)))
-            hidden = self.from_image(images) + self.from_label(label)
+            label = self.guide_label(images) if labels is None else labels
+            hidden = self.from_image(images) + look_up(self.from_label, label)
             loc, log_scale = self.encoder(hidden).chunk(2, -1)
             pyro.sample("style", dist.Normal(loc, log_scale.exp()).to_event(1))
 
@@ -97,7 +100,15 @@ class SemiSupervisedVae(nn.Module):
         """The ELBO of an image, in nats, by the sum over all labels."""
         elbo = TraceEnum_ELBO(max_plate_nesting=1)
         guide = config_enumerate(self.guide)
-        return -sum(elbo.loss(self.model, guide, batch) for batch in images.split(batch_size)) / len(images)
+        self.eval()
+        total = sum(elbo.loss(self.model, guide, batch) for batch in images.split(batch_size))
+        self.train()
+        return -total / len(images)
+
+
+def look_up(table, label):
+    """Rows of an embedding, by numbers or by vectors with a one."""
+    return label @ table.weight if label.is_floating_point() else table(label)
 
 
 def make_batches(images, labels, batch_size, num_labelled, with_unlabelled=True):

@@ -7,7 +7,7 @@ Semi-supervised classification of digits, by several losses: accuracy and time.
 One digit in ten has a label. In the model, label and style make an image; in the guide, a
 classifier looks at the image, and an encoder at image and label. Where the label is
 latent it is summed out, or sampled, or, by RaoBlackwellTopK_ELBO, the likeliest is summed
-and the others sampled (Table 1 of Liu et al., 2019)::
+and the others sampled; ``other_estimators.py`` has three more (Table 1 of Liu et al., 2019)::
 
     python examples/papers/topk/semisupervised.py --out semisupervised
 
@@ -21,10 +21,11 @@ from functools import partial
 
 import _path  # noqa: F401
 import numpy as np
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from other_estimators import GumbelVae, NvilVae, Relax
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from models.ss_vae import SemiSupervisedVae, add_network_options, make_batches
-from pyro_rb.infer import RaoBlackwellTopK_ELBO
+from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
 from support.command_line import make_digit_parser, run, set_up
 from support.data import load_mnist
 from support.losses import mark_for
@@ -40,14 +41,21 @@ LOSSES = {
     "top-1, loo": topk,
     "REINFORCE": Trace_ELBO,
     "REINFORCE+": partial(topk, k=0, baseline="reinforce+"),
+    "NVIL": TraceGraph_ELBO,
+    "Gumbel-softmax": Trace_ELBO,
+    "RELAX": Relax,
+    "RaoBlackwell_ELBO": partial(RaoBlackwell_ELBO, max_plate_nesting=1),
 }
+#: Those that ask something of the guide.
+NETWORKS = {"NVIL": NvilVae, "Gumbel-softmax": GumbelVae}
 
 
 def make_run(name, train_set, args, seed):
     loss = LOSSES[name]()
 
     def make():
-        vae = SemiSupervisedVae(train_set[0].shape[1], args.style_size, args.width, args.supervision)
+        network = NETWORKS.get(name, SemiSupervisedVae)
+        vae = network(train_set[0].shape[1], args.style_size, args.width, args.supervision)
         return vae.model, mark_for(loss, vae.guide)
 
     run = Run(make, loss, {"lr": args.lr}, seed)
