@@ -44,7 +44,10 @@ class GumbelVae(SemiSupervisedVae):
             return super().guide_label(images)
         self.logits = self.classifier(images)
         temperature = images.new_tensor(self.temperature)
-        relaxed = dist.RelaxedOneHotCategoricalStraightThrough(temperature, logits=self.logits)
+        # Rounding errors may take it off the simplex.
+        relaxed = dist.RelaxedOneHotCategoricalStraightThrough(
+            temperature, logits=self.logits, validate_args=False
+        )
         with poutine.mask(mask=False):
             return pyro.sample("label", relaxed)
 
