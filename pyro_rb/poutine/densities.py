@@ -41,6 +41,9 @@ def _is_drawn_delta(site: Any) -> bool:
     return (
         type(fn) is Delta
         and fn.log_density.shape == fn.batch_shape
+        # Of integers or bits the density has another type than the log density that was given.
+        and fn.log_density.dtype == fn.v.dtype
+        and fn.v.is_floating_point()
         and isinstance(value, torch.Tensor)
         and _is_same(value, fn.v)
     )
