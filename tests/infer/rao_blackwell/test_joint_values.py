@@ -26,7 +26,27 @@ def double():
 
 # -- Tables ------------------------------------------------------------------------------
 
+
+class Dice(dist.TorchDistribution):
+    """Of a shape that is a tuple, as those of some distributions of Pyro."""
+
+    arg_constraints = {}
+    has_enumerate_support = True
+
+    def __init__(self, logits):
+        self.logits = logits.log_softmax(-1)
+        super().__init__(tuple(logits.shape[:-1]), validate_args=False)
+
+    def enumerate_support(self, expand=True):
+        return torch.arange(1.0, 7.0).reshape((6,) + (1,) * len(self.batch_shape))
+
+    def log_prob(self, value):
+        logits, value = torch.broadcast_tensors(self.logits, value.long().unsqueeze(-1))
+        return logits.gather(-1, value[..., :1] - 1).squeeze(-1)
+
+
 EVENTS = {
+    "Dice": lambda: Dice(fixed(3, 2, 6)).to_event(1),
     "Bernoulli": lambda: dist.Bernoulli(logits=fixed(4)).to_event(1),
     "Categorical": lambda: dist.Categorical(logits=fixed(2, 3, 4)).to_event(1),
     "OneHotCategorical": lambda: dist.OneHotCategorical(logits=fixed(5, 2, 3)).to_event(1),
@@ -249,6 +269,10 @@ def test_report():
     assert reason(large) == f"2 draws: too many joint values of 30 variables; {IN_A_PLATE}"
     counts = dist.Poisson(torch.ones(3)).to_event(1)
     assert reason(counts) == f"2 draws: 3 variables without a largest value; {IN_A_PLATE}"
+    zeros = dist.ZeroInflatedPoisson(torch.ones(3), gate=torch.tensor(0.3)).to_event(1)
+    assert reason(zeros) == "2 draws: no enumerable support"
+    for one in (dist.Categorical(logits=fixed(3, 1)), dist.Binomial(0, logits=fixed(3)), dist.Bernoulli(fixed(0))):
+        assert reason(one.to_event(1)) == "one value"  # which is not looked at twice
 
 
 def test_bits():
