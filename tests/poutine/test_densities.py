@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -116,3 +118,17 @@ def test_values_that_were_not_drawn(change):
     assert_equal(expected, actual)
     if change is not wider_density:
         assert not torch.equal(actual.nodes["part"]["log_prob"], pyro.param("loc")[2:].cos())
+
+
+def test_the_warnings_of_pyro():
+    def guide():
+        pyro.sample("z", dist.Delta(torch.zeros(2), log_density=torch.tensor([0.0, math.inf])).to_event(1))
+        with pyro.plate("two", 2):
+            pyro.sample("x", dist.Delta(torch.zeros(2), log_density=torch.tensor([0.0, math.inf])))
+
+    trace = poutine.trace(guide).get_trace()
+    for name in ("x", "z"):
+        one = trace.copy()
+        one.nodes.pop("x" if name == "z" else "z")
+        with pytest.warns(UserWarning, match=f"inf: log_prob_sum at site '{name}'"):
+            compute_score_parts(one)
