@@ -305,8 +305,34 @@ def prune(model_trace: Trace, guide_trace: Trace, max_plate_nesting: Any) -> Tup
     the traces, if validation is on, and leaves out subsampling.
     """
     if is_validation_enabled():
-        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+        model, guide = (_pad_shapes(trace, max_plate_nesting) for trace in (model_trace, guide_trace))
+        check_model_guide_match(model, guide, max_plate_nesting)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def _pad_shapes(trace: Trace, max_plate_nesting: Any) -> Trace:
+    """
+    A trace for a comparison of shapes. Of a shape that is longer than ``max_plate_nesting`` and shorter
+    than that and the event together, Pyro would drop dims of the event.
+    """
+    padded: Any = trace.copy()
+    for name, site in sample_sites(trace):
+        event_dim = getattr(site["fn"], "event_dim", 0)
+        shape = site["fn"].shape(*site["args"], **site["kwargs"]) if event_dim > 1 else ()
+        num_missing = max_plate_nesting + event_dim - len(shape)
+        if max_plate_nesting < len(shape) and num_missing > 0:
+            padded.nodes[name] = {**site, "fn": _Shaped(event_dim, (1,) * num_missing + shape)}
+    return padded
+
+
+class _Shaped(NamedTuple):
+    """Stands for a distribution, where only its shape matters."""
+
+    event_dim: int
+    sizes: Tuple[int, ...]
+
+    def shape(self, *args: Any, **kwargs: Any) -> torch.Size:
+        return torch.Size(self.sizes)
 
 
 def check_traces(

@@ -9,18 +9,24 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.score_parts import ScoreParts
 from pyro.poutine import Trace
+from pyro.poutine.util import is_validation_enabled
+from pyro.util import warn_if_inf, warn_if_nan
 
 
 def put_log_prob(site: Any, log_prob: torch.Tensor) -> None:
     """
     Puts the log density of a draw by ``rsample``, or an observation, into a site of a trace, as
-    ``Trace.compute_score_parts`` does.
+    ``Trace.compute_score_parts`` does, with its warnings.
     """
     parts = ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]
     site["unscaled_log_prob"] = log_prob
     site["score_parts"] = parts = parts.scale_and_mask(site["scale"], site["mask"])
     site["log_prob"] = parts.log_prob
-    site["log_prob_sum"] = parts.log_prob.sum()
+    site["log_prob_sum"] = total = parts.log_prob.sum()
+    if is_validation_enabled():
+        where = f"log_prob_sum at site '{site['name']}'"
+        warn_if_nan(total, where)
+        warn_if_inf(total, where, allow_neginf=True)
 
 
 def compute_score_parts(guide_trace: Trace) -> None:
@@ -41,6 +47,9 @@ def _is_drawn_delta(site: Any) -> bool:
     return (
         type(fn) is Delta
         and fn.log_density.shape == fn.batch_shape
+        # Of integers or bits the density has another type than the log density that was given.
+        and fn.log_density.dtype == fn.v.dtype
+        and fn.v.is_floating_point()
         and isinstance(value, torch.Tensor)
         and _is_same(value, fn.v)
     )

@@ -109,6 +109,8 @@ class TopK(Strategy):
             table = self._find_table(msg)
         except Declined as e:
             return self._draw_several(msg, handler, num_draws, is_paired, str(e))
+        if table.num_categories == 1:
+            raise Declined("one value")
         is_joint, infer = isinstance(table, JointTable), msg["infer"]
         if is_joint and not infer.get("topk") and ("draws" in infer or "antithetic" in infer):
             reason = f"{table.num_categories} joint values; {IN_A_PLATE}"
@@ -301,8 +303,6 @@ class TopK(Strategy):
                 f"Found infer={{'topk': {asked!r}}} at guide site '{name}', whose values "
                 f"cannot be listed: {e}. Remove the option, or set {{'topk': 0}}."
             ) from None
-        if table.num_categories == 1:
-            raise Declined("one value")
         return table
 
 

@@ -166,8 +166,8 @@ def _joint_table(fn: Any) -> AnyTable:
         base, num_dims = base.base_dist, num_dims + base.reinterpreted_batch_ndims
     if num_dims == 0:
         return find_table(base)
-    shape = base.batch_shape[-num_dims:]
-    num_variables, num_rows = shape.numel(), max(1, fn.batch_shape.numel())
+    shape = torch.Size(base.batch_shape[-num_dims:])  # some distributions have a tuple
+    num_variables, num_rows = shape.numel(), max(1, math.prod(fn.batch_shape))
     if type(base) in _WINDOWS:
         raise NoTable(f"{num_variables} variables without a largest value; {IN_A_PLATE}")
 
@@ -205,7 +205,7 @@ def _checked(table: Table) -> Table:
 
 
 def _check_size(num_categories: float, batch_shape: torch.Size) -> None:
-    size = num_categories * batch_shape.numel()
+    size = num_categories * math.prod(batch_shape)
     if not size <= MAX_TABLE:
         raise TableTooLarge(f"a table of {size:.3g} elements, more than {MAX_TABLE}")
 

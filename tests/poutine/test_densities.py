@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -34,8 +36,13 @@ def handled():
 
 
 def both_ways(guide):
-    trace = poutine.trace(guide).get_trace()
+    return compute_both(poutine.trace(guide).get_trace())
+
+
+def compute_both(trace):
     pair = trace.copy(), trace.copy()
+    for copied in pair:  # which has the very sites of the trace
+        copied.nodes.update((name, site.copy()) for name, site in trace.nodes.items())
     pair[0].compute_score_parts()
     compute_score_parts(pair[1])
     return pair
@@ -49,11 +56,20 @@ def assert_equal(expected, actual):
         other = actual.nodes[name]
         for key in ("unscaled_log_prob", "log_prob", "log_prob_sum"):
             assert torch.equal(site[key], other[key]) and site[key].shape == other[key].shape, (name, key)
+            assert site[key].dtype == other[key].dtype, (name, key)
         for part, of_other in zip(site["score_parts"], other["score_parts"]):
             assert torch.equal(torch.as_tensor(part), torch.as_tensor(of_other)), name
 
 
-@pytest.mark.parametrize("guide", [AutoNormal(model), AutoDelta(model), shared, handled])
+def of_other_types():
+    numbers = torch.arange(2.0)
+    with pyro.plate("two", 2):
+        for i, dtype in enumerate([torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.cfloat]):
+            pyro.sample(f"x_{i}", dist.Delta(numbers.to(dtype)))
+            pyro.sample(f"y_{i}", dist.Delta(numbers.to(dtype), log_density=numbers))
+
+
+@pytest.mark.parametrize("guide", [AutoNormal(model), AutoDelta(model), shared, handled, of_other_types])
 def test_the_same_as_pyro(guide):
     guide()
     assert_equal(*both_ways(guide))
@@ -98,9 +114,21 @@ def test_values_that_were_not_drawn(change):
 
     trace = poutine.trace(guide).get_trace()
     change(trace)
-    expected, actual = trace.copy(), trace.copy()
-    expected.compute_score_parts()
-    compute_score_parts(actual)
+    expected, actual = compute_both(trace)
     assert_equal(expected, actual)
     if change is not wider_density:
         assert not torch.equal(actual.nodes["part"]["log_prob"], pyro.param("loc")[2:].cos())
+
+
+def test_the_warnings_of_pyro():
+    def guide():
+        pyro.sample("z", dist.Delta(torch.zeros(2), log_density=torch.tensor([0.0, math.inf])).to_event(1))
+        with pyro.plate("two", 2):
+            pyro.sample("x", dist.Delta(torch.zeros(2), log_density=torch.tensor([0.0, math.inf])))
+
+    trace = poutine.trace(guide).get_trace()
+    for name in ("x", "z"):
+        one = trace.copy()
+        one.nodes.pop("x" if name == "z" else "z")
+        with pytest.warns(UserWarning, match=f"inf: log_prob_sum at site '{name}'"):
+            compute_score_parts(one)

@@ -26,7 +26,27 @@ def double():
 
 # -- Tables ------------------------------------------------------------------------------
 
+
+class Dice(dist.TorchDistribution):
+    """Of a shape that is a tuple, as those of some distributions of Pyro."""
+
+    arg_constraints = {}
+    has_enumerate_support = True
+
+    def __init__(self, logits):
+        self.logits = logits.log_softmax(-1)
+        super().__init__(tuple(logits.shape[:-1]), validate_args=False)
+
+    def enumerate_support(self, expand=True):
+        return torch.arange(1.0, 7.0).reshape((6,) + (1,) * len(self.batch_shape))
+
+    def log_prob(self, value):
+        logits, value = torch.broadcast_tensors(self.logits, value.long().unsqueeze(-1))
+        return logits.gather(-1, value[..., :1] - 1).squeeze(-1)
+
+
 EVENTS = {
+    "Dice": lambda: Dice(fixed(3, 2, 6)).to_event(1),
     "Bernoulli": lambda: dist.Bernoulli(logits=fixed(4)).to_event(1),
     "Categorical": lambda: dist.Categorical(logits=fixed(2, 3, 4)).to_event(1),
     "OneHotCategorical": lambda: dist.OneHotCategorical(logits=fixed(5, 2, 3)).to_event(1),
@@ -181,6 +201,42 @@ def test_all_joint_values_have_no_noise_of_their_own():
     torch.testing.assert_close(actual, torch.autograd.grad(total, q)[0])
 
 
+def test_a_matrix_that_depends_on_another_site():
+    """With more plates elsewhere: Pyro compares its shape to that of the model without dims of the event."""
+    prior, costs = fixed(3, NUM_CLUSTERS, seed=8), fixed(2, 3, NUM_CLUSTERS, seed=9)
+
+    def model():
+        g = pyro.sample("g", dist.Categorical(logits=torch.zeros(2)))
+        z = pyro.sample("z", dist.OneHotCategorical(logits=prior).to_event(1))
+        with pyro.plate("data", 4):
+            pyro.factor("cost", (costs[g] * z).sum((-1, -2)))
+
+    def guide():
+        g = pyro.sample("g", dist.Categorical(logits=pyro.param("g_logits", fixed(2, seed=1))))
+        logits = pyro.param("logits", fixed(2, 3, NUM_CLUSTERS, seed=2))
+        pyro.sample("z", dist.OneHotCategorical(logits=logits[g]).to_event(1))
+
+    pyro.clear_param_store()
+    actual = gradient(RaoBlackwell_ELBO(max_plate_nesting=1), Case(model, guide))
+    logits = {"g_logits": fixed(2, seed=1).requires_grad_(), "logits": fixed(2, 3, 2, seed=2).requires_grad_()}
+    log_g, log_z = (x.log_softmax(-1) for x in logits.values())
+    cost = log_z - prior.log_softmax(-1) - 4 * costs
+    total = (log_g.exp() * (log_g + (log_z.exp() * cost).sum((-1, -2)))).sum()
+    expected = torch.autograd.grad(total, list(logits.values()))
+    torch.testing.assert_close(actual, dict(zip(logits, expected)))
+
+
+def test_other_shapes_of_a_matrix_raise():
+    def model():
+        pyro.sample("z", dist.Bernoulli(torch.full((3, 2), 0.5)).to_event(2))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(torch.full((2, 2), 0.5)).to_event(2))
+
+    with pytest.raises(ValueError, match="shapes disagree at site 'z'"):
+        RaoBlackwell_ELBO(max_plate_nesting=1).loss(model, guide)
+
+
 def test_less_variance_than_a_single_draw():
     variances = []
     for infer in ({}, {"draws": 2}):
@@ -213,6 +269,10 @@ def test_report():
     assert reason(large) == f"2 draws: too many joint values of 30 variables; {IN_A_PLATE}"
     counts = dist.Poisson(torch.ones(3)).to_event(1)
     assert reason(counts) == f"2 draws: 3 variables without a largest value; {IN_A_PLATE}"
+    zeros = dist.ZeroInflatedPoisson(torch.ones(3), gate=torch.tensor(0.3)).to_event(1)
+    assert reason(zeros) == "2 draws: no enumerable support"
+    for one in (dist.Categorical(logits=fixed(3, 1)), dist.Binomial(0, logits=fixed(3)), dist.Bernoulli(fixed(0))):
+        assert reason(one.to_event(1)) == "one value"  # which is not looked at twice
 
 
 def test_bits():
