@@ -315,13 +315,17 @@ def _pad_shapes(trace: Trace, max_plate_nesting: Any) -> Trace:
     A trace for a comparison of shapes. Of a shape that is longer than ``max_plate_nesting`` and shorter
     than that and the event together, Pyro would drop dims of the event.
     """
-    padded: Any = trace.copy()
+    short: Dict[str, Any] = {}
     for name, site in sample_sites(trace):
         event_dim = getattr(site["fn"], "event_dim", 0)
         shape = site["fn"].shape(*site["args"], **site["kwargs"]) if event_dim > 1 else ()
         num_missing = max_plate_nesting + event_dim - len(shape)
         if max_plate_nesting < len(shape) and num_missing > 0:
-            padded.nodes[name] = {**site, "fn": _Shaped(event_dim, (1,) * num_missing + shape)}
+            short[name] = {**site, "fn": _Shaped(event_dim, (1,) * num_missing + shape)}
+    if not short:
+        return trace
+    padded = trace.copy()
+    padded.nodes.update(short)
     return padded
 
 
