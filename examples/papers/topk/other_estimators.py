@@ -76,13 +76,13 @@ def relax_gradient(logits, cost_of, control):
     logits = logits.detach().requires_grad_()
     log_p = logits.log_softmax(-1)
     tiny = torch.finfo(log_p.dtype).tiny
-    u, v = (torch.rand_like(log_p).clamp(min=tiny) for _ in range(2))
+    u, v = (torch.rand_like(log_p).clamp(tiny, 1 - torch.finfo(log_p.dtype).eps) for _ in range(2))
     z = log_p - (-u.log()).log()
     label = z.detach().argmax(-1)
     rank = label.unsqueeze(-1)
-    largest = -v.log().gather(-1, rank)
-    others = -v.log() / log_p.exp().clamp(min=tiny) + largest
-    z_again = -others.scatter(-1, rank, largest).log()
+    log_v = (-v.log()).log()
+    largest = log_v.gather(-1, rank)
+    z_again = -torch.logaddexp(log_v - log_p, largest).scatter(-1, rank, largest)
     log_q = log_p.gather(-1, rank).squeeze(-1)
     cost = cost_of(label)
     c, c_again = control(z), control(z_again)
