@@ -4,9 +4,9 @@
 """
 A skeleton for a new estimator: Pyro's ``Trace_ELBO`` with one change, a leave-one-out baseline.
 
-Sites without a reparameterised draw have the gradient ``cost * d log q``. Here the cost of a particle is taken relative
+Sites without a reparameterized draw have the gradient ``cost * d log q``. Here the cost of a particle is taken relative
 to the mean cost of the others, which does not depend on its draw: the expectation is the same, and the noise is less.
-Copy the file, put your change in place of ``_baseline_terms``, and run the contract on it, as
+Copy the file within this folder, put your change in place of ``_baseline_terms``, and run the contract on it, as
 ``tests/test_skeleton_elbo.py`` does. The script shows the change in variance::
 
     python examples/skeleton_elbo.py
@@ -34,7 +34,7 @@ class LeaveOneOut_ELBO(Trace_ELBO):
     :param args: as of ``Trace_ELBO``.
     """
 
-    # Pyro has two entrances: SVI calls the first, and ``loss(model, guide)``, as of a module, the second. Both
+    # Two methods: SVI calls the first, and ``loss(model, guide)``, as a module, the second. Both
     # get their gradient from one surrogate, so that they cannot differ.
 
     def loss_and_grads(self, model, guide, *args, **kwargs):
@@ -52,7 +52,7 @@ class LeaveOneOut_ELBO(Trace_ELBO):
 
     def _estimate(self, model, guide, args, kwargs):
         # All particles at once, as the change needs them jointly. If they are looped there is a pair of traces for
-        # each; if they are vectorised there is one pair, whose tensors have all particles in a dim of their own.
+        # each; if they are vectorized there is one pair, whose tensors have all particles in a dim of their own.
         # Either way the sum over particles is taken, and 1 / K makes it a mean.
         traces = list(self._get_traces(model, guide, args, kwargs))
         pairs = [self._differentiable_loss_particle(*pair) for pair in traces]
@@ -69,7 +69,7 @@ class LeaveOneOut_ELBO(Trace_ELBO):
             log_r = None
             for name, site in guide_trace.nodes.items():
                 if site["type"] != "sample" or is_identically_zero(site["score_parts"].score_function):
-                    continue  # a reparameterised draw has no score term
+                    continue  # a reparameterized draw has no score term
                 if log_r is None:
                     log_r = _compute_log_r(model_trace, guide_trace)  # the cost, without a gradient, by plates
                 pair = (log_r.sum_to(site["cond_indep_stack"]), site["score_parts"].score_function)

@@ -111,7 +111,8 @@ def _parse(name: str) -> Tuple[Type[ELBO], List[Any], Dict[str, Any]]:
     if class_name not in classes:
         near = difflib.get_close_matches(class_name, classes, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no loss {class_name!r}: {hint}There are {', '.join(classes)}")
+        own = "A loss of your own is given as an object, in Python"
+        raise ValueError(f"no loss {class_name!r}: {hint}There are {', '.join(classes)}. {own}")
     positional: List[Any] = []
     keywords: Dict[str, Any] = {}
     option = _own_option(classes[class_name])
