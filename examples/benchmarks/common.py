@@ -101,7 +101,7 @@ def seconds(call, num_calls=1):
 
 
 def gradient(elbo, model, guide, differentiable=False):
-    """A gradient without an optimiser, by one or the other entrance of a loss."""
+    """A gradient without an optimizer, by one or the other entrance of a loss."""
     with pyro.poutine.trace(param_only=True) as capture:
         if differentiable:
             elbo.differentiable_loss(model, guide).backward()

@@ -4,7 +4,7 @@
 """
 Time of a gradient by DReG_ELBO, as a multiple of RenyiELBO's.
 
-The losses take turns, call by call and without an optimiser. Given are the median over
+The losses take turns, call by call and without an optimizer. Given are the median over
 blocks of 16 calls of the ratio to ``RenyiELBO``, and the quartiles. On a CPU the time is
 that of one thread of the processor, which other programs do not stretch::
 

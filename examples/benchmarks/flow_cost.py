@@ -4,7 +4,7 @@
 """
 Path gradients of flows: time and variance of a gradient by STLTrace_ELBO, as multiples of Trace_ELBO's.
 
-Times are those of CPU, of losses that take turns call by call, without an optimiser: medians over blocks of 16
+Times are those of CPU, of losses that take turns call by call, without an optimizer: medians over blocks of 16
 calls, each of which holds one update of the adaptive loss. Variances are total variances over all parameters, with
 one standard error, after training by the adaptive loss. The model has a curved posterior, a chain of
 parabolas. A second table has the time of other estimators around an AutoIAFNormal, and how many times slower they are

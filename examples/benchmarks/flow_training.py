@@ -93,17 +93,17 @@ class Training:
         restart(seed)
         self.model, self.guide, self.loss, self.lr = model, make_guide(model), LOSSES[loss](), lr
         self.guide()
-        self.optimiser = torch.optim.Adam(self.guide.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.guide.parameters(), lr=lr)
         self.seconds, self.num_steps, self.is_lost = 0.0, 0, False
 
     def go_on(self, num_steps, limit):
         start = now()
         try:
             for _ in range(num_steps):
-                self.optimiser.param_groups[0]["lr"] = self.lr * 0.01 ** (self.seconds / limit)
-                self.optimiser.zero_grad()
+                self.optimizer.param_groups[0]["lr"] = self.lr * 0.01 ** (self.seconds / limit)
+                self.optimizer.zero_grad()
                 self.loss.differentiable_loss(self.model, self.guide).backward()
-                self.optimiser.step()
+                self.optimizer.step()
         except ValueError:  # a distribution says that a parameter is not finite
             self.is_lost = True
         self.seconds += now() - start

@@ -4,7 +4,7 @@
 """
 Time of a gradient by a loss in a GradientGuard, as a multiple of that of the loss alone.
 
-Both take turns, call by call and without an optimiser. Given are the median over blocks of 16
+Both take turns, call by call and without an optimizer. Given are the median over blocks of 16
 calls of the ratio, and the quartiles. A bad step is
 one whose gradient is NaN; its time holds the search for the first bad number::
 

@@ -61,7 +61,7 @@ def autoguide(make: Any, sizes: Tuple[int, ...], rows: int) -> Pair:
 
 
 def he(width: int, rows: int) -> Pair:
-    """Three layers, He-initialised locations, scales of 0.3 / sqrt(width)."""
+    """Three layers, He-initialized locations, scales of 0.3 / sqrt(width)."""
     model = Net((width, width, width, 1), rows)
     guide = AutoNormal(model, init_loc_fn=init_to_mean, init_scale=0.3 * width**-0.5)
     guide()

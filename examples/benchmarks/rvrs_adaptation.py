@@ -90,7 +90,7 @@ def follow(rule, spread, error, drift, num_steps):
     return torch.tensor(seen)
 
 
-def summarise(seen):
+def summarize(seen):
     mean_of_20 = seen.unfold(0, 20, 1).mean(-1)
     is_off = ((mean_of_20 - TARGET).abs() > 0.1).nonzero()
     reached = int(is_off[-1]) + 1 if len(is_off) else 0
@@ -108,7 +108,7 @@ def main(args):
     results = {}
     for name, setting in tqdm(SETTINGS.items(), disable=args.smoke_test):
         results[name] = {
-            rule: summarise(follow(RULES[rule], *setting, num_steps)) for rule in RULES
+            rule: summarize(follow(RULES[rule], *setting, num_steps)) for rule in RULES
         }
         print(name, json.dumps(results[name]))
     write(args, results)

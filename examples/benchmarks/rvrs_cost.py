@@ -53,16 +53,16 @@ def one():
 
 
 class Logistic:
-    def __init__(self, num_rows=100, num_features=17, is_vectorised=True):
+    def __init__(self, num_rows=100, num_features=17, is_vectorized=True):
         self.x = torch.randn(num_rows, num_features)
         self.y = torch.bernoulli((1.5 * self.x[:, 0] - self.x[:, 1]).sigmoid())
-        self.is_vectorised = is_vectorised
+        self.is_vectorized = is_vectorized
 
     def __call__(self):
         zeros = torch.zeros(self.x.shape[1])
         w = pyro.sample("w", dist.Normal(zeros, 1.0).to_event(1))
         logits = w @ self.x.T
-        if self.is_vectorised and w.dim() > 1:
+        if self.is_vectorized and w.dim() > 1:
             logits = logits.squeeze(-2)  # the dim of the plate
         with pyro.plate("rows", len(self.x)):
             pyro.sample("y", dist.Bernoulli(logits=logits), obs=self.y)
@@ -71,7 +71,7 @@ class Logistic:
 def cases():
     yield "one latent", one
     yield "logistic regression, 17 features", Logistic()
-    yield "the same, by torch.vmap", Logistic(is_vectorised=False)
+    yield "the same, by torch.vmap", Logistic(is_vectorized=False)
     yield "eight schools", schools()
 
 

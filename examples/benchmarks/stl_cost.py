@@ -4,7 +4,7 @@
 """
 Time of a gradient by STLTrace_ELBO, as a multiple of Trace_ELBO's.
 
-The losses take turns, call by call and without an optimiser. Given are the median over blocks of
+The losses take turns, call by call and without an optimizer. Given are the median over blocks of
 16 calls of the ratio to ``Trace_ELBO``, and the quartiles; each block of the adaptive loss holds
 one of its updates::
 

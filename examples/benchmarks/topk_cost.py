@@ -7,7 +7,7 @@ Time of a gradient by RaoBlackwellTopK_ELBO, against the enumeration of all valu
 A digit of 28 x 28 pixels is somewhere on a canvas. The latent position is one of
 K = rows x columns; at each position that is looked at, a variational autoencoder
 encodes and decodes the window there. All losses take turns, in blocks of calls of
-``loss_and_grads`` without an optimiser. Given are the median over blocks of the time of
+``loss_and_grads`` without an optimizer. Given are the median over blocks of the time of
 enumeration over the time beside it (above 1: top-k is faster), the quartiles, and the
 growth of memory at the first step::
 

@@ -95,7 +95,7 @@ def sparse_process(num_rows=200, num_inducing=12):
     return Case("Sparse Gaussian process, classes", process.model, process.guide)
 
 
-def factorisation(num_rows=60, num_columns=40, rank=3):
+def factorization(num_rows=60, num_columns=40, rank=3):
     """Ratings, of which half are missing."""
     ratings = torch.randn(num_rows, rank) @ torch.randn(rank, num_columns) + 0.3 * torch.randn(num_rows, num_columns)
     is_known = torch.rand(num_rows, num_columns) < 0.5
@@ -112,7 +112,7 @@ def factorisation(num_rows=60, num_columns=40, rank=3):
             with poutine.mask(mask=is_known):
                 pyro.sample("ratings", dist.Normal(mean, noise), obs=ratings)
 
-    return Case("Matrix factorisation, half missing", model, AutoNormal(model, init_loc_fn=init_to_sample))
+    return Case("Matrix factorization, half missing", model, AutoNormal(model, init_loc_fn=init_to_sample))
 
 
 def mixture_of_four():
@@ -273,7 +273,7 @@ CASES: Dict[str, Callable[[], Case]] = {
     "hierarchical_poisson": hierarchical_poisson,
     "item_response": item_response,
     "sparse_process": sparse_process,
-    "factorisation": factorisation,
+    "factorization": factorization,
     "network": network,
     "convolutional": convolutional,
     "horseshoe": horseshoe,

@@ -11,7 +11,7 @@ this machine::
 
     python examples/with_others/lightning_module.py --loss Trace_ELBO STLTrace_ELBO --num-processes 2
 
-The model is probabilistic principal component analysis with an amortised guide, on simulated data. The guide can be
+The model is probabilistic principal component analysis with an amortized guide, on simulated data. The guide can be
 exact, so the ELBO ought to come up to the highest likelihood, which linear algebra gives (Tipping and Bishop 1999).
 """
 

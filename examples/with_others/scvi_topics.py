@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-scvi-tools: topics of genes by amortised latent Dirichlet allocation.
+scvi-tools: topics of genes by amortized latent Dirichlet allocation.
 
 scvi-tools trains its models of Pyro by Lightning, and takes a loss in ``plan_kwargs``: that is the change. Counts of
 cells are simulated::

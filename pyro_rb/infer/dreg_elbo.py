@@ -126,7 +126,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         >>> print(elbo.report())
         site             treatment             reason
         ---------------  --------------------  -----------------------------
-        z_unconstrained  path gradient, c = 1  reparameterised draw
+        z_unconstrained  path gradient, c = 1  reparameterized draw
         z                as RenyiELBO          a Delta has no score identity
 
     **References**

@@ -26,7 +26,7 @@ class Draw(NamedTuple):
     weight: Tensor
     #: ``log q``, with its graph.
     score: Tensor
-    #: The dim of vectorised particles. None if a run has one particle.
+    #: The dim of vectorized particles. None if a run has one particle.
     dim: Optional[int]
     #: Whether an element is another one in the next particle.
     is_subsampled: bool

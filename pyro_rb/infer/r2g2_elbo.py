@@ -8,7 +8,7 @@ from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
 
 class R2G2_ELBO(RaoBlackwell_ELBO):
     r"""
-    A :class:`~pyro.infer.Trace_ELBO` with Rao-Blackwellised reparameterisation gradients
+    A :class:`~pyro.infer.Trace_ELBO` with Rao-Blackwellized reparameterization gradients
     [1], for Gaussian guide sites that the model uses by linear functions: weights of
     Bayesian neural networks, coefficients of a regression, inducing values.
 
@@ -23,7 +23,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     is, with one draw of :math:`v` for all rows of a minibatch. The mean of the gradient
     is that of ``Trace_ELBO``; its variance given one layer is never larger. The gradient
     to the other factor of :math:`W v` sees :math:`v^* = \mu + V \epsilon^*` as well. With
-    one row this is local reparameterisation [2] (Theorem 4.3 of [1]).
+    one row this is local reparameterization [2] (Theorem 4.3 of [1]).
 
     Entropies of these sites, and expected log priors where prior and guide are Gaussian,
     are analytic, also with autoguides.
@@ -110,7 +110,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     **References**
 
     [1] Kevin Lam, Thang Bui, George Deligiannidis, Yee Whye Teh (2025),
-    "Rao-Blackwellised Reparameterisation Gradients". https://arxiv.org/abs/2506.07687
+    "Rao-Blackwellized Reparameterization Gradients". https://arxiv.org/abs/2506.07687
 
     [2] Diederik P. Kingma, Tim Salimans, Max Welling (2015), "Variational Dropout and
     the Local Reparameterization Trick". https://arxiv.org/abs/1506.02557

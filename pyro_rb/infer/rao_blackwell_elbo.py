@@ -63,7 +63,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
        * - Gaussian, and the model uses it by linear functions
          - its noise is projected [2]; analytic divergence; and path gradient
          - :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`
-       * - other reparameterised draws
+       * - other reparameterized draws
          - path gradient, with a learned scale [3]
          - :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`
        * - all else: :class:`~pyro.distributions.Delta`, supplied values
@@ -161,7 +161,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
         >>> print(elbo.report())
         site    treatment             reason
         ------  --------------------  --------------------
-        loc     path gradient, c = 0  reparameterised draw
+        loc     path gradient, c = 0  reparameterized draw
         z       exact                 3 of 3 values
 
     **References**
@@ -171,7 +171,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     https://arxiv.org/abs/1810.04777
 
     [2] Kevin Lam, Thang Bui, George Deligiannidis, Yee Whye Teh (2025),
-    "Rao-Blackwellised Reparameterisation Gradients". https://arxiv.org/abs/2506.07687
+    "Rao-Blackwellized Reparameterization Gradients". https://arxiv.org/abs/2506.07687
 
     [3] Geoffrey Roeder, Yuhuai Wu, David Duvenaud (2017), "Sticking the Landing:
     Simple, Lower-Variance Gradient Estimators for Variational Inference".

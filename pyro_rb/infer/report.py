@@ -18,10 +18,10 @@ class Report(List[SiteReport]):
     """
     A list of :class:`SiteReport` that prints as a table, and shows as one in notebooks.
 
-    >>> print(Report([SiteReport("z", "path gradient", "reparameterised draw")]))
+    >>> print(Report([SiteReport("z", "path gradient", "reparameterized draw")]))
     site    treatment      reason
     ------  -------------  --------------------
-    z       path gradient  reparameterised draw
+    z       path gradient  reparameterized draw
     """
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ class Run:
 
     :param topk: for discrete sites; None leaves them to Pyro.
     :param projection: for Gaussian sites; None leaves them to the next.
-    :param path: for reparameterised sites; None leaves them to Pyro.
+    :param path: for reparameterized sites; None leaves them to Pyro.
     :param int first_available_dim: for enumeration; None if nothing is enumerated.
     :param bool is_inner: whether values are drawn before handlers around the loss, as where
         sites are enumerated.

@@ -49,7 +49,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
 
     **Requirements.** A model whose log density is a function of its latents, and model
     and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.
-    A guide of reparameterised draws, with a support that does not depend on a parameter:
+    A guide of reparameterized draws, with a support that does not depend on a parameter:
     :class:`~pyro.infer.autoguide.AutoNormal`,
     :class:`~pyro.infer.autoguide.AutoDiagonalNormal`,
     :class:`~pyro.infer.autoguide.AutoMultivariateNormal`,
@@ -57,7 +57,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
     :class:`~pyro.infer.autoguide.AutoIAFNormal` and other flows, an
     :class:`~pyro.infer.autoguide.AutoGuideList` of these, or a function. The first call
     checks all this, at the cost of about ten runs of model and guide. The loss must be
-    ``Trace_ELBO``. Of particles, vectorised ones are accepted draws of one call.
+    ``Trace_ELBO``. Of particles, vectorized ones are accepted draws of one call.
     ``model`` must be the very model that is given to ``SVI``; a
     :func:`~pyro.poutine.scale` must be around both of the guide and the model of ``SVI``.
 
@@ -104,7 +104,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
     :raises NotImplementedError: at a call, naming the site or the plate: guide sites that
         are discrete, point estimates, or otherwise without a path gradient; a subsampling
         plate that is not ``local_plate``; a model or guide that gives something else for
-        two proposals at a time; ``local_plate`` within vectorised particles; JIT losses.
+        two proposals at a time; ``local_plate`` within vectorized particles; JIT losses.
     :raises RejectionSamplingError: at a call, if ``max_steps`` proposals were too few.
 
     Example::
@@ -249,7 +249,7 @@ class RVRSGuide(PosteriorMixin, PyroModule):
         if self.local_plate is not None:
             raise NotImplementedError(
                 f"RVRSGuide with local_plate={self.local_plate!r} was called inside of plate "
-                f"'{plates[0].name}'. Expected no vectorised particles or predictions: "
+                f"'{plates[0].name}'. Expected no vectorized particles or predictions: "
                 "raise num_samples in place of num_particles, and set parallel=False."
             )
         return plates[0]

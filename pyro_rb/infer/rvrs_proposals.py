@@ -273,7 +273,7 @@ def missing_site(name: str) -> ValueError:
 
 
 _HARMLESS = (
-    "reparameterised draw",
+    "reparameterized draw",
     "its value was supplied",
     "depends on no parameter",
     "a Delta",  # looked at once, in rvrs_structure
@@ -294,8 +294,8 @@ def no_path_gradient(name: str, fn: Any, reason: str) -> NotImplementedError:
     parts = [type(part).__name__ for part in (base, *flat_transforms(fn))]
     return NotImplementedError(
         f"Guide site '{name}', made of {', '.join(parts)}, has no path gradient: {reason}. "
-        "Expected reparameterised draws, with transforms that are known and a support that "
-        "does not depend on a parameter. Marginalise discrete sites, or choose another "
+        "Expected reparameterized draws, with transforms that are known and a support that "
+        "does not depend on a parameter. Marginalize discrete sites, or choose another "
         "distribution for the guide."
     )
 

@@ -115,7 +115,7 @@ def find_structure(
                 "guide inside of that one, its attribute 'guide'."
             )
         if not getattr(site.fn, "has_rsample", False):
-            raise no_path_gradient(name, site.fn, "not reparameterised")
+            raise no_path_gradient(name, site.fn, "not reparameterized")
         _check_plates(name, site, local_plate)
     for name, site in model_run.sites.items():
         _check_plates(name, site, local_plate)
@@ -219,7 +219,7 @@ def _find_plate(name: str, run: ProposalMessenger) -> CondIndepStackFrame:
         )
     if frames[name].dim is None:
         raise NotImplementedError(
-            f"local_plate '{name}' is a loop. Expected a vectorised plate, used by "
+            f"local_plate '{name}' is a loop. Expected a vectorized plate, used by "
             "`with pyro.plate(...)`."
         )
     return frames[name]
@@ -373,7 +373,7 @@ def _check_deltas(
                 raise NotImplementedError(
                     f"Guide site '{name}' of type {type(site.fn).__name__} is computed from "
                     "parameters, not from draws alone. Expected draws from a "
-                    "reparameterised distribution, or functions of such draws without "
+                    "reparameterized distribution, or functions of such draws without "
                     "parameters of their own: AutoDelta cannot be used, nor a learned "
                     "transform outside of a TransformedDistribution."
                 )
@@ -419,5 +419,5 @@ def _differs(what: str, alone: torch.Tensor, together: torch.Tensor) -> str:
     return (
         f"the log density of the {what} for two proposals at a time is {together.tolist()}, "
         f"and for one at a time {alone.tolist()}. Expected the same: sum over dims by "
-        "negative index, do not use batch normalisation, and give each batch dim a plate."
+        "negative index, do not use batch normalization, and give each batch dim a plate."
     )

@@ -9,10 +9,10 @@ from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
 class STLTrace_ELBO(RaoBlackwell_ELBO):
     r"""
     A :class:`~pyro.infer.Trace_ELBO` that sticks the landing [1]: it drops the score
-    of the reparameterised guide sites, whose mean is zero, or as much of it as pays.
+    of the reparameterized guide sites, whose mean is zero, or as much of it as pays.
     The objective is that of ``Trace_ELBO``, and so is the mean of the gradient.
 
-    For parameters :math:`\phi` and a reparameterised draw
+    For parameters :math:`\phi` and a reparameterized draw
     :math:`z = z(\epsilon, \phi)`, the gradient of one particle is
 
     .. math::
@@ -87,7 +87,7 @@ class STLTrace_ELBO(RaoBlackwell_ELBO):
         >>> print(elbo.report())
         site               treatment             reason
         -----------------  --------------------  -----------------------------
-        loc_unconstrained  path gradient, c = 0  reparameterised draw
+        loc_unconstrained  path gradient, c = 0  reparameterized draw
         loc                as Trace_ELBO         a Delta has no score identity
 
     **References**

@@ -49,7 +49,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     at the first step, when the structure changes, and now and then. Such a site then has
     the full cost, as in ``Trace_ELBO``. With ``num_particles > 1`` the baseline of single
     draws is the mean cost of the other particles, for each element of a plate. All
-    sites that are reparameterised are treated as by ``TraceEnum_ELBO``;
+    sites that are reparameterized are treated as by ``TraceEnum_ELBO``;
     :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report`
     tells what was done at each site, and why.
 
@@ -88,7 +88,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
         ``baseline`` or ``max_evaluations`` out of range, and for ``budget`` together with
         ``k`` or ``num_samples``. At a step, naming the site, for invalid options of a
         site, for ``"topk"`` where there is no table, for too large a product, and for a
-        cost that depends on a sum over vectorised particles.
+        cost that depends on a sum over vectorized particles.
     :raises NotImplementedError: at a step, if the guide is a ``GuideMessenger``.
 
     Example::

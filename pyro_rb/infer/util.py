@@ -50,9 +50,9 @@ from pyro.util import (
 from pyro_rb.ops.importance import unsqueeze_right
 from pyro_rb.ops.transforms import is_inside_of_func
 
-#: The plate that Pyro puts around vectorised particles.
+#: The plate that Pyro puts around vectorized particles.
 PARTICLES = "num_particles_vectorized"
-#: Names of the vectorised plates that a site is in, as symbols.
+#: Names of the vectorized plates that a site is in, as symbols.
 Ordinal = FrozenSet[str]
 
 

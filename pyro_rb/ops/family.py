@@ -92,7 +92,7 @@ def strip_independent(fn: Any) -> Any:
 def find_family(fn: Any) -> Optional[type]:
     """
     Which of Normal, MultivariateNormal and LowRankMultivariateNormal a distribution is,
-    after stripping ``Independent``; None if it is neither, or not reparameterised.
+    after stripping ``Independent``; None if it is neither, or not reparameterized.
 
     >>> find_family(Independent(Normal(torch.zeros(2), 1.0), 1)).__name__
     'Normal'

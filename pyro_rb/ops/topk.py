@@ -100,7 +100,7 @@ def select_slots(
     Needs ``k + num_samples <= K``. One ``topk`` decides which categories are summed, so
     that ties cannot put a category on both sides.
 
-    :param log_q: ``[*table, K]``, log probabilities, not necessarily normalised. No
+    :param log_q: ``[*table, K]``, log probabilities, not necessarily normalized. No
         gradient flows.
     :param k: number of categories to sum, ``>= 0``.
     :param num_samples: number of draws, ``>= 1``.
@@ -164,7 +164,7 @@ def select_slots(
 
 def _weigh_pair(rest: Tensor, total: Tensor, drawn: Tensor) -> Tuple[Tensor, Tensor]:
     """
-    :param rest: ``[*table, K]``, probabilities of the complement, not normalised.
+    :param rest: ``[*table, K]``, probabilities of the complement, not normalized.
     :param total: ``[*table, 1]``, their sum.
     :param drawn: ``[*batch, m]``, of which the last two were drawn without replacement.
     :return: the share of each of the two in the complement, and its weight: ``[*batch, m]``, with
@@ -184,7 +184,7 @@ def _draw(
     cdf: Tensor, batch_shape: Tuple[int, ...], num_samples: int, distinct: bool = False
 ) -> Tuple[Tensor, Tensor]:
     """
-    Independent draws from unnormalised cumulative distributions.
+    Independent draws from unnormalized cumulative distributions.
 
     :param cdf: ``[*table, K]``, non-decreasing; not expanded where the table is shared.
     :param batch_shape: ``batch``, to which ``table`` is broadcastable.

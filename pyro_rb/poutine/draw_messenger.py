@@ -134,10 +134,10 @@ class DrawMessenger(UnseenEnumMessenger):
             except Declined as e:
                 reasons.append(str(e))
                 if self.first_available_dim is not None and msg["infer"].get("enumerate"):
-                    break  # Its draws, if reparameterised, have weights, and are Pyro's.
+                    break  # Its draws, if reparameterized, have weights, and are Pyro's.
         # The first strategy is for draws without rsample, the last for all others.
         has_rsample = msg["fn"].has_rsample
-        unasked = "reparameterised" if has_rsample else ""
+        unasked = "reparameterized" if has_rsample else ""
         self.reasons[name] = reasons[-1 if has_rsample else 0] if reasons else unasked
         self.enumerate(msg)
 

@@ -22,7 +22,7 @@ class _Reason:
 
     def __str__(self) -> str:
         notes = ", ".join(self.notes) or "not needed"
-        return f"reparameterised draw, its flow solved by: {notes}"
+        return f"reparameterized draw, its flow solved by: {notes}"
 
 
 class _Attach(torch.autograd.Function):
@@ -63,7 +63,7 @@ class PathFlow:
     >>> flow.pass_on(value)
     >>> flow.solve()
     >>> print(flow.reason)
-    reparameterised draw, its flow solved by: rank one
+    reparameterized draw, its flow solved by: rank one
     """
 
     def __init__(self, fn: Any, wrappers: List[Any]) -> None:

@@ -61,7 +61,7 @@ def _is_transformed(value: torch.Tensor) -> bool:
 
 class PathGradient(Strategy):
     """
-    Passes each reparameterised draw of a guide through an identity with a gate, the
+    Passes each reparameterized draw of a guide through an identity with a gate, the
     "tap", so that one graph gives both partial and total derivatives.
 
     While the gate is open (the default) gradients flow as without the tap. Within
@@ -92,7 +92,7 @@ class PathGradient(Strategy):
         if self.obstacle:
             raise Declined(self.obstacle)
         if not fn.has_rsample:
-            raise Declined("not reparameterised, keeps its score function")
+            raise Declined("not reparameterized, keeps its score function")
         flow = None
         if msg["value"] is None:
             flow = PathFlow.find(fn)
@@ -127,7 +127,7 @@ class PathGradient(Strategy):
         obstacle = score_obstacle(fn)
         if obstacle is not None:
             raise Declined(obstacle)
-        return "reparameterised draw"
+        return "reparameterized draw"
 
     def tap(self, name: str, value: torch.Tensor, flow: Optional[PathFlow] = None) -> torch.Tensor:
         gate = Gate()

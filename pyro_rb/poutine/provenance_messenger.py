@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_rb.ops.provenance import Provenance
 
-#: All reparameterised draws together.
+#: All reparameterized draws together.
 OTHER = ""
 
 

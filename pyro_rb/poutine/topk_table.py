@@ -114,7 +114,7 @@ AnyTable = Union[Table, JointTable]
 def find_table(fn: Any) -> AnyTable:
     """
     Makes the table of a distribution over finitely many values that does not say how to
-    be reparameterised, or of a Poisson, Geometric or NegativeBinomial up to where less
+    be reparameterized, or of a Poisson, Geometric or NegativeBinomial up to where less
     than 1e-9 of the mass is left. Batch dims along which a distribution is expanded have
     size 1 in the table. The variables of an event by ``to_event`` have one of joint values.
 
@@ -127,7 +127,7 @@ def find_table(fn: Any) -> AnyTable:
     """
     with torch.no_grad():
         if getattr(fn, "has_rsample", False):
-            raise NoTable("reparameterised")
+            raise NoTable("reparameterized")
         if isinstance(fn, MaskedDistribution):
             raise NoTable("a masked distribution; use poutine.mask in its place")
         if isinstance(fn, dist.Independent):

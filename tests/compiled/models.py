@@ -136,7 +136,7 @@ def module():
 
 
 def autoencoder(with_norm=False, dropout=0.0):
-    """Amortised, with another minibatch at each step."""
+    """Amortized, with another minibatch at each step."""
     torch.manual_seed(1)
     data = torch.rand(40, 5)
     norm = [torch.nn.BatchNorm1d(4)] if with_norm else []

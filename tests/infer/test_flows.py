@@ -426,7 +426,7 @@ def test_large_jacobians_are_left_to_the_inverse(monkeypatch):
     model, guide, parameters = make(make_flow("spline autoregressive"))
     loss = FIXED()
     gradient(loss, model, guide, parameters)
-    assert loss.report()[0] == ("z", "path gradient, c = 1", "reparameterised draw")
+    assert loss.report()[0] == ("z", "path gradient, c = 1", "reparameterized draw")
 
 
 def test_a_handler_that_replaces_the_value():

@@ -294,4 +294,4 @@ def test_wrapped_distributions_of_pytorch():
 
     loss = FIXED()
     loss.loss_and_grads(model, guide)
-    assert loss.report()[0] == ("z", "path gradient, c = 1", "reparameterised draw")
+    assert loss.report()[0] == ("z", "path gradient, c = 1", "reparameterized draw")

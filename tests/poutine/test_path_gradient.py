@@ -30,7 +30,7 @@ def grad(output, *inputs):
 def test_trace_records_the_tapped_value(loc):
     tap, trace = run(lambda: pyro.sample("z", dist.Normal(loc, 1.0).to_event(1)))
     assert trace.nodes["z"]["value"] is tap.path.values["z"]
-    assert tap.reasons == {"z": "reparameterised draw"}
+    assert tap.reasons == {"z": "reparameterized draw"}
 
 
 def test_same_draws_as_without(loc):
@@ -78,7 +78,7 @@ def test_partial_derivatives_on_two_levels(loc):
 
 
 NOT_TAPPED = {
-    "not reparameterised": lambda p: pyro.sample("z", dist.Bernoulli(p.sigmoid())),
+    "not reparameterized": lambda p: pyro.sample("z", dist.Bernoulli(p.sigmoid())),
     "depends on no parameter": lambda p: pyro.sample("z", dist.Normal(0.0, 1.0)),
     "a Delta": lambda p: pyro.sample("z", dist.Delta(p, log_density=p)),
     "a Delta ": lambda p: pyro.sample("z", dist.Delta(p).expand([2]).to_event(1)),

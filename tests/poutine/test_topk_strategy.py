@@ -146,7 +146,7 @@ def test_other_sites_are_left_alone():
             assert pyro.sample("fixed", dist.Categorical(torch.ones(5))) == 3
 
     handler, _ = run(guide)
-    assert handler.reasons == {"normal": "reparameterised", "auxiliary": "2 of 5 values"}
+    assert handler.reasons == {"normal": "reparameterized", "auxiliary": "2 of 5 values"}
 
 
 def test_handler_can_be_used_again():
@@ -172,7 +172,7 @@ def test_infer_of_the_user_is_not_changed():
 @pytest.mark.parametrize(
     "fn, reason",
     [
-        (dist.Normal(0.0, 1.0), "reparameterised"),
+        (dist.Normal(0.0, 1.0), "reparameterized"),
         (dist.Poisson(torch.ones(2)).to_event(1), "2 variables without a largest value; in a plate, without to_event"),
         (dist.Bernoulli(0.5 * torch.ones(2)).mask(True).to_event(1), "poutine.mask"),
         (dist.Bernoulli(0.5).mask(True), "poutine.mask"),
@@ -225,7 +225,7 @@ def test_size_is_that_of_the_rows_that_differ():
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_tables_are_normalised(name):
+def test_tables_are_normalized(name):
     log_q = find_table(DISTRIBUTIONS[name]).log_q
     assert not log_q.requires_grad
     total = log_q.double().exp().sum(-1)

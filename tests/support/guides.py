@@ -130,7 +130,7 @@ def amortized() -> Case:
 
 
 def pyro_module() -> Case:
-    """An amortised guide that is a PyroModule, with a PyroModule encoder inside."""
+    """An amortized guide that is a PyroModule, with a PyroModule encoder inside."""
 
     class Guide(PyroModule):
         def __init__(self) -> None:
@@ -152,7 +152,7 @@ def pyro_module() -> Case:
 
 
 class PlainGuide(torch.nn.Module):
-    """An amortised guide that Pyro knows nothing about: no ``param`` site."""
+    """An amortized guide that Pyro knows nothing about: no ``param`` site."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

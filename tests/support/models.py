@@ -364,7 +364,7 @@ def discrete_last() -> Case:
 def poisson(gamma: Any = dist.Gamma, exact: bool = False) -> Case:
     """rate ~ Gamma(2, 1), three counts ~ Poisson(rate). Posterior Gamma(10, 4).
 
-    :param gamma: the guide's distribution: reparameterised, partly, or not at all.
+    :param gamma: the guide's distribution: reparameterized, partly, or not at all.
     """
     counts = torch.tensor([3.0, 1.0, 4.0])
     init = (10.0, 4.0) if exact else (3.0, 1.5)

@@ -6,7 +6,7 @@ Bayesian neural networks on regression tables: how well do they predict, after a
 steps and after as much time, with the plain gradient and with R2G2_ELBO?
 
 One hidden layer, AutoNormal, learned noise, random 90/10 splits. Every loss has the
-analytic KL divergence. ``by hand`` is local reparameterisation without Pyro's handlers.
+analytic KL divergence. ``by hand`` is local reparameterization without Pyro's handlers.
 As much time is that of the plain gradient, counted in processor time of steps that are
 measured in turn, before training; so are those of ``Trace_ELBO``::
 
@@ -94,7 +94,7 @@ def load_table(name, data_dir, max_rows):
 
 
 def split_table(table, seed):
-    """Training and test data, standardised by the former, and the scale of the target."""
+    """Training and test data, standardized by the former, and the scale of the target."""
     order = np.random.default_rng(seed).permutation(len(table))
     train, test = np.split(table[order], [round(0.9 * len(table))])
     mean, scale = train.mean(0), train.std(0)
@@ -198,7 +198,7 @@ def compare_with_plain(scores, method, at):
     return mean_and_error([a["log_likelihood"] - b["log_likelihood"] for a, b in pairs])
 
 
-def summarise(results):
+def summarize(results):
     """Rows of the tables of scores, of variances and of times."""
     scores, variances, times = [], [], []
     for name, result in results.items():
@@ -245,7 +245,7 @@ def main(args):
     results = {}
     for name in tables:
         results[name] = study(name, args)
-        scores, variances, times = summarise(results)
+        scores, variances, times = summarize(results)
         endings = {"": scores, "_variance": variances, "_time": times}
         write_results(args, {"tables": results}, endings, partial(draw, results))
     print(tabulate(scores, headers="keys"))

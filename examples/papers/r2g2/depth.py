@@ -6,7 +6,7 @@ Variance of the gradient of R2G2_ELBO for Bayesian networks of several depths, a
 plain gradient.
 
 Networks with ReLU and AutoNormal, all layers of one width, locations drawn as He et al.
-(2015) initialise weights, standard deviations ``s / sqrt(width)``. Parameters are held
+(2015) initialize weights, standard deviations ``s / sqrt(width)``. Parameters are held
 fixed; both gradients have the analytic KL divergence. Above 1 is better::
 
     python examples/papers/r2g2/depth.py --out depth

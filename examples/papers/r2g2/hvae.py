@@ -168,7 +168,7 @@ def study(num_codes, code_size, width, images, test_images, args):
     }
 
 
-def summarise(results):
+def summarize(results):
     rows = []
     for result in results:
         scores = result["test ELBO"]
@@ -217,7 +217,7 @@ def main(args):
     for code_size, width in zip(args.code_size, args.width):
         for num_codes in args.num_codes:
             results.append(study(num_codes, code_size, width, images, test_images, args))
-            table = summarise(results)
+            table = summarize(results)
             write_results(args, {"results": results}, table, partial(draw, results))
     print(tabulate(table, headers="keys"))
 

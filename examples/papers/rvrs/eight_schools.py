@@ -78,7 +78,7 @@ def integrate():
     return exact, log_evidence
 
 
-def summarise(draws):
+def summarize(draws):
     """
     :param dict draws: ``[num_draws, *site]``.
     """
@@ -118,7 +118,7 @@ def run_guide(args, target=None):
         guide = RVRSGuide(centred, guide, Z_target=target)
         seconds += fit(centred, guide, num_steps=half, lr=args.lr_rvrs, desc=name)
         z = guide.Z.item()
-    moments = summarise(draw(guide, args.num_draws))
+    moments = summarize(draw(guide, args.num_draws))
     return make_row(name, moments, elbo(centred, guide, args.num_samples), z, seconds)
 
 
@@ -131,7 +131,7 @@ def run_nuts(args):
         mcmc.run()
     draws = mcmc.get_samples()
     draws["theta"] = draws["mu"].unsqueeze(-1) + draws["tau"].unsqueeze(-1) * draws["unit"]
-    return make_row("NUTS", summarise(draws), seconds=clock.seconds)
+    return make_row("NUTS", summarize(draws), seconds=clock.seconds)
 
 
 def main(args):

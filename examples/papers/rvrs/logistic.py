@@ -5,12 +5,12 @@
 Bayesian logistic regression by guides of Pyro, and by RVRSGuide around them.
 
 The data are 100 rows of the breast cancer data of scikit-learn (extra ``examples``), with
-all 30 features standardised; weights have a standard normal prior. All guides are trained
+all 30 features standardized; weights have a standard normal prior. All guides are trained
 for the same number of steps. RVRSGuide takes over a guide after half of them::
 
     python examples/papers/rvrs/logistic.py --out logistic
 
-Given are the ELBO (for IWAE the bound of 8 draws that it maximises), the running mean of
+Given are the ELBO (for IWAE the bound of 8 draws that it maximizes), the running mean of
 the acceptance, and the CPU time of all steps. The log evidence is that of importance
 sampling from the full-rank normal.
 """

@@ -49,7 +49,7 @@ class Study:
     :param Problem problem: Model and guide.
     :param str reference: Name of the reference.
     :param losses: What it is compared to, and maybe the reference itself.
-    :param bool scored: Whether the guide has sites without a reparameterised draw.
+    :param bool scored: Whether the guide has sites without a reparameterized draw.
     :param bool exact: Whether to compare to the exact gradient.
     :param list steps: After how many training steps to measure. None: before training, and when a
         :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss falls no more, or
@@ -134,7 +134,7 @@ class Study:
             if name in biased and loss.vectorize_particles and loss.num_particles > 1:
                 reason = Chooser(self.problem).not_vectorized(loss) or "a sum over all dimensions mixes the particles"
                 found.append(
-                    f"{name}: vectorised particles add a dimension on the left of all plates, which the model has to "
+                    f"{name}: vectorized particles add a dimension on the left of all plates, which the model has to "
                     f"leave alone. Does it? A likely cause: {reason}."
                 )
         return found

@@ -26,7 +26,7 @@ def candidates() -> List[Candidate]:
     THE PLACE TO ADD A LOSS: all that may be compared by default, the simpler ones first. Those that
     this version of Pyro or pyro_rb does not have are passed over.
     """
-    one_by_one = "it does not run with vectorised particles, which add a dimension on the left: "
+    one_by_one = "it does not run with vectorized particles, which add a dimension on the left: "
     return [
         Candidate("TraceMeanField_ELBO", Chooser.no_mean_field, unless="mean field restriction"),
         Candidate("TraceGraph_ELBO", Chooser.no_graph, Chooser.hidden_dependence),

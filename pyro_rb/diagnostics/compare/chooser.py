@@ -125,7 +125,7 @@ class Chooser:
     def no_mean_field(self) -> Optional[str]:
         scored, jacobians = self.sites.scored, self.sites.jacobians
         if scored and not self.sites.summed:
-            return f"{_listed(scored)} {'is' if len(scored) == 1 else 'are'} not reparameterised"
+            return f"{_listed(scored)} {'is' if len(scored) == 1 else 'are'} not reparameterized"
         if jacobians and not self.sites.summed:
             return (
                 "biased on this guide: Pyro's KL divergence of a Delta leaves out its "
@@ -134,7 +134,7 @@ class Chooser:
         return self.sums_in_model()
 
     def no_graph(self) -> Optional[str]:
-        return self.sums_in_model() or (None if self.sites.scored else "all sites of the guide are reparameterised")
+        return self.sums_in_model() or (None if self.sites.scored else "all sites of the guide are reparameterized")
 
     def hidden_dependence(self, loss: Any) -> Optional[str]:
         hidden = self._sites_of(without_dependents, loss)
@@ -174,7 +174,7 @@ class Chooser:
         if not names:
             return None
         return (
-            f"the model is another with vectorised particles: {_listed(names)} has more dimensions than these and the "
+            f"the model is another with vectorized particles: {_listed(names)} has more dimensions than these and the "
             f"plates, and each row counts {loss.num_particles} times"
         )
 

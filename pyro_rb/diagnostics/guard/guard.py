@@ -85,7 +85,7 @@ class GradientGuard(ELBO):
     :param str on_bad: ``"raise"`` (default) raises, before the optimizer steps.
         ``"skip"`` returns the loss, NaN if there is none, and takes the gradients away.
         Parameters, moments and learning rates of the optimizer stay as they are. Buffers of
-        modules, such as those of batch normalisation, do not.
+        modules, such as those of batch normalization, do not.
         ``"warn"`` warns at the first of several bad steps in a row, and takes them.
     :param int max_skipped: How many steps may be skipped in a row, before an error is raised.
     :raises ValueError: If ``on_bad`` is none of these, or ``max_skipped`` is negative.

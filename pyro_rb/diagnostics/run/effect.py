@@ -19,7 +19,7 @@ NUM_DRAWS = 4
 def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
     """
     For each parameter, which of its coordinates have an effect on the model's density, or on the
-    probability of a site without a reparameterised draw, in any of a few draws.
+    probability of a site without a reparameterized draw, in any of a few draws.
 
     Others only move the entropy of latent variables on which nothing depends, such as those that
     Pyro adds for observations that are masked: their noise is no hindrance to anything.

@@ -31,8 +31,8 @@ def sample_gradients(
     The gradient is that of the loss (minus the ELBO), with respect to the *unconstrained*
     parameters: what ``SVI.step`` would hand to the optimizer. The param store, the random
     number generators and the modules are left as they were found, see
-    :func:`~pyro_rb.diagnostics.run.state.preserve_state`; a guide that initialises itself at
-    its first call is initialised for the time of the measurement only.
+    :func:`~pyro_rb.diagnostics.run.state.preserve_state`; a guide that initializes itself at
+    its first call is initialized for the time of the measurement only.
 
     The random numbers of draw ``i`` depend on ``seed`` and ``i`` alone. Two losses that
     are sampled with the same seed (or with none, one straight after the other) see the

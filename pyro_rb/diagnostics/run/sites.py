@@ -52,7 +52,7 @@ class Sites(NamedTuple):
     :param list discrete: Of these.
     :param list countable: Those of them that Pyro can enumerate.
     :param list annotated: Those of them for which ``infer["enumerate"]`` is set.
-    :param list scored: In the guide, without a reparameterised draw.
+    :param list scored: In the guide, without a reparameterized draw.
     :param list jacobians: In the guide: Deltas with a log density.
     :param list summed: In the model only, which it enumerates.
     :param list subsampled: Plates that subsample and hold all sites, observed ones too.
@@ -190,7 +190,7 @@ def settle_plates(loss: Any, sites: Sites) -> None:
 
 def without_dependents(loss: TraceGraph_ELBO, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
     """
-    Sites of the guide without a reparameterised draw, on which no other site depends as far as
+    Sites of the guide without a reparameterized draw, on which no other site depends as far as
     :class:`~pyro.infer.tracegraph_elbo.TraceGraph_ELBO` knows. It follows tensors. What a value
     decides by ``if``, ``while``, ``range()`` or ``.item()`` it takes for independent of it,
     leaves it out of the costs of that site, and its gradient is biased.
@@ -207,7 +207,7 @@ def without_dependents(loss: TraceGraph_ELBO, model: Callable, guide: Callable, 
 
 def beyond_particles(loss: Any, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> List[str]:
     """
-    Sites whose distributions have more dimensions than plates and vectorised particles: a value that carries the
+    Sites whose distributions have more dimensions than plates and vectorized particles: a value that carries the
     particles meets another dimension there. Pyro broadcasts both, without a word, and each row counts once for each.
     """
     particles = pyro.plate("num_particles_vectorized", loss.num_particles, dim=-loss.max_plate_nesting)

@@ -117,8 +117,8 @@ def preserve_state(*roots: Any) -> Iterator[Snapshot]:
     * the random number generators of torch (CPU, and CUDA if it is in use), numpy and
       :mod:`random`;
     * each :class:`torch.nn.Module` that can be reached from ``roots``: parameters, buffers,
-      training mode, attributes, and submodules that a lazy initialisation has added (an
-      autoguide that had not run is uninitialised again);
+      training mode, attributes, and submodules that a lazy initialization has added (an
+      autoguide that had not run is uninitialized again);
     * the ``.grad`` of all these parameters, which is ``None`` at the start of the block.
 
     Modules are restored in place: tensors stay the same objects, so that optimizers which

@@ -5,7 +5,7 @@
 Do the mean gradients of two losses agree? The reference is another loss, draw by draw with the same random numbers or
 with others, or the exact gradient.
 
-Where each draw moves all coordinates, as reparameterised draws do, each coordinate is tested. Draws of a discrete site
+Where each draw moves all coordinates, as reparameterized draws do, each coordinate is tested. Draws of a discrete site
 move the coordinates of the value drawn, and a value that was never drawn would look like a bias without noise. Then a
 few random projections are tested instead, which mix rare and common values.
 

@@ -55,7 +55,7 @@ def test_reparameterized_guide():
     choice = choose_losses(case.model, case.guide, case.args)
     assert choice.reference == "Trace_ELBO"
     assert usual(choice.losses) == ["TraceMeanField_ELBO", "STLTrace_ELBO", "STLTrace_ELBO:1.0"]
-    assert choice.left_out["TraceGraph_ELBO"] == "all sites of the guide are reparameterised"
+    assert choice.left_out["TraceGraph_ELBO"] == "all sites of the guide are reparameterized"
     assert choice.left_out[ENUMERATED] == choice.left_out[TOP_K] == "the guide has no discrete site"
 
 
@@ -95,7 +95,7 @@ def test_discrete_sites():
     choice = choose_losses(*positions(20))
     assert usual(choice.losses) == ["TraceGraph_ELBO", ENUMERATED, TOP_K]
     assert "STLTrace_ELBO" in choice.left_out
-    assert choice.left_out["TraceMeanField_ELBO"] == "'z' is not reparameterised"
+    assert choice.left_out["TraceMeanField_ELBO"] == "'z' is not reparameterized"
 
 
 def test_few_values_are_all_summed():
@@ -306,7 +306,7 @@ def test_candidate_that_fails_is_left_out():
 
 
 def regression():
-    """For each row a product with the weights, which vectorised particles turn into one for each particle and row."""
+    """For each row a product with the weights, which vectorized particles turn into one for each particle and row."""
     x, y = torch.randn(7, 2), torch.randn(7)
 
     def model():
@@ -322,7 +322,7 @@ def test_model_that_is_another_with_vectorised_particles():
     choice = choose_losses(model, AutoNormal(model))
     assert not any("num_particles" in name for name in choice.losses)
     for name in (f"Trace_ELBO:{PARTICLES}", f"STLTrace_ELBO:{PARTICLES}"):
-        assert "another with vectorised particles: 'y' has more dimensions" in choice.left_out[name]
+        assert "another with vectorized particles: 'y' has more dimensions" in choice.left_out[name]
     named = compare(model, AutoNormal(model), f"Trace_ELBO:{PARTICLES}", train_steps=0, num_samples=60, progress=False)
     (note,) = named.notes
     assert named.states[0].losses[1].biased and "Does it?" in note and "each row counts 10 times" in note
@@ -375,7 +375,7 @@ def test_projected_sites(monkeypatch):
     assert "R2G2_ELBO" in choice.losses
     R2G2_ELBO.treatment = "plain"
     left_out = choose_losses(case.model, case.guide, case.args).left_out
-    assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterised draw"
+    assert left_out["R2G2_ELBO"] == "it projects no site; 'z': reparameterized draw"
 
 
 def test_local_mode_is_named_where_it_could_be_used():

@@ -72,7 +72,7 @@ def test_restores_after_an_exception():
 @pytest.mark.parametrize(
     "make", [AutoNormal, AutoNormalMessenger], ids=lambda make: make.__name__
 )
-def test_lazy_guide_is_uninitialised_again(make):
+def test_lazy_guide_is_uninitialized_again(make):
     guide = make(model)
     before = {name: value for name, value in vars(guide).items() if not name.startswith("_")}
     with preserve_state(model, guide):
@@ -85,7 +85,7 @@ def test_lazy_guide_is_uninitialised_again(make):
     assert len(list(guide.parameters())) == 2
 
 
-def test_lazy_guide_list_is_uninitialised_again():
+def test_lazy_guide_list_is_uninitialized_again():
     guide = AutoGuideList(model)
     guide.append(AutoNormal(model))
     with preserve_state(model, guide):

@@ -63,7 +63,7 @@ def is_local(elbo):
 # -- Which models are proven ---------------------------------------------------------------
 
 
-def penalised(penalty, plate=False):
+def penalized(penalty, plate=False):
     def model():
         f = network()
         observe(f)
@@ -121,8 +121,8 @@ APART = {
     "latent": latent_of_each_row,
     "masked_and_scaled": masked_and_scaled,
     "two_sites": two_sites,
-    "factor_of_rows": penalised(lambda f: -f.square(), plate=True),
-    "factor_of_others": penalised(lambda f: torch.ones(())),
+    "factor_of_rows": penalized(lambda f: -f.square(), plate=True),
+    "factor_of_others": penalized(lambda f: torch.ones(())),
     "changed_in_place": behind(last=lambda f: (1.0 * f).mul_(2.0)),
 }
 
@@ -172,7 +172,7 @@ COUPLED = {
     "contrastive": contrastive,
     "sequences": sequences,
     "ensemble": ensemble,
-    "factor": penalised(lambda f: -f.mean().square()),
+    "factor": penalized(lambda f: -f.mean().square()),
     "other_plate": other_plate,
     "one_event": one_event,
     "pairs": behind(last=lambda f: f + f.reshape(3, 2).flip(-1).reshape(ROWS) ** 2),

@@ -161,7 +161,7 @@ def test_gradient_is_the_conditional_expectation():
 # -- Special cases -------------------------------------------------------------
 
 
-def test_one_row_is_local_reparameterisation():
+def test_one_row_is_local_reparameterization():
     """Theorem 4.3: ``xi = A eps / |A|`` is the noise of the pre-activation."""
     case = regression(rows=1)
     _, gradient = evaluate(R2G2_ELBO(), case, seed=0)

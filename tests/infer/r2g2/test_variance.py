@@ -77,7 +77,7 @@ def test_network():
 
 
 def test_local():
-    """As little as in local reparameterisation by hand."""
+    """As little as in local reparameterization by hand."""
     case = network()
     x, y = case.args
     p = {name.replace("AutoNormal.", ""): value for name, value in case.parameters().items()}

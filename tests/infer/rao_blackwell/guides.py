@@ -75,7 +75,7 @@ def local_model(num: int) -> None:
         pyro.sample("x", dist.Normal(z + pick(locs, y), 0.8), obs=x)
 
 
-def amortised(num: int) -> Case:
+def amortized(num: int) -> Case:
     encoder = Encoder(num)
 
     def guide(num: int) -> None:
@@ -108,6 +108,6 @@ def module_guide(num: int) -> Case:
 GUIDES: Dict[str, Problem] = {
     "auto_guide_list": Problem(auto_guide_list, rules={"z_unconstrained": 20}),
     "auto_guide_list_by_hand": Problem(lambda num: auto_guide_list(num, True), rules={"z_unconstrained": 20}),
-    "amortised": Problem(amortised, rules={"z": 60}),
+    "amortized": Problem(amortized, rules={"z": 60}),
     "module_guide": Problem(module_guide, rules={"z": 60}),
 }

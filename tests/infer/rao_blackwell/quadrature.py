@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests.support.cases import Case
 
-LOG_RANGE = (-13.0, 5.0)  # of positive values that have no reparameterised draw
+LOG_RANGE = (-13.0, 5.0)  # of positive values that have no reparameterized draw
 
 
 class Nodes(Messenger):
@@ -48,7 +48,7 @@ class Nodes(Messenger):
         with poutine.mask(mask=False):
             options = {"enumerate": "parallel", "is_auxiliary": True}
             index = pyro.sample(f"{msg['name']}_node", dist.Categorical(logits=log_weight), infer=options)
-        msg["value"] = reparameterise(fn, points[index]) if fn.has_rsample else points[index]
+        msg["value"] = reparameterize(fn, points[index]) if fn.has_rsample else points[index]
 
 
 def make_rule(fn: Any, size: int) -> Tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def make_rule(fn: Any, size: int) -> Tuple[Tensor, Tensor]:
     return points, log_weight if event else log_weight + points.log()
 
 
-def reparameterise(fn: Any, noise: Tensor) -> Tensor:
+def reparameterize(fn: Any, noise: Tensor) -> Tensor:
     """The draw that a distribution makes of standard normal noise."""
     while isinstance(fn, dist.Independent):
         fn = fn.base_dist

@@ -68,7 +68,7 @@ def two_plates(h):
     observe(fold(h).sum(1), "z", "groups")
 
 
-def group_normalised(h):
+def group_normalized(h):
     f = fold(h, 4)
     observe((f - f.mean(1, keepdim=True)).reshape(h.shape))
 
@@ -76,7 +76,7 @@ def group_normalised(h):
 COUPLED = {
     "batch_norm": lambda h: observe(F.batch_norm(h, None, None, training=True)),
     "batch_norm_behind": lambda h: observe(F.batch_norm(h.relu(), None, None, training=True), noise=0.3),
-    "groups_are_normalised": group_normalised,
+    "groups_are_normalized": group_normalized,
     "contrastive": contrastive,
     "attention": attention,
     "softmax_over_rows": lambda h: observe(NUM_ROWS * h.softmax(0)),

@@ -32,7 +32,7 @@ def test_closed_forms(make, sizes):
     assert_same(gradient(lambda: exact_loss(case, 1, sizes), case), case.exact_gradient())
 
 
-def test_gamma_without_reparameterisation():
+def test_gamma_without_reparameterization():
     def guide():
         pyro.sample("g", fakes.NonreparameterizedGamma(positive("a", 2.5), positive("rate", 1.5)))
 

@@ -204,7 +204,7 @@ class VAE(torch.nn.Module):
 
 
 @pytest.mark.parametrize("is_small", [True, False])
-def test_amortised(is_small):
+def test_amortized(is_small):
     vae, x = VAE(), torch.bernoulli(torch.full((12, 5), 0.4))
     guide = RVRSGuide(vae.model, vae.guide, local_plate="data", Z_target=0.3)
     svi = SVI(vae.model, guide, Adam({"lr": 0.01}), Trace_ELBO())

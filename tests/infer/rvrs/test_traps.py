@@ -195,7 +195,7 @@ def test_scaled_guide():
     refuse(poutine.scale(normal_guide, 0.5), "'z' is scaled by 0.5. Expected a guide without")
 
 
-def test_guide_that_cannot_be_vectorised():
+def test_guide_that_cannot_be_vectorized():
     def guide():
         z = pyro.sample("z", dist.Normal(real("m", 0.2), 1.0))
         pyro.sample("u", dist.Normal(z.item(), 1.0), infer={"is_auxiliary": True})
@@ -295,7 +295,7 @@ def quadrature(log_likelihood, epsilon, T):
     return bound(lp - lq, lq + (z[1] - z[0]).log(), T, epsilon)
 
 
-def test_model_that_cannot_be_vectorised():
+def test_model_that_cannot_be_vectorized():
     torch.set_default_dtype(torch.float64)
 
     def model():

@@ -192,8 +192,8 @@ def test_report():
     elbo = STLTrace_ELBO(control_variate_scale=0.5)
     elbo.loss_and_grads(*case_args(case))
     assert elbo.report() == [
-        ("k", "as Trace_ELBO", "not reparameterised, keeps its score function"),
-        ("z", "path gradient, c = 0.5", "reparameterised draw"),
+        ("k", "as Trace_ELBO", "not reparameterized, keeps its score function"),
+        ("z", "path gradient, c = 0.5", "reparameterized draw"),
     ]
     assert str(elbo.report()).splitlines()[0].split() == ["site", "treatment", "reason"]
 

@@ -214,7 +214,7 @@ def model_enumeration() -> Case:
 
 
 def discrete_then_continuous() -> Case:
-    """A reparameterised draw that depends on the discrete one."""
+    """A reparameterized draw that depends on the discrete one."""
     x, locs = torch.tensor(X), fixed(5)
 
     def model(x: torch.Tensor) -> None:

@@ -547,7 +547,7 @@ def test_report_of_a_mixed_guide():
     assert elbo.report() == [
         ("categorical", "top-k, k = 1, n = 1, complement 0.3", "2 of 6 values"),
         ("coin", "exact", "2 of 2 values"),
-        ("normal", "as TraceEnum_ELBO", "reparameterised"),
+        ("normal", "as TraceEnum_ELBO", "reparameterized"),
         (
             "event",
             NO_BASELINE,
@@ -608,7 +608,7 @@ def test_values_that_a_prior_does_not_have(options):
         (lambda z: z.double().squeeze() + torch.zeros(7), RuntimeError),
     ],
 )
-def test_hint_for_code_that_cannot_be_vectorised(use, error):
+def test_hint_for_code_that_cannot_be_vectorized(use, error):
     def model():
         z = pyro.sample("z", dist.Categorical(torch.ones(5)))
         pyro.sample("x", dist.Normal(torch.zeros(()), 1.0 + use(z)), obs=torch.tensor(0.0))

@@ -167,7 +167,7 @@ def nested():
 
 
 def gamma():
-    """Another site that is not reparameterised."""
+    """Another site that is not reparameterized."""
     fake = pyro.distributions.testing.fakes.NonreparameterizedGamma
 
     def model():
@@ -407,7 +407,7 @@ OPTIONS = {
     "budget": {"budget": 2},
     "no baseline": {"num_particles": 2, "baseline": None},
     "particles": {"num_particles": 3},
-    "vectorised": {"num_particles": 3, "vectorize_particles": True},
+    "vectorized": {"num_particles": 3, "vectorize_particles": True},
     "probe": {"baseline": "reinforce+"},
 }
 

@@ -26,7 +26,7 @@ VECTORISED = {"num_particles": 3, "vectorize_particles": True}
 PARTICLES = {
     "one": {},
     "looped": {"num_particles": 3},
-    "vectorised": VECTORISED,
+    "vectorized": VECTORISED,
     "none": {**VECTORISED, "baseline": None},
     "probe": {**VECTORISED, "baseline": "reinforce+"},
 }
@@ -167,7 +167,7 @@ def test_unbiased(name, particles):
     assert row.reason == "infer={'topk': 0}" if name[0] == "o" else row.reason.endswith(IN_A_PLATE)
 
 
-@pytest.mark.parametrize("particles", ["looped", "vectorised"])
+@pytest.mark.parametrize("particles", ["looped", "vectorized"])
 def test_unbiased_where_each_particle_has_other_rows(particles):
     """A subsample: an element of one particle has no counterpart in another that is looped."""
     num, size = 4 * COPIES, 2 * COPIES
@@ -214,11 +214,11 @@ def test_gamma_against_its_closed_form():
             pyro.sample("g", NonreparameterizedGamma(positive("a", *[1.5] * COPIES), torch.ones(COPIES)))
 
     expected = -0.5 * torch.polygamma(1, torch.tensor(1.5)) * 1.5
-    for particles in ("looped", "vectorised", "none"):
+    for particles in ("looped", "vectorized", "none"):
         assert_unbiased(gradient(topk(**PARTICLES[particles]), Case(model, guide))["a"], expected, detect=1.0)
 
 
-@pytest.mark.parametrize("particles", ["looped", "vectorised"])
+@pytest.mark.parametrize("particles", ["looped", "vectorized"])
 def test_by_hand(particles):
     """kappa_p = f_p - (sum of the others) / (P - 1), for each element of the plate."""
     case, num = vector(5), 3
@@ -250,7 +250,7 @@ class _Posterior(Messenger):
             msg["fn"].log_prob = lambda value: fn.log_prob(value) + 5.0
 
 
-@pytest.mark.parametrize("particles", ["looped", "vectorised"])
+@pytest.mark.parametrize("particles", ["looped", "vectorized"])
 @pytest.mark.parametrize("name", ["vector", "after slots", "between slots", "after a loop"])
 def test_no_noise_at_the_posterior(name, particles):
     """All costs are the same, and that is not 0."""
