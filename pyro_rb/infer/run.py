@@ -159,7 +159,7 @@ class Run:
             else:
                 treatment = None  # its scale is not known yet
                 if self._is_paused and _may_be_projected(site["fn"]):
-                    reason += "; uses are not watched, as nothing was projected lately"
+                    reason += "; linear uses are not looked for, as recent steps had none"
             if self.topk is not None and has_own_baseline(site):
                 reason = f"{reason}, infer={{'baseline': ...}}"
             rows.append(Row(name, treatment, reason))

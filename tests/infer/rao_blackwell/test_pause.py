@@ -13,7 +13,7 @@ from pyro_rb.infer import run_mixin
 from pyro_rb.infer.pause import MAX_STRUCTURES, NUM_LOOKS, Pause
 from tests.support.cases import positive, real
 
-NOT_WATCHED = "uses are not watched"
+NOT_WATCHED = "linear uses are not looked for"
 SHARED = {"max_plate_nesting": 1, "pre_activations": "shared"}
 
 
