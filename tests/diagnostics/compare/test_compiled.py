@@ -35,7 +35,8 @@ def model(x):
 
 @pytest.fixture
 def replay_only(monkeypatch):
-    """Nothing is worth Inductor's seconds."""
+    """Nothing is worth Inductor's seconds. No column is hidden."""
+    monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(compiled, "WORTH_COMPILING", 0.0)
 
 
@@ -174,7 +175,7 @@ def test_the_reason_why_nothing_is_compiled_is_shown():
 
 
 def test_compiles_by_default_unless_losses_are_named(replay_only):
-    options = dict(args=(X,), num_samples=40, num_burn_in=0, train_steps=[1], progress=False)
+    options = dict(args=(X,), num_samples=150, num_burn_in=0, train_steps=[1], progress=False)
     result = compare(model, AutoNormal(model), **options)
     assert result.compiled and result.settings["steps"] == 10_000
     assert not compare(model, AutoNormal(model), ["STLTrace_ELBO"], **options).compiled

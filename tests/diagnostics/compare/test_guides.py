@@ -33,7 +33,8 @@ EVIDENCE = dist.Normal(0.0, (2 + 0.3**2) ** 0.5).log_prob(X).item()
 
 @pytest.fixture
 def quick(monkeypatch):
-    """One learning rate, and a clock by which a step takes 2 ms on every machine."""
+    """One learning rate, a clock by which a step takes 2 ms on every machine, and no hidden column."""
+    monkeypatch.setenv("COLUMNS", "160")
     ticks = itertools.count()
     monkeypatch.setattr(race_module, "choose_clock", lambda tensors: lambda: 0.002 * next(ticks))
     monkeypatch.setattr(guides_module, "NUM_DRAWS", 400)
