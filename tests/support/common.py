@@ -10,7 +10,7 @@ Samples are a tensor of shape ``[N, *shape]``, or a dict of such tensors by para
 
 import math
 from statistics import NormalDist
-from typing import Dict, Mapping, Optional, Union
+from typing import Dict, Iterable, Mapping, Optional, Union
 
 import torch
 from torch import Tensor
@@ -97,19 +97,18 @@ def compare_means(
         shape, wanted = reference[name].shape, rows.shape if paired is not None else rows.shape[1:]
         if (shape if independent is None else shape[1:]) != wanted:
             raise ValueError(f"{name}: the reference has shape {tuple(shape)}, samples have {tuple(rows.shape)}")
-    names = sorted(samples)
-    coordinates = Coordinates(names, [samples[name][0] for name in names], most=math.inf)
+    coordinates = Coordinates(list(samples), [rows[0] for rows in samples.values()], most=math.inf)
     projector = Projector.of_all(coordinates, projections) if projections else None
 
     def draws(values: Mapping[str, Tensor], less: Optional[Mapping[str, Tensor]] = None) -> Draws:
         found = Draws(coordinates, projector)
-        rows = _flat(values) - (_flat(less) if less is not None else 0.0)
+        rows = _flat(values, samples) - (_flat(less, samples) if less is not None else 0.0)
         found.moments = SkewedMoments.of(rows)
         found.projected = list(projector(rows)) if projector is not None else []
         return found
 
     if expected is not None:
-        exact = coordinates.vector([expected[name].detach() for name in names])
+        exact = coordinates.vector([expected[name].detach() for name in samples])
         return find_bias(draws(samples), exact, failure_rate)
     is_paired = paired is not None
     return find_bias(draws(samples, paired), draws(reference), failure_rate, is_paired)
@@ -176,8 +175,8 @@ def _as_dict(samples: Samples) -> Dict[str, Tensor]:
     return {"samples": samples} if isinstance(samples, Tensor) else dict(samples)
 
 
-def _flat(samples: Samples) -> Tensor:
+def _flat(samples: Samples, order: Optional[Iterable[str]] = None) -> Tensor:
     """All coordinates side by side, ``[N, D]``."""
     values = _as_dict(samples)
-    rows = [values[name].detach().double() for name in sorted(values)]
+    rows = [values[name].detach().double() for name in order or sorted(values)]
     return torch.cat([row.reshape(len(row), row[0].numel()) for row in rows], dim=1)

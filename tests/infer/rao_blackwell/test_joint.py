@@ -298,8 +298,8 @@ def test_added_term_of_convolutions_has_mean_zero(solver):
 @pytest.mark.parametrize("make", [switches, switched_weights])
 def test_with_discrete_sites(make, scale, options):
     elbo = RaoBlackwell_ELBO(control_variate_scale=scale, **options, **OPTIONS)
-    ours = replace(Problem(make), num=6000).draw(elbo, 5)
-    theirs = replace(Problem(make), num=10_000).draw(Trace_ELBO(max_plate_nesting=2))
+    ours = replace(Problem(make), num=5000).draw(elbo, 5)
+    theirs = replace(Problem(make), num=8000).draw(Trace_ELBO(max_plate_nesting=2))
     treatments = {row.site: row.treatment for row in elbo.report()}
     assert "projected and path gradient" in treatments["w"]
     assert "single draw" not in treatments["s" if make is switches else "k"]
