@@ -17,14 +17,13 @@ COSTS = torch.tensor([3.0, -1.0, 0.5, 8.0])
 
 @pytest.fixture
 def other_estimators(monkeypatch):
-    for folder in (EXAMPLES, EXAMPLES / "papers" / "topk"):
-        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     before = set(sys.modules)
-    import other_estimators
+    from support import other_estimators
 
     yield other_estimators
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("other_estimators", "models", "support"):
+        if name.partition(".")[0] in ("models", "support"):
             del sys.modules[name]
 
 

@@ -7,7 +7,7 @@ Semi-supervised classification of digits, by several losses: accuracy and time.
 One digit in ten has a label. In the model, label and style make an image; in the guide, a
 classifier looks at the image, and an encoder at image and label. Where the label is
 latent it is summed out, or sampled, or, by RaoBlackwellTopK_ELBO, the likeliest is summed
-and the others sampled; ``other_estimators.py`` has three more (Table 1 of Liu et al., 2019)::
+and the others sampled; ``support/other_estimators.py`` has three more (Table 1 of Liu et al., 2019)::
 
     python examples/papers/topk/semisupervised.py --out semisupervised
 
@@ -21,7 +21,6 @@ from functools import partial
 
 import _path  # noqa: F401
 import numpy as np
-from other_estimators import GumbelVae, NvilVae, Relax
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from models.ss_vae import SemiSupervisedVae, add_network_options, make_batches
@@ -29,6 +28,7 @@ from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
 from support.command_line import make_digit_parser, run, set_up
 from support.data import load_mnist
 from support.losses import mark_for
+from support.other_estimators import GumbelVae, NvilVae, Relax
 from support.results import draw_histories, report
 from support.training import Run, end_of, set_fast_floats, take_turns
 

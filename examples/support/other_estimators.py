@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What ``semisupervised.py`` compares to: estimators of other papers for the label of that model.
+What ``papers/topk/semisupervised.py`` compares to: estimators of other papers for the label of that model.
 
-Not a script. NVIL (Mnih and Gregor, 2014) has a neural baseline. The Gumbel-softmax (Jang et al., 2017) has a relaxed
+NVIL (Mnih and Gregor, 2014) has a neural baseline. The Gumbel-softmax (Jang et al., 2017) has a relaxed
 label, here with the straight-through gradient, which is biased. RELAX (Grathwohl et al., 2018) has a neural control
 variate; its classifier runs twice in a step.
 """
