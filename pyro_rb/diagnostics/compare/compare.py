@@ -233,7 +233,7 @@ def compare(
             doing = "timing compiled steps"
             try:
                 if num_steps and study.is_whole:
-                    time_best(problem, study.states, study.made(), optim, times, bar)
+                    time_best(problem, study.states, study.made(), optim, times, bar, num_steps)
                 doing = "training by all losses"
                 if seconds and study.is_whole:
                     with torch.no_grad():

@@ -38,6 +38,8 @@ MOST_COMPILED, CLOSE = 2, 2.0
 #: A graph that takes more than this share of the time of a step when it is replayed is not handed to Inductor:
 #: then the operations take the time, and not Python.
 WORTH_COMPILING = 0.85
+#: Nor one whose steps take less than this when they are replayed, all together: Inductor takes about as long itself.
+LEAST_SECONDS = 30.0
 #: Steps before the times are taken: an adaptive loss learns at each of the first 50. Fewer if they take too long.
 WARM_UP, LEAST_WARM_UP, WARM_UP_SECONDS = 70, 6, 10.0
 #: Steps that are timed, at most, and the seconds for them.
@@ -113,6 +115,7 @@ def time_best(
     optim: PyroOptim,
     times: List[CompiledTime],
     bar: TimedBar,
+    num_steps: int,
 ) -> None:
     """
     Times the loss that is recommended, if one is, and the best of the others if it is close; unless time is over.
@@ -120,6 +123,7 @@ def time_best(
     :param list states: A :class:`~pyro_rb.diagnostics.compare.report.StateResult` for each state.
     :param dict made: Losses by name.
     :param list times: To which the times are added.
+    :param int num_steps: That are intended.
     """
     if any(state.stopped == "max_seconds" for state in states):
         return
@@ -131,14 +135,21 @@ def time_best(
         others = [name for name in starts if name != advice.loss]
         bar.start()
         for name in [advice.loss, *others][:MOST_COMPILED]:
-            times += time_compiled(problem, name, made[name], optim)
+            times += time_compiled(problem, name, made[name], optim, num_steps)
             bar.update("compilation")
 
 
-def time_compiled(problem: Problem, name: str, loss: Any, optim: PyroOptim) -> List[CompiledTime]:
+def _is_worth_compiling(replayed: CompiledTime, num_steps: float) -> bool:
+    is_python = replayed.seconds <= WORTH_COMPILING * replayed.eager_seconds
+    return is_python and num_steps * replayed.seconds >= LEAST_SECONDS
+
+
+def time_compiled(
+    problem: Problem, name: str, loss: Any, optim: PyroOptim, num_steps: float = math.inf
+) -> List[CompiledTime]:
     """
     Times whole steps, with the update of the parameters, eager and compiled in turns. The graph is replayed first;
-    Inductor comes after it if that shows that Python takes the time.
+    Inductor comes after it if that shows that Python takes the time, and if it can pay within ``num_steps``.
 
     :param Problem problem: Model and guide, whose parameters are trained by this.
     :param str name: The loss.
@@ -147,7 +158,7 @@ def time_compiled(problem: Problem, name: str, loss: Any, optim: PyroOptim) -> L
     """
     found: List[CompiledTime] = []
     for backend in ("replay", "inductor"):
-        if found and (found[0].error or found[0].seconds > WORTH_COMPILING * found[0].eager_seconds):
+        if found and (found[0].error or not _is_worth_compiling(found[0], num_steps)):
             break
         one = CompiledTime(name, backend)
         try:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -184,3 +185,15 @@ def test_compiles_by_default_unless_losses_are_named(replay_only):
 def test_steps_are_checked():
     with pytest.raises(ValueError, match="steps: expected 0 or more, got -1"):
         compare(model, AutoNormal(model), args=(X,), steps=-1)
+
+
+@pytest.mark.parametrize("num_steps, backends", [(10, ["replay"]), (10**9, ["replay", "inductor"])])
+def test_inductor_is_tried_where_it_can_pay(num_steps, backends, monkeypatch):
+    monkeypatch.setattr(compiled, "WORTH_COMPILING", math.inf)
+
+    def one_step(one, *_):
+        one.eager_seconds, one.seconds, one.setup_seconds = 2e-3, 1e-3, 0.5
+
+    monkeypatch.setattr(compiled, "_time", one_step)
+    found = time_compiled(None, "Trace_ELBO", None, ADAM, num_steps)
+    assert [one.backend for one in found] == backends
