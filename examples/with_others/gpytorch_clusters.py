@@ -10,14 +10,14 @@ processes. Pyro's losses draw them; RaoBlackwell_ELBO sums their joint values::
     python examples/with_others/gpytorch_clusters.py --loss Trace_ELBO RaoBlackwell_ELBO
 """
 
+from functools import partial
+
 import gpytorch
 import pyro
 import pyro.distributions as dist
 import torch
 from common import run
-from pyro.infer import SVI, Trace_ELBO
-
-from pyro_rb.diagnostics.run.losses import make_loss, with_options
+from gpytorch_process import train
 
 
 class Clusters(gpytorch.likelihoods.Likelihood):
@@ -67,14 +67,5 @@ def make():
     return processes.model, processes.guide, (x, y)
 
 
-def train(name, args):
-    model, guide, data = make()
-    loss = make_loss(with_options(name, "Trace_ELBO:retain_graph=True"))
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": args.lr}), loss)
-    for _ in range(args.num_steps):
-        svi.step(*data)
-    return -Trace_ELBO(num_particles=100).loss(model, guide, *data)
-
-
 if __name__ == "__main__":
-    run(__doc__, train, num_steps=300, lr=0.05, losses=("Trace_ELBO", "RaoBlackwell_ELBO"))
+    run(__doc__, partial(train, make=make), num_steps=300, lr=0.05, losses=("Trace_ELBO", "RaoBlackwell_ELBO"))

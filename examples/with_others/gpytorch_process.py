@@ -45,7 +45,7 @@ def make():
     return process.model, process.guide, (x, y)
 
 
-def train(name, args):
+def train(name, args, make=make):
     model, guide, data = make()
     loss = make_loss(with_options(name, "Trace_ELBO:retain_graph=True"))
     svi = SVI(model, guide, pyro.optim.Adam({"lr": args.lr}), loss)

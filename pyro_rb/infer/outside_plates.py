@@ -246,7 +246,7 @@ class OutsidePlates:
         provenance = Provenance() if is_watched else None
         with provenance or nullcontext():
             pair = _watch(get_traces, provenance) if provenance else get_traces()
-            has_weights = needs_weights(*pair)
+            has_weights = pair[1].run.has_weights  # type: ignore[attr-defined]
             self.is_idle = not (has_weights or self._periods)
             if not has_weights:
                 return Terms(*pair)

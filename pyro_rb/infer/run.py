@@ -59,6 +59,8 @@ class Run:
         #: The scale of the score that is left out, for each site with a path gradient.
         self.scales: Dict[str, float] = {}
         self.may_learn = True
+        #: Whether terms have weights of their own, which is known once densities are.
+        self.has_weights = False
         self._not_analytic: Set[str] = set()
         #: Of projected sites with a path gradient.
         self.joint: JointTerms = {}

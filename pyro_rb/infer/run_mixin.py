@@ -248,13 +248,14 @@ class RunMixin(PathGradientMixin):
             raise _NeedsWeights
         model_trace, guide_trace = prune(*pair, nesting)
         run.compute_densities(model_trace, guide_trace)
-        if is_light and needs_weights(model_trace, guide_trace):
+        run.has_weights = run.is_inner and needs_weights(model_trace, guide_trace)
+        if is_light and run.has_weights:
             raise _NeedsWeights
         check_traces(model_trace, guide_trace, nesting, enumerates)
         if run.path is not None:
             run.path.raise_if_edited()
         guide_trace.run = run  # type: ignore[attr-defined]
-        if enumerates and needs_weights(model_trace, guide_trace):
+        if run.has_weights:
             pack_traces(model_trace, guide_trace)
             set_apart(guide_trace, self._baselines, run.path_sites, run.joint)
         return model_trace, guide_trace

@@ -112,9 +112,13 @@ class TopK(Strategy):
         if table.num_categories == 1:
             raise Declined("one value")
         is_joint, infer = isinstance(table, JointTable), msg["infer"]
-        if is_joint and not infer.get("topk") and ("draws" in infer or "antithetic" in infer):
-            reason = f"{table.num_categories} joint values; {IN_A_PLATE}"
+
+        def draw_instead(note: str) -> str:
+            reason = f"{table.num_categories} joint values{note}; {IN_A_PLATE}"
             return self._draw_several(msg, handler, num_draws, is_paired, reason)
+
+        if is_joint and not infer.get("topk") and ("draws" in infer or "antithetic" in infer):
+            return draw_instead("")
         num_slots = options.num_slots + self.probe
         is_whole, note = options.num_slots >= table.num_categories, ""
         is_summed = not (is_whole or table.is_truncated) and table.num_categories <= options.sum_up_to
@@ -124,11 +128,10 @@ class TopK(Strategy):
         if is_whole:
             num_slots = table.num_categories
         elif is_joint:
-            note += f"; {IN_A_PLATE}"
             if as_bits(msg["fn"]) is not None and not infer.get("topk"):
                 # Rather a pair, as hardly any of so many values is likely.
-                reason = f"{table.num_categories} joint values{note}"
-                return self._draw_several(msg, handler, num_draws, is_paired, reason)
+                return draw_instead(note)
+            note += f"; {IN_A_PLATE}"
         self.room.check(msg, num_slots)
         fn, slots, values = msg["fn"], None, None
         reason = f"{num_slots} of {table.num_categories} {'joint ' * is_joint}values"
