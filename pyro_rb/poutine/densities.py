@@ -23,7 +23,8 @@ def put_log_prob(site: Any, log_prob: torch.Tensor) -> None:
     site["score_parts"] = parts = parts.scale_and_mask(site["scale"], site["mask"])
     site["log_prob"] = parts.log_prob
     site["log_prob_sum"] = total = parts.log_prob.sum()
-    if is_validation_enabled() and not total.isfinite():
+    if is_validation_enabled():
+        # These warn of gradients too, so that finite values need them as well.
         where = f"log_prob_sum at site '{site['name']}'"
         warn_if_nan(total, where)
         warn_if_inf(total, where, allow_neginf=True)

@@ -132,3 +132,11 @@ def test_the_warnings_of_pyro():
         one.nodes.pop("x" if name == "z" else "z")
         with pytest.warns(UserWarning, match=f"inf: log_prob_sum at site '{name}'"):
             compute_score_parts(one)
+
+
+def test_the_warnings_of_pyro_in_gradients():
+    loc = torch.zeros(2, requires_grad=True)
+    trace = poutine.trace(lambda: pyro.sample("z", dist.Delta(loc, log_density=loc).to_event(1))).get_trace()
+    compute_score_parts(trace)
+    with pytest.warns(UserWarning, match="NaN: backward log_prob_sum at site 'z'"):
+        trace.nodes["z"]["log_prob_sum"].backward(torch.tensor(math.nan))
