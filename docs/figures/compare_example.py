@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     sizes: Any = dict(num_samples=150, num_burn_in=60, train_steps=[0, 300, 1000])
     if args.smoke_test:
-        sizes = dict(num_samples=5, num_burn_in=2, train_steps=[0, 2])
+        sizes = dict(num_samples=5, num_burn_in=2, train_steps=[0, 2], steps=0)
     result = compare(
         model,
         guide,

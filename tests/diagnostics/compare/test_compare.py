@@ -562,7 +562,8 @@ def test_reference_of_the_same_objective():
         model,
         guide,
         ["DReG_ELBO:num_particles=4", "Trace_ELBO"],
-        num_samples=150,
+        num_samples=60,
+        num_burn_in=5,
         train_steps=[1],
         progress=False,
         reference="RenyiELBO:alpha=0,num_particles=4",
@@ -815,7 +816,7 @@ def test_noise_of_the_loss_and_share_of_noise():
 
 def test_recommendation_is_in_all_forms():
     case = conj()
-    arguments = dict(args=case.args, train_steps=[1], num_samples=100, num_burn_in=60, progress=False)
+    arguments = dict(args=case.args, train_steps=[1], num_samples=60, num_burn_in=30, progress=False)
     losses = ["STLTrace_ELBO", "STLTrace_ELBO:1.0", "TraceGraph_ELBO"]
     result = compare(case.model, case.guide, losses, **arguments)
     best = result.recommendation

@@ -41,9 +41,9 @@ def make(num_particles, bound, vectorize=True, scale=1.0):
 
 def check_gradient(bound, elbo, num_particles, each_subsample=True):
     # Subsamples are drawn for all copies at once, and make most of the noise: where all of them do not take turns.
-    num_calls, size = 40, 100 if bound.case.subsamples else 400
+    num_calls, size = 40, 100
     if bound.case.subsamples and not each_subsample:
-        num_calls, size = 500, 10
+        num_calls, size = 300, 10
     samples, exact = bound.draw_gradients(elbo, num_calls, size, each_subsample), bound.gradient(num_particles)
     for gradients in (samples, exact):
         if "tril" in gradients:  # the upper triangle is not used, and its gradient is NaN
@@ -66,7 +66,7 @@ def test_quadrature():
 
 @pytest.mark.parametrize("num_particles", [1, 2, 8, 64])
 def test_bound(bound, num_particles):
-    num_calls, size = (500, 10) if bound.case.subsamples else (40, 500)
+    num_calls, size = (200, 10) if bound.case.subsamples else (40, 100)
     copies, elbo = bound.replicate(size), make(num_particles, bound)
     arguments = (copies.model, copies.guide, *copies.args)
     with pyro.validation_enabled(False):
@@ -122,7 +122,7 @@ def test_agrees_with_scale_0_on_autoguides(name, num_particles):
     case = AUTOGUIDES[name]()
     dreg, plain = (
         Bound(case, case.exact_loss, nesting=1).draw_gradients(
-            DReG_ELBO(num_particles, 2, vectorize_particles=True, control_variate_scale=c), 40, 400
+            DReG_ELBO(num_particles, 2, vectorize_particles=True, control_variate_scale=c), 40, 100
         )
         for c in (1.0, 0.0)
     )

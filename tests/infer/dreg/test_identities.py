@@ -113,7 +113,7 @@ def test_model_parameters_have_the_gradient_of_renyi(particles):
 def test_entrances_agree(name, scale, particles):
     case = GUIDES[name]()
     first, second = (DReG_ELBO(**particles, control_variate_scale=scale) for _ in range(2))
-    for seed in range(6):
+    for seed in range(6 if scale == "adaptive" else 2):
         expected = evaluate(first, case, "loss_and_grads", seed)
         actual = evaluate(second, case, "differentiable_loss", seed)
         assert_same(actual, expected, rtol=1e-7, atol=1e-8)

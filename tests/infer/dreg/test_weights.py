@@ -253,7 +253,7 @@ def test_items_of_a_sequential_plate_have_weights(size, scale, vectorize):
     model, guide = copies(case.model), copies(case.guide)
     elbo = DReG_ELBO(4, 2 if vectorize else math.inf, vectorize_particles=vectorize)
     losses, rows = [], []
-    for _ in range(60 if size is None else 300):
+    for _ in range(30 if size is None else 150):
         losses.append(elbo.loss_and_grads(model, guide) / 200)
         leaves = case.parameters()
         rows.append({name: p.grad / 200 for name, p in leaves.items()})

@@ -258,9 +258,10 @@ HALF_COUPLED = {
 @pytest.mark.parametrize("name", HALF_COUPLED)
 def test_layer_behind_a_coupling_is_local(name):
     case, elbo = with_guide(HALF_COUPLED[name]), R2G2_ELBO(pre_activations="auto")
-    ours = draw_gradients(elbo, case, 250, seed=0)
+    num_samples = 250 if name == "batch_norm" else 50
+    ours = draw_gradients(elbo, case, num_samples, seed=0)
     assert is_local(elbo) == [False, True]
-    plain = draw_gradients(spent(case), case, 250, seed=1)
+    plain = draw_gradients(spent(case), case, num_samples, seed=1)
     assert_unbiased(ours, independent=plain, detect=1.0)
 
 

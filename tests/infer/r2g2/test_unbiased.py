@@ -95,12 +95,12 @@ def test_subsampled_and_scaled():
 
 @pytest.mark.parametrize("guide, solver", [("AutoNormal", "cg"), ("AutoDiagonalNormal", "auto")])
 def test_network(guide, solver):
-    check_paired(net(guide), 100, detect=0.25, solver=solver)
+    check_paired(net(guide), 50, detect=0.25, solver=solver)
 
 
 @pytest.mark.parametrize("guide", ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal"])
 def test_full_rank_guide_of_one_layer(guide):
-    elbo = check_paired(net(guide, sizes=(8, 1)), 100, detect=0.3)
+    elbo = check_paired(net(guide, sizes=(8, 1)), 50, detect=0.3)
     assert "projected" in treatments(elbo).values()
 
 
@@ -249,8 +249,8 @@ def test_discrete_site(guide_uses_it):
 
     case = two_sites(model, guide)
     elbo = R2G2_ELBO()
-    ours = draw_gradients(elbo, case, 300, seed=0)
-    plain = draw_gradients(spent(case), case, 300, seed=0)
+    ours = draw_gradients(elbo, case, 80, seed=0)
+    plain = draw_gradients(spent(case), case, 80, seed=0)
     assert_unbiased(ours, paired=plain, detect=0.5)
     assert treatments(elbo)["u"] == ("plain" if guide_uses_it else "projected")
     if guide_uses_it:
@@ -274,7 +274,7 @@ def test_second_use_behind_a_branch():
             self._plain = {}
             return super()._get_terms(*args)
 
-    check_paired(case, 400, elbo=Forgets(), detect=0.15)
+    check_paired(case, 150, elbo=Forgets(), detect=0.15)
 
 
 # -- Local mode ----------------------------------------------------------------------
@@ -284,8 +284,8 @@ def test_second_use_behind_a_branch():
 def test_local(guide):
     case = net(guide)
     elbo = R2G2_ELBO(pre_activations="local")
-    ours = draw_gradients(elbo, case, 300, seed=0)
-    plain = draw_gradients(spent(case), case, 300, seed=1)
+    ours = draw_gradients(elbo, case, 100, seed=0)
+    plain = draw_gradients(spent(case), case, 100, seed=1)
     assert_unbiased(ours, independent=plain, detect=0.7)
     assert "local" in treatments(elbo).values()
 
@@ -303,14 +303,14 @@ def test_local_with_exact_gradient():
 
     case.exact_loss = exact_loss
     elbo = R2G2_ELBO(pre_activations="local")
-    assert_unbiased(draw_gradients(elbo, case, 300, seed=0), case.exact_gradient(), detect=0.3)
+    assert_unbiased(draw_gradients(elbo, case, 100, seed=0), case.exact_gradient(), detect=0.3)
     assert treatments(elbo) == {"w": "local"}
 
 
 def test_local_with_a_weight_that_is_used_twice():
     case = weights(lambda x, w: F.linear(x, w).tanh() + F.linear(x.roll(1, 0), w))
     elbo = R2G2_ELBO(pre_activations="local")
-    ours = draw_gradients(elbo, case, 400, seed=0)
-    plain = draw_gradients(spent(case), case, 400, seed=0)
+    ours = draw_gradients(elbo, case, 30, seed=0)
+    plain = draw_gradients(spent(case), case, 30, seed=0)
     assert_unbiased(ours, paired=plain, detect=0.1)
     assert treatments(elbo) == {"w": "plain"}

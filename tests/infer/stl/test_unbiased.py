@@ -50,7 +50,7 @@ def double():
 def test_unbiased_against_trace_elbo(name, scale):
     case = GUIDES[name]()
     options = VECTORIZED if case.vectorizable else {}
-    num_samples = 50 if case.vectorizable and not case.subsamples else 150
+    num_samples = 25 if case.vectorizable and not case.subsamples else 75
     expected = draw_gradients(Trace_ELBO(**options), case, num_samples, seed=0)
     actual = draw_gradients(STLTrace_ELBO(control_variate_scale=scale, **options), case, num_samples, seed=0)
     assert_unbiased(actual, paired=expected, detect=0.25)
