@@ -14,6 +14,8 @@ from pyro_rb import STLTrace_ELBO
 from tests.compiled.test_guards import X, assert_eager, guide, observe
 from tests.compiled.training import assert_equal, assert_replayed, train
 
+pytestmark = pytest.mark.slow
+
 LIMIT = torch.tensor(1.0)
 
 

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_rb import DReG_ELBO, STLTrace_ELBO
 
+pytestmark = pytest.mark.slow
+
 X = torch.tensor([1.0, -0.5, 0.3], dtype=torch.double)
 
 

@@ -18,6 +18,8 @@ from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, RVRSGuide
 from tests.infer.rao_blackwell import test_ddp as mixed
 from tests.support import ddp
 
+pytestmark = pytest.mark.slow
+
 NUM_ROWS, NUM_FEATURES = 12, 3
 
 

@@ -18,6 +18,8 @@ from torch.distributions import constraints
 
 from pyro_rb import R2G2_ELBO, DReG_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 
+pytestmark = pytest.mark.slow
+
 X = torch.tensor([1.3, 0.2, 2.1, 0.8, 1.9])
 VECTORIZED = {"num_particles": 3, "vectorize_particles": True}
 LOSSES = {

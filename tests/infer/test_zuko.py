@@ -23,6 +23,8 @@ torch.distributions.Distribution.set_default_validate_args(validate_args)
 
 from pyro.contrib.zuko import ZukoToPyro  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 DIM = 4
 FIXED = partial(STLTrace_ELBO, control_variate_scale=1.0)
 

@@ -145,7 +145,7 @@ class ELBOContract:
         assert_unbiased(samples, dict(zip(case.parameters(), exact)), detect=detect)
 
     def test_gradient_is_unbiased(self, case):
-        self.check_gradient(case, self.make_elbo(**MANY), 250 if case.subsamples else 40)
+        self.check_gradient(case, self.make_elbo(**MANY), 250 if case.subsamples else 24)
 
     @pytest.mark.parametrize("particles", ["one", "looped"])
     @pytest.mark.parametrize("name", ["hierarchical", "discrete_first", "discrete_last"])

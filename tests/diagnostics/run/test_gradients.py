@@ -30,6 +30,8 @@ from pyro_rb.infer import STLTrace_ELBO
 from tests.support.common import assert_unbiased
 from tests.support.models import conj, discrete_first
 
+pytestmark = pytest.mark.slow
+
 
 def model():
     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))

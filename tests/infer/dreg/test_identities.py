@@ -22,6 +22,8 @@ from tests.support.models import (
     two_model,
 )
 
+pytestmark = pytest.mark.slow
+
 # Without score functions, and RenyiELBO is right: all plates hold model and guide sites.
 RENYI_IS_RIGHT = (
     "mean_field",

@@ -20,6 +20,8 @@ from tests.support.cases import Case
 from tests.support.common import assert_unbiased
 from tests.support.elbo_contract import assert_same, draw_gradients, evaluate
 
+pytestmark = pytest.mark.slow
+
 ROWS, INPUTS, UNITS = 6, 9, 8
 LAYERS = ("w1_unconstrained", "w2_unconstrained")
 

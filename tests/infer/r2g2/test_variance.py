@@ -20,6 +20,8 @@ from tests.support.cases import Case, normal_kl
 from tests.support.common import assert_variance_ratio
 from tests.support.elbo_contract import draw_gradients
 
+pytestmark = pytest.mark.slow
+
 
 def ratios(case, num_samples=100, elbo=None):
     ours = draw_gradients(R2G2_ELBO() if elbo is None else elbo, case, num_samples, seed=0)

@@ -26,6 +26,8 @@ from tests.infer.rao_blackwell.models import Problem, fixed, parameter, positive
 from tests.support.cases import Case
 from tests.support.common import assert_unbiased
 
+pytestmark = pytest.mark.slow
+
 NUM_ROWS, NUM_INPUTS, NUM_UNITS = 8, 3, 16000
 Y = fixed(NUM_ROWS, seed=2)
 

@@ -17,6 +17,8 @@ from tests.infer.topk import models as topk_models
 from tests.support.elbo_contract import ENTRANCES, assert_same, evaluate
 from tests.support.guides import GUIDES
 
+pytestmark = pytest.mark.slow
+
 # Guides with discrete or score-function sites, that run the model themselves, or whose draws a flow makes.
 OTHERS = (
     "discrete_first",

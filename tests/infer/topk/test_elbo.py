@@ -31,6 +31,8 @@ from tests.infer.topk.models import (
 )
 from tests.support.cases import Case
 
+pytestmark = pytest.mark.slow
+
 NO_BASELINE = "single draw, no baseline: num_particles > 1 or infer={'baseline': ...} gives one"
 TREATED = [name for name in ALL if name != "bernoullis"]
 

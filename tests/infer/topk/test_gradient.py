@@ -60,7 +60,7 @@ def draw(elbo, case, num_samples, seed=0):
 @pytest.mark.parametrize("name", ENUMERABLE)
 def test_unbiased(name, setting):
     case = ENUMERABLE[name]()
-    samples = draw(RaoBlackwellTopK_ELBO(**SETTINGS[setting], **PARTICLES), case, 32)
+    samples = draw(RaoBlackwellTopK_ELBO(**SETTINGS[setting], **PARTICLES), case, 16)
     assert_unbiased(samples, exact_gradient(case), projections=10, detect=1.0)
 
 
@@ -124,7 +124,7 @@ def test_countable(make, setting):
     case, loss = make()
     (name, parameter), = case.parameters().items()
     expected = torch.autograd.grad(loss, parameter)[0]
-    samples = draw(RaoBlackwellTopK_ELBO(**SETTINGS[setting], **PARTICLES), case, 32)
+    samples = draw(RaoBlackwellTopK_ELBO(**SETTINGS[setting], **PARTICLES), case, 16)
     assert_unbiased(samples, {name: expected}, detect=1.0)
 
 
@@ -169,7 +169,7 @@ def test_own_baseline_is_unbiased(kind, site):
         guide = case.guide
         case.guide = pyro.poutine.infer_config(guide, lambda s: {"topk": site} if s["name"] == "z" else {})
     elbo = RaoBlackwellTopK_ELBO(**PARTICLES)
-    samples = draw(elbo, case, 32)
+    samples = draw(elbo, case, 16)
     assert "infer={'baseline': ...}" in elbo.report()[0].reason
     samples = {name: samples[name] for name in expected}
     assert_unbiased(samples, expected, projections=10, detect=1.0)
