@@ -97,7 +97,7 @@ def study(name, args):
     seconds = {"eager": measure_eager(num_features, splits[0][0][0], args), "compiled": {}}
     max_steps = max(args.max_steps, args.min_epochs * round(0.9 * len(table)) // args.batch_size)
     methods, variance = {}, {}
-    for method in TRAINED:
+    for method in args.methods:
         networks = make(method, num_features, args)
         tried = {
             lr: float(np.mean([networks.validate(table, lr, split) for split in range(args.num_tuning_splits)]))
@@ -168,7 +168,7 @@ def summarize(results):
 def draw(results):
     figure, axes = make_panels(1, len(results), size=(1.9 + 1 / len(results), 3.4))
     for ax, (name, result) in zip(axes, results.items()):
-        others = [method for method in TRAINED if method != "plain"]
+        others = [method for method in result["methods"] if method != "plain"]
         for shift, (end, label) in zip((-0.2, 0.0, 0.2), ENDS.items()):
             value, error = np.array([compare_with_plain(result["methods"], method, end) for method in others]).T
             ax.errorbar(np.arange(len(others)) + shift, value, np.nan_to_num(error), fmt="o", markersize=4, label=label)
@@ -203,6 +203,7 @@ if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--data-dir", help="folder with tables NAME.csv.gz")
     parser.add_argument("--tables", nargs="+", default=list(CLAIMED))
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=TRAINED, help="to train by, plain first")
     parser.add_argument("--max-rows", type=int, help="of a table, drawn at random; all by default")
     parser.add_argument("--num-splits", type=int, default=20, help="5 at most where a table is large")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="of Adam, to choose from")

@@ -23,7 +23,6 @@ Losses take turns by epochs. Times are CPU times of the training steps.
 """
 
 import copy
-import itertools
 from functools import partial
 
 import _path  # noqa: F401
@@ -38,7 +37,7 @@ from torch.nn.functional import cross_entropy, pad
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from support.command_line import make_digit_parser, restart, run, set_up
 from support.data import load_mnist
-from support.results import make_panels, report
+from support.results import draw_histories, report
 from support.training import Run, end_of, seconds_of_steps, set_fast_floats, take_turns
 
 CANVAS, WINDOW, MARGIN = 68, 28, 14
@@ -151,14 +150,23 @@ def make_batches(canvases, positions, batch_size, is_known):
         yield (canvases[index], positions[index]) if is_known else (canvases[index],)
 
 
-def warm_up(train_set, args, seed):
-    """Networks that have seen digits whose position is known, other than the one that finds it."""
+def make_run(name, start, lr, args, seed):
+    """
+    :param dict start: parameters of the networks; None for new ones.
+    """
 
     def make():
-        digit = MovingDigit(args.code_size, args.width, False)
+        digit = MovingDigit(args.code_size, args.width, "NVIL" in name)
+        if start is not None:
+            digit.load_state_dict(start)
         return digit.model, digit.guide
 
-    run = Run(make, topk(), {"lr": WARM_UP_RATE}, seed)
+    return Run(make, LOSSES[name](), {"lr": lr}, seed)
+
+
+def warm_up(train_set, args, seed):
+    """Networks that have seen digits whose position is known, other than the one that finds it."""
+    run = make_run("top-5, loo", None, WARM_UP_RATE, args, seed)
     for _ in range(args.num_warmup_epochs):
         run.epoch(lambda: make_batches(*train_set, args.batch_size, True))
     return run.model.__self__
@@ -174,15 +182,6 @@ def locate(digit, train_set, num_epochs, batch_size):
             optim.step()
 
 
-def make_run(name, start, lr, args, seed):
-    def make():
-        digit = MovingDigit(args.code_size, args.width, "NVIL" in name)
-        digit.load_state_dict(start)
-        return digit.model, digit.guide
-
-    return Run(make, LOSSES[name](), {"lr": lr}, seed)
-
-
 @torch.no_grad()
 def measure(digit, canvases, positions):
     """Negative ELBO, share of positions that are found, and the probability of the likeliest."""
@@ -195,24 +194,20 @@ def measure(digit, canvases, positions):
 
 def train(start, train_set, test_set, seed, args):
     """By loss, what was noted after each epoch; and the learning rates."""
-    runs = {(name, lr): make_run(name, start, lr, args, seed) for name in LOSSES for lr in args.lr}
+    runs = {(name, lr): make_run(name, start, lr, args, seed) for name in args.losses for lr in args.lr}
 
-    def note(run):
-        return measure(run.model.__self__, *test_set)
-
-    def batches():
-        return make_batches(*train_set, args.batch_size, False)
-
-    history = take_turns(runs, args.num_tuning_epochs, batches, note)
-    seen = tuple(part[: args.num_test] for part in train_set)
-    losses = {}
+    options = {
+        "make_batches": lambda: make_batches(*train_set, args.batch_size, False),
+        "measure": lambda run: measure(run.model.__self__, *test_set),
+    }
+    history = take_turns(runs, args.num_tuning_epochs, **options)
+    seen, losses = [part[: args.num_test] for part in train_set], {}
     for key, trained in runs.items():
         with pyro.get_param_store().scope(trained.store):
             losses[key] = measure(trained.model.__self__, *seen)["loss"]
-    rates = {name: min(args.lr, key=lambda lr: losses[name, lr]) for name in LOSSES}
-    more = take_turns(
-        {name: runs[name, lr] for name, lr in rates.items()}, args.num_epochs - args.num_tuning_epochs, batches, note
-    )
+    rates = {name: min(args.lr, key=lambda lr: losses[name, lr]) for name in args.losses}
+    chosen = {name: runs[name, lr] for name, lr in rates.items()}
+    more = take_turns(chosen, args.num_epochs - args.num_tuning_epochs, **options)
     return {name: history[name, lr] + more[name] for name, lr in rates.items()}, rates
 
 
@@ -230,7 +225,8 @@ def study(args):
             result = results.setdefault(num, {"histories": [], "rates": [], "start": []})
             locate(digit, sets[0], num - num_seen, args.batch_size)
             num_seen, start = num, copy.deepcopy(digit.state_dict())
-            result["start"].append(measure(digit, *sets[1]))
+            with pyro.get_param_store().scope():
+                result["start"].append(measure(digit, *sets[1]))
             history, rates = train(start, *sets, seed, args)
             result["histories"].append(history)
             result["rates"].append(rates)
@@ -247,19 +243,14 @@ def enumeration_seconds(args, num, num_steps):
     return seconds_of_steps({"enumeration": step}, num_steps)["enumeration"] / num
 
 
-def mean_of(histories, name, key):
-    """Over seeds, by epoch."""
-    return np.mean([[note[key] for note in history[name]] for history in histories], 0)
-
-
 def make_table(results, enumeration, args):
     rows = []
     for num, result in results.items():
         histories = result["histories"]
-        ends = {name: end_of(histories, name) for name in LOSSES}
+        ends = {name: end_of(histories, name) for name in histories[0]}
         level = min(end["loss"].mean() for end in ends.values()) + NEAR
         for name, end in ends.items():
-            loss, means = end["loss"], mean_of(histories, name, "loss")
+            loss, means = end["loss"], np.mean([[note["loss"] for note in h[name]] for h in histories], 0)
             rows.append({
                 "located epochs": num,
                 "loss": name,
@@ -278,16 +269,10 @@ def make_table(results, enumeration, args):
 
 def draw(results):
     labels = {"loss": "negative ELBO of a test canvas", "found": "found within 2 pixels"}
-    figure, axes = make_panels(len(results), len(labels))
-    for ax, (num, (key, label)) in zip(axes, itertools.product(results, labels.items())):
-        for name in LOSSES:
-            values = mean_of(results[num]["histories"], name, key)
-            ax.plot(np.arange(1, len(values) + 1), values, label=name)
-        ax.set(xlabel="epochs", ylabel=label, title=f"{num} located epochs")
-        if key == "loss":
-            lowest = min(mean_of(results[num]["histories"], name, key).min() for name in LOSSES)
-            ax.set_ylim(lowest - 2, lowest + SHOWN)
-    axes[0].legend(fontsize=8)
+    by_title = {f"{num} located epochs": result["histories"] for num, result in results.items()}
+    figure = draw_histories(by_title, labels)
+    for ax in figure.axes[::2]:
+        ax.set_ylim(top=min(min(line.get_ydata()) for line in ax.lines) + SHOWN)
     return figure
 
 
@@ -307,6 +292,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_digit_parser(__doc__, lr=[1e-3, 3e-3])
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--num-located-epochs", type=int, nargs="+", default=[0, 3], help="before the training")
     parser.add_argument("--num-tuning-epochs", type=int, default=4, help="by all learning rates")
     parser.add_argument("--num-train", type=int, default=2000)
