@@ -119,10 +119,10 @@ class Networks:
         rmse = torch.cat(error).square().mean().sqrt()
         return {"log_likelihood": torch.cat(log_density).mean().item(), "rmse": rmse.item()}
 
-    def validate(self, table, lr, split):
+    def validate(self, table, lr, split, max_steps):
         """Log-likelihood of a tenth of the training data, after a training on the rest."""
         (train, rest), scale = split_table(table, split, is_validation=True)
         self.restart(train, lr, split)
         found = []
-        self.train(self._args.tuning_steps, {}, lambda _: found.append(self.evaluate(rest, scale)), f"rate {lr}")
+        self.train(max_steps, {}, lambda _: found.append(self.evaluate(rest, scale)), f"rate {lr}")
         return found[0]["log_likelihood"]
