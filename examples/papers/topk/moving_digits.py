@@ -151,9 +151,7 @@ def make_batches(canvases, positions, batch_size, is_known):
 
 
 def make_run(name, start, lr, args, seed):
-    """
-    :param dict start: parameters of the networks; None for new ones.
-    """
+    """From parameters ``start``, or new ones if it is None."""
 
     def make():
         digit = MovingDigit(args.code_size, args.width, "NVIL" in name)
@@ -195,7 +193,6 @@ def measure(digit, canvases, positions):
 def train(start, train_set, test_set, seed, args):
     """By loss, what was noted after each epoch; and the learning rates."""
     runs = {(name, lr): make_run(name, start, lr, args, seed) for name in args.losses for lr in args.lr}
-
     options = {
         "make_batches": lambda: make_batches(*train_set, args.batch_size, False),
         "measure": lambda run: measure(run.model.__self__, *test_set),
@@ -281,8 +278,8 @@ def main(args):
     set_fast_floats()
     if args.smoke_test:
         args.num_train, args.num_test, args.batch_size, args.lr = 10, 5, 5, args.lr[:2]
-        args.num_epochs, args.num_tuning_epochs, args.num_warmup_epochs = 2, 1, 1
-        args.seeds, args.num_located_epochs = [0], [0, 1]
+        args.num_epochs, args.num_tuning_epochs, args.num_warmup_epochs, args.seeds = 2, 1, 1, [0]
+        args.num_located_epochs = args.num_located_epochs[:1]
     enumeration = enumeration_seconds(args, *((1, 1) if args.smoke_test else (2, 3)))
     for results in study(args):
         rows = make_table(results, enumeration, args)
