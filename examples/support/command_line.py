@@ -57,11 +57,16 @@ def make_parser(doc, seed=0, out=True, device=True):
     return parser
 
 
-def make_digit_parser(doc):
-    """These, and the options of experiments that train on digits."""
+def make_digit_parser(doc, lr=1e-3):
+    """
+    These, and the options of experiments that train on digits.
+
+    :param lr: default of ``--lr``, a number, or a list to choose from.
+    """
     parser = make_parser(doc, seed=None)
     parser.add_argument("--data-dir", help="folder with the files of MNIST")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
+    many = {"nargs": "+", "help": "of Adam, to choose from"} if isinstance(lr, list) else {"help": "of Adam"}
+    parser.add_argument("--lr", type=float, default=lr, **many)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of all random numbers, one run for each")
     parser.add_argument("--num-threads", type=int, default=1, help="of PyTorch")
     return parser

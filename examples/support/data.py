@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Digits. All tensors are made on the CPU, so that each device gets the same."""
+"""Digits, which are made on the CPU, so that each device gets the same, and tables for regression."""
 
 import contextlib
 import gzip
@@ -95,3 +95,33 @@ def load_counts():
     with data_of("scikit-learn", ", or MNIST by --data-dir where the script has it"):
         from sklearn.datasets import load_digits
     return load_digits().data
+
+
+def load_table(name, data_dir, max_rows):
+    """A table with the target last, ``[num_rows, num_features + 1]``, in a fixed random order."""
+    if data_dir is not None:
+        path = Path(data_dir) / f"{name}.csv.gz"
+        if not path.is_file():
+            raise SystemExit(f"--data-dir: there is no file {path}. Expected a table there.")
+        table = np.loadtxt(path, delimiter=",")
+    else:
+        with data_of("scikit-learn", ", or tables by --data-dir"):
+            from sklearn.datasets import load_diabetes
+        table = np.column_stack(load_diabetes(return_X_y=True))
+    order = np.random.default_rng(0).permutation(len(table))
+    return table[order[:max_rows]]
+
+
+def split_table(table, seed, is_validation=False):
+    """
+    Training and test data, standardized by the former, and the scale of the target.
+
+    :param bool is_validation: whether to split the training data of these in their stead.
+    """
+    part = table[np.random.default_rng(seed).permutation(len(table))]
+    for _ in range(1 + is_validation):
+        part, test = np.split(part, [round(0.9 * len(part))])
+    mean, scale = part.mean(0), part.std(0)
+    scale[scale == 0] = 1.0
+    parts = [torch.tensor((t - mean) / scale, dtype=torch.get_default_dtype()) for t in (part, test)]
+    return [(t[:, :-1], t[:, -1]) for t in parts], float(scale[-1])

@@ -13,6 +13,8 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
+from torch.distributions import kl_divergence
+from torch.nn.functional import linear
 
 
 class BayesianMLP(PyroModule):
@@ -76,8 +78,47 @@ class MeanField(PyroModule):
             pyro.sample(name, dist.Normal(*self.parts(name)).to_event(event_dim))
 
 
+class LocalByHand(PyroModule):
+    """
+    Local reparameterization of Kingma, Salimans and Welling (2015): a model that draws
+    pre-activations itself, for a guide without sites.
+    """
+
+    def __init__(self, model, guide):
+        super().__init__()
+        self.model, self.guide = model, guide
+
+    def forward(self, x, y):
+        divergence, h = 0.0, x
+        for i, layer in enumerate(self.model.layers):
+            parts = [self.guide.parts(f"layers.{i}.{name}") for name in ("weight", "bias")]
+            prior = dist.Normal(0.0, (layer.in_features + 1) ** -0.5)
+            divergence = divergence + sum(kl_divergence(dist.Normal(*q), prior).sum() for q in parts)
+            (loc, scale), (bias_loc, bias_scale) = parts
+            h = h if i == 0 else torch.relu(h)
+            variance = linear(h.square(), scale.square(), bias_scale.square())
+            h = linear(h, loc, bias_loc) + variance.sqrt() * torch.randn_like(variance)
+        pyro.factor("divergence", -divergence)
+        with poutine.scale(scale=self.model.num_rows / len(x)), pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(h.squeeze(-1), self.model.noise), obs=y)
+
+
 def make_guide(model, args, init_scale, init_loc_fn=init_to_sample):
     """An AutoNormal that is ready; its locations are draws of the prior by default."""
     guide = AutoNormal(model, init_loc_fn=init_loc_fn, init_scale=init_scale)
     guide(*args)
     return guide
+
+
+def draw_layers(guide, num_layers, num_draws):
+    """Weights and biases of each layer of a :class:`BayesianMLP`, drawn from a :class:`MeanField`."""
+    names = [[f"layers.{i}.{part}" for part in ("weight", "bias")] for i in range(num_layers)]
+    return [[dist.Normal(*guide.parts(name)).sample((num_draws,)) for name in layer] for layer in names]
+
+
+def predict(layers, x):
+    """Means for rows ``x`` by each of the draws of :func:`draw_layers`, ``[num_draws, num_rows]``."""
+    h = x.expand(len(layers[0][1]), -1, -1)
+    for i, (weight, bias) in enumerate(layers):
+        h = torch.baddbmm(bias.unsqueeze(1), h if i == 0 else torch.relu(h), weight.mT)
+    return h.squeeze(-1)

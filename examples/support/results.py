@@ -4,6 +4,7 @@
 """Tables, figures, and files of results."""
 
 import csv
+import itertools
 import json
 import os
 import sys
@@ -60,15 +61,16 @@ def draw_histories(histories, labels):
     """
     For each run of ``take_turns``, values against the seconds of training, means over seeds.
 
-    :param list histories: one for each seed.
+    :param histories: a list of one for each seed; or several such lists by title, a row of panels for each.
     :param dict labels: of the axes, a panel for each, by what was noted.
     """
-    fig, axes = make_panels(1, len(labels))
-    for ax, (key, label) in zip(axes, labels.items()):
-        for name in histories[0]:
-            notes = [[(note["seconds"], note[key]) for note in history[name]] for history in histories]
+    by_title = histories if isinstance(histories, dict) else {None: histories}
+    fig, axes = make_panels(len(by_title), len(labels))
+    for ax, ((title, seeds), (key, label)) in zip(axes, itertools.product(by_title.items(), labels.items())):
+        for name in seeds[0]:
+            notes = [[(note["seconds"], note[key]) for note in history[name]] for history in seeds]
             ax.plot(*np.mean(notes, 0).T, label=name)
-        ax.set(xlabel="seconds of training", ylabel=label)
+        ax.set(xlabel="seconds of training", ylabel=label, title=title)
     axes[0].legend()
     return fig
 

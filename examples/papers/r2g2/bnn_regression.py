@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Bayesian neural networks on regression tables: how well do they predict, after as many
-steps and after as much time, with the plain gradient and with R2G2_ELBO?
+Bayesian neural networks on regression tables: how well do they predict at convergence, and
+after as much time, by the plain gradient, by R2G2_ELBO and by RaoBlackwell_ELBO?
 
-One hidden layer, AutoNormal, learned noise, random 90/10 splits. Every loss has the
-analytic KL divergence. ``by hand`` is local reparameterization without Pyro's handlers.
-As much time is that of the plain gradient, counted in processor time of steps that are
-measured in turn, before training; so are those of ``Trace_ELBO``::
+One hidden layer, a mean-field guide, learned noise, random 90/10 splits, float64. A run ends
+when :class:`~pyro_rb.StopRule` says of mean losses of ten steps that it has converged, or at
+``--max-steps``. The learning rate of each method is that of the best log-likelihood at this end
+on a tenth of the training data of some splits. Steps are compiled. As much time is that of half
+of ``--max-steps`` by the plain gradient, in processor time of compiled steps, and of eager ones::
 
     python examples/papers/r2g2/bnn_regression.py --data-dir uci --out bnn_regression
 
@@ -18,200 +19,146 @@ target last. Without it the table is that of diabetes patients which scikit-lear
 """
 
 from functools import partial
-from pathlib import Path
 
 import _path  # noqa: F401
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
-from torch.distributions import kl_divergence
-from torch.nn.functional import linear
-from tqdm import tqdm
 
-from pyro_rb import R2G2_ELBO
+from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO
 from pyro_rb.diagnostics.show.palette import INK
 from support.command_line import make_parser, run, set_up
-from support.data import data_of
+from support.data import load_table, split_table
 from support.gradients import draw_gradients, variance_ratio
-from support.networks import BayesianMLP, MeanField, make_guide
+from support.regression import Networks
 from support.results import cell, make_panels, mean_and_error, write_results
-from support.training import seconds_of_steps
-
-
-def local_by_hand(model, guide, x, y):
-    """The loss of Kingma, Salimans and Welling (2015) for :class:`BayesianMLP`."""
-    loss, h = 0.0, x
-    for i, layer in enumerate(model.layers):
-        parts = [guide.parts(f"layers.{i}.{name}") for name in ("weight", "bias")]
-        prior = dist.Normal(0.0, (layer.in_features + 1) ** -0.5)
-        loss = loss + sum(kl_divergence(dist.Normal(*q), prior).sum() for q in parts)
-        (loc, scale), (bias_loc, bias_scale) = parts
-        h = h if i == 0 else torch.relu(h)
-        variance = linear(h.square(), scale.square(), bias_scale.square())
-        h = linear(h, loc, bias_loc) + variance.sqrt() * torch.randn_like(variance)
-    likelihood = dist.Normal(h.squeeze(-1), model.noise).log_prob(y).sum()
-    return loss - model.num_rows / len(x) * likelihood
-
-
-def by_elbo(elbo):
-    return lambda model, guide, x, y: elbo.differentiable_loss(model, guide, x, y)
-
+from support.training import now, seconds_of_steps
 
 #: ``solver="auto"`` would leave layers plain that have less than two inputs for each row.
-#: Whether the guide is written by hand, and a function that makes the loss.
 METHODS = {
-    "Trace_ELBO": (False, lambda: by_elbo(Trace_ELBO())),
-    "plain": (True, lambda: by_elbo(TraceMeanField_ELBO())),
-    "local, by hand": (True, lambda: local_by_hand),
-    "R2G2 shared": (False, lambda: by_elbo(R2G2_ELBO(solver="cholesky"))),
-    "R2G2 local": (False, lambda: by_elbo(R2G2_ELBO(pre_activations="local"))),
-}
-TRAINED = [name for name in METHODS if name != "Trace_ELBO"]  # that one is timed only
-#: For variances at given parameters.
-LOSSES = {
     "plain": TraceMeanField_ELBO,
+    "local, by hand": Trace_ELBO,
     "R2G2 shared": partial(R2G2_ELBO, solver="cholesky"),
     "R2G2 local": partial(R2G2_ELBO, pre_activations="local"),
+    "mixed, shared": partial(RaoBlackwell_ELBO, pre_activations="shared", solver="cholesky"),
+    "mixed, auto": RaoBlackwell_ELBO,
 }
+#: The last is timed only: it draws row by row here, by the same steps as R2G2 local.
+TRAINED = list(METHODS)[:-1]
+#: Test log-likelihoods found in secondary sources, by method.
+CLAIMED = {
+    "boston": {"plain": -2.72, "local, by hand": -2.65, "R2G2 shared": -2.62},
+    "concrete": {"plain": -3.18, "local, by hand": -3.09, "R2G2 shared": -3.05},
+    "wine_red": {"plain": -0.98, "local, by hand": -0.94, "R2G2 shared": -0.92},
+    "protein": {"plain": -2.85, "local, by hand": -2.79, "R2G2 shared": -2.76},
+}
+ENDS = {"converged": "at convergence", "compiled": "equal compiled time", "eager": "equal eager time"}
+LARGE = 20000  # rows
 
 
-def load_table(name, data_dir, max_rows):
-    """A table with the target last, ``[num_rows, num_features + 1]``, in a fixed random order."""
-    if data_dir is not None:
-        path = Path(data_dir) / f"{name}.csv.gz"
-        if not path.is_file():
-            raise SystemExit(f"--data-dir: there is no file {path}. Expected a table there.")
-        table = np.loadtxt(path, delimiter=",")
-    else:
-        with data_of("scikit-learn", ", or tables by --data-dir"):
-            from sklearn.datasets import load_diabetes
-        table = np.column_stack(load_diabetes(return_X_y=True))
-    order = np.random.default_rng(0).permutation(len(table))
-    return table[order[:max_rows]]
+def make(method, num_features, args, **options):
+    return Networks(METHODS[method](), method == "local, by hand", num_features, args, **options)
 
 
-def split_table(table, seed):
-    """Training and test data, standardized by the former, and the scale of the target."""
-    order = np.random.default_rng(seed).permutation(len(table))
-    train, test = np.split(table[order], [round(0.9 * len(table))])
-    mean, scale = train.mean(0), train.std(0)
-    scale[scale == 0] = 1.0
-    parts = [torch.tensor((t - mean) / scale, dtype=torch.float32) for t in (train, test)]
-    return [(t[:, :-1], t[:, -1]) for t in parts], float(scale[-1])
-
-
-class Run:
-    """A network in training, by one of the methods."""
-
-    def __init__(self, method, data, args):
-        is_by_hand, make = METHODS[method]
-        x, y = data
-        pyro.set_rng_seed(args.seed)  # all methods start from the same place
-        self.model = BayesianMLP([x.shape[-1], args.width, 1], len(x))
-        self.guide = make_guide(self.model, (x, y), args.init_scale)
-        if is_by_hand:
-            self.guide = MeanField(self.guide)
-        self._loss = make()
-        self._parameters = [*self.model.parameters(), *self.guide.parameters()]
-        self._optim = torch.optim.Adam(self._parameters, args.lr)
-        self._data, self._batch_size, self._batches = data, args.batch_size, []
-
-    def step(self):
-        x, y = self._data
-        if not self._batches:
-            rows = torch.randperm(len(x)).split(self._batch_size)
-            self._batches = [r for r in rows if len(r) == self._batch_size]
-        rows = self._batches.pop()
-        loss = self._loss(self.model, self.guide, x[rows], y[rows])
-        loss.backward()
-        self._optim.step()
-        self._optim.zero_grad()
-
-    def evaluate(self, data, scale, num_draws):
-        """Mean log density and root mean square error of test data, in units of the table."""
-        x, y = data
-        with torch.no_grad():
-            predict = Predictive(self.model, guide=self.guide, num_samples=num_draws, return_sites=["mean"])
-            mean = predict(x)["mean"].reshape(num_draws, -1)
-            log_prob = dist.Normal(mean, self.model.noise).log_prob(y) - np.log(scale)
-        log_density = torch.logsumexp(log_prob, 0) - np.log(num_draws)
-        rmse = scale * (mean.mean(0) - y).square().mean().sqrt()
-        return {"log_likelihood": log_density.mean().item(), "rmse": rmse.item()}
-
-
-def measure_variance(run, data, args):
+def measure_variance(networks, data, args):
     """Variance of the plain gradient over that of others, at one batch, by locations and scales."""
     batch = tuple(t[: args.batch_size] for t in data)
-    draws = {}
-    for name, make in LOSSES.items():
-        guide = MeanField(run.guide) if name == "plain" else run.guide
-        draws[name] = draw_gradients(make(), run.model, guide, batch, args.num_samples)
+    with networks.in_scope():
+        draws = {
+            name: draw_gradients(METHODS[name](), networks.model, networks.guide, batch, args.num_samples)
+            for name in ("plain", "R2G2 shared", "R2G2 local")
+        }
+    plain = draws.pop("plain")
     return {
-        f"{part}, {name}": variance_ratio(draws["plain"][part], draws[name][part])
+        f"{part}, {name}": variance_ratio(plain[part], other[part])
         for part in ("loc", "scale")
-        for name in LOSSES
-        if name != "plain"
+        for name, other in draws.items()
     }
+
+
+def measure_eager(num_features, train, args):
+    """Seconds of an eager step by method, in turn."""
+    steps = {}
+    for method in METHODS:
+        networks = make(method, num_features, args, is_compiled=False)
+        networks.restart(train, args.lr[0], 0)
+        steps[method] = networks.in_scope()(networks.step)
+    return seconds_of_steps(steps, args.num_rounds)
 
 
 def study(name, args):
     """All methods and splits of one table."""
+    start = now()
     table = load_table(name, args.data_dir, args.max_rows)
-    (train, _), _ = split_table(table, 0)
-    runs = {method: Run(method, train, args) for method in METHODS}
-    seconds = seconds_of_steps({m: run.step for m, run in runs.items()}, args.num_rounds)
-    cost = {m: t / seconds["plain"] for m, t in seconds.items()}
-    steps = {m: {"steps": args.num_steps, "time": round(args.num_steps / c)} for m, c in cost.items()}
-    scores = {m: {"steps": [], "time": []} for m in TRAINED}
-    variance = {}
-    for split in range(args.num_splits):
-        (train, test), scale = split_table(table, split)
-        for method in TRAINED:
-            run = Run(method, train, args)
-            if split == 0 and method == "R2G2 shared":
-                variance["at the start"] = measure_variance(run, train, args)
-            for step in tqdm(range(1, max(steps[method].values()) + 1), f"{name} {split} {method}", leave=False):
-                run.step()
-                for at, last in steps[method].items():
-                    if step == last:
-                        scores[method][at].append(run.evaluate(test, scale, args.num_draws))
-            if split == 0 and method == "R2G2 shared":
-                variance["after training"] = measure_variance(run, train, args)
+    num_features = table.shape[1] - 1
+    num_splits = args.num_splits if len(table) < LARGE else min(args.num_splits, 5)
+    splits = [split_table(table, split) for split in range(num_splits)]
+    seconds = {"eager": measure_eager(num_features, splits[0][0][0], args), "compiled": {}}
+    max_steps = max(args.max_steps, args.min_epochs * round(0.9 * len(table)) // args.batch_size)
+    methods, variance = {}, {}
+    for method in args.methods:
+        networks = make(method, num_features, args)
+        tried = {
+            lr: [networks.validate(table, lr, split, max_steps) for split in range(args.num_tuning_splits)]
+            for lr in args.lr
+        }
+        lr = max(tried, key=lambda lr: np.mean(tried[lr]))
+        seconds["compiled"][method] = float(np.median(networks.seconds))
+        ends = {end: max_steps / 2 * by["plain"] / by[method] for end, by in seconds.items()}
+        found = {"lr": lr, "validation": tried, "ends": ends, "converged": [], "scores": []}
+        for split, ((train, test), scale) in enumerate(splits):
+            networks.restart(train, lr, split)
+            is_measured = split == 0 and method == "R2G2 shared"
+            if is_measured:
+                variance["at the start"] = measure_variance(networks, train, args)
+            scores = {}
+
+            def look(end):
+                scores[end] = networks.evaluate(test, scale)
+
+            found["converged"].append(networks.train(max_steps, ends, look, f"{name} {method}"))
+            found["scores"].append(scores)
+            if is_measured:
+                variance["after training"] = measure_variance(networks, train, args)
+        methods[method] = found
     return {
         "rows": len(table),
-        "features": table.shape[1] - 1,
-        "splits": args.num_splits,
-        "time of a step / plain": cost,
-        "plain step, ms": 1e3 * seconds["plain"],
-        "steps at equal time": {m: s["time"] for m, s in steps.items()},
-        "scores": scores,
+        "features": num_features,
+        "max_steps": max_steps,
+        "seconds of a step": seconds,
+        "methods": methods,
         "plain variance / variance": variance,
+        "seconds in all": now() - start,
     }
 
 
-def compare_with_plain(scores, method, at):
+def compare_with_plain(methods, method, end):
     """The mean difference on the same splits, whose own spread is gone, and its error."""
-    pairs = zip(scores[method][at], scores["plain"][at])
-    return mean_and_error([a["log_likelihood"] - b["log_likelihood"] for a, b in pairs])
+    pairs = zip(methods[method]["scores"], methods["plain"]["scores"])
+    return mean_and_error([a[end]["log_likelihood"] - b[end]["log_likelihood"] for a, b in pairs])
 
 
 def summarize(results):
     """Rows of the tables of scores, of variances and of times."""
     scores, variances, times = [], [], []
     for name, result in results.items():
-        for method in result["scores"]:
-            row = {"table": name, "gradient": method}
-            for at in ("steps", "time"):
-                for key, label in (("log_likelihood", "log lik."), ("rmse", "RMSE")):
-                    values = [score[key] for score in result["scores"][method][at]]
-                    row[f"{label}, equal {at}"] = cell(*mean_and_error(values))
-                row[f"log lik. - plain, equal {at}"] = cell(*compare_with_plain(result["scores"], method, at))
+        methods = result["methods"]
+        for method, found in methods.items():
+            steps, stopped = zip(*found["converged"])
+            claimed = CLAIMED.get(name, {}).get(method, "")
+            row = {"table": name, "gradient": method, "claimed log lik.": claimed}
+            for key, label in (("log_likelihood", "log lik."), ("rmse", "RMSE")):
+                row[label] = cell(*mean_and_error([split["converged"][key] for split in found["scores"]]))
+            for end, label in ENDS.items():
+                is_itself = method == "plain"
+                row[f"- plain, {label}"] = "" if is_itself else cell(*compare_with_plain(methods, method, end))
+            at_cap = f"{1 - np.mean(stopped):.0%}"
+            row.update({"rate": found["lr"], "steps": f"{np.mean(steps):.0f}", "at the cap": at_cap})
             scores.append(row)
-        cost = result["time of a step / plain"]
-        times.append({"table": name, **{method: f"{ratio:.2f}" for method, ratio in cost.items()}})
+        for kind, by in result["seconds of a step"].items():
+            ratios = {method: f"{t / by['plain']:.2f}" for method, t in by.items()}
+            times.append({"table": name, "steps": kind, "plain, ms": f"{1e3 * by['plain']:.2f}", **ratios})
         for when, ratios in result["plain variance / variance"].items():
             cells = {key: f"{value:.2f} ± {error:.1g}" for key, (value, error) in ratios.items()}
             variances.append({"table": name, "": when, **cells})
@@ -221,26 +168,26 @@ def summarize(results):
 def draw(results):
     figure, axes = make_panels(1, len(results), size=(1.9 + 1 / len(results), 3.4))
     for ax, (name, result) in zip(axes, results.items()):
-        others = [m for m in result["scores"] if m != "plain"]
-        for at, shift, label in (("steps", -0.12, "equal steps"), ("time", 0.12, "equal time")):
-            points = [compare_with_plain(result["scores"], method, at) for method in others]
-            value, error = np.array(points).T
+        others = [method for method in result["methods"] if method != "plain"]
+        for shift, (end, label) in zip((-0.2, 0.0, 0.2), ENDS.items()):
+            value, error = np.array([compare_with_plain(result["methods"], method, end) for method in others]).T
             ax.errorbar(np.arange(len(others)) + shift, value, np.nan_to_num(error), fmt="o", markersize=4, label=label)
         ax.axhline(0, color=INK, linewidth=1)
         ax.set_xticks(range(len(others)), others, rotation=60, ha="right", fontsize=9)
         ax.set_title(name, fontsize=10)
     axes[0].set_ylabel("test log-likelihood - plain")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ENDS))
     return figure
 
 
 def main(args):
     set_up(args)
-    # Networks of the same names live side by side.
-    pyro.settings.set(module_local_params=True)
+    # Where the projection is badly conditioned, compiled steps of single precision round differently from eager ones.
+    torch.set_default_dtype(torch.float64)
     if args.smoke_test:
-        args.num_steps, args.num_splits, args.num_draws, args.num_samples = 5, 2, 3, 4
-        args.num_rounds, args.max_rows, args.tables = 2, 200, args.tables[:1]
+        args.max_steps, args.min_epochs, args.num_tuning_splits = 20, 0, 1
+        args.num_splits, args.num_draws, args.num_samples, args.num_rounds = 2, 3, 4, 2
+        args.max_rows, args.tables, args.lr, args.backend = 200, args.tables[:1], args.lr[:1], "replay"
     tables = args.tables if args.data_dir else ["diabetes"]
     results = {}
     for name in tables:
@@ -248,25 +195,27 @@ def main(args):
         scores, variances, times = summarize(results)
         endings = {"": scores, "_variance": variances, "_time": times}
         write_results(args, {"tables": results}, endings, partial(draw, results))
-    print(tabulate(scores, headers="keys"))
-    print("\nProcessor time of a step over that of the plain gradient:")
-    print(tabulate(times, headers="keys"))
-    print("\nVariance of the plain gradient over that of R2G2_ELBO:")
-    print(tabulate(variances, headers="keys"))
+    for rows in (scores, times, variances):
+        print(tabulate(rows, headers="keys"), end="\n\n")
 
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--data-dir", help="folder with tables NAME.csv.gz")
-    parser.add_argument("--tables", nargs="+", default=["boston", "concrete", "wine_red", "protein"])
-    parser.add_argument("--max-rows", type=int, default=5000, help="of a table, drawn at random")
-    parser.add_argument("--num-splits", type=int, default=3)
-    parser.add_argument("--num-steps", type=int, default=600)
+    parser.add_argument("--tables", nargs="+", default=list(CLAIMED))
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=TRAINED, help="to train by, plain first")
+    parser.add_argument("--max-rows", type=int, help="of a table, drawn at random; all by default")
+    parser.add_argument("--num-splits", type=int, default=20, help="5 at most where a table is large")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.003, 0.01], help="of Adam, to choose from")
+    parser.add_argument("--num-tuning-splits", type=int, default=3, help="for that choice")
+    parser.add_argument("--max-steps", type=int, default=2000, help="where the loss still falls")
+    parser.add_argument("--min-epochs", type=int, default=3, help="at least as many steps in their place")
+    parser.add_argument("--tolerance", type=float, default=0.03, help="of StopRule, in nats a row")
+    parser.add_argument("--backend", choices=["inductor", "replay"], default="inductor", help="of compiled steps")
     parser.add_argument("--num-draws", type=int, default=200, help="of the posterior, for a prediction")
-    parser.add_argument("--num-samples", type=int, default=200, help="of the gradient, for a variance")
-    parser.add_argument("--num-rounds", type=int, default=100, help="of steps that are timed")
+    parser.add_argument("--num-samples", type=int, default=100, help="of the gradient, for a variance")
+    parser.add_argument("--num-rounds", type=int, default=50, help="of steps that are timed")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--width", type=int, default=50, help="of the hidden layer")
     parser.add_argument("--init-scale", type=float, default=0.05, help="of the weights in the guide")
-    parser.add_argument("--lr", type=float, default=0.01, help="of Adam")
     run(main, parser)

