@@ -127,6 +127,29 @@ def take_turns(runs, num_epochs, make_batches, measure):
     return history
 
 
+def train_tuned(make_run, names, rates, seeds, num_turns):
+    """
+    Trains by each of some losses at several learning rates with the first seed, and at the best with the others.
+
+    :param callable make_run: of a name, a rate and a seed. The run goes on by ``go_on()``, ``num_turns`` times in
+        turn with the others, and has a ``result``, which is to be small.
+    :return: by name, the rate and a run for each seed.
+    """
+    first, *others = seeds
+
+    def train_all(choices):
+        runs = {choice: make_run(*choice) for choice in choices}
+        for _ in tqdm(range(num_turns), leave=False):
+            for run in runs.values():
+                run.go_on()
+        return runs
+
+    runs = train_all((name, rate, first) for name in names for rate in rates)
+    best = {name: min(rates, key=lambda rate: runs[name, rate, first].result) for name in names}
+    runs.update(train_all((name, best[name], seed) for name in names for seed in others))
+    return {name: (best[name], [runs[name, best[name], seed] for seed in seeds]) for name in names}
+
+
 def end_of(histories, name):
     """
     Of a run of :func:`take_turns`, with several seeds: what was noted last, ``[num_seeds]`` for each key;

@@ -19,12 +19,11 @@ errors are noise.
 import _path  # noqa: F401
 import pyro
 import torch
-from tqdm import tqdm
 
 from support.command_line import make_parser, run, set_up
 from support.mixed_models import PROBLEMS, mark
 from support.results import cell, make_panels, mean_and_error, report
-from support.training import Run, set_fast_floats
+from support.training import Run, set_fast_floats, train_tuned
 
 FACTORS = (1 / 3, 1.0, 3.0)  # of the model's learning rate
 OURS = "RaoBlackwell_ELBO"
@@ -91,19 +90,10 @@ def train(name, args):
         first = Training(problem, loss, 1.0, args.seeds[0], seconds)
         first.epoch(first.make_batches)
 
-    def train_all(choices):
-        runs = {(loss, f, seed): Training(problem, loss, f, seed, seconds) for loss, f, seed in choices}
-        # In turns, so that what else the machine does slows all of them.
-        for _ in tqdm(range(Training.num_notes), desc=name, leave=False, disable=args.smoke_test):
-            for training in runs.values():
-                training.go_on()
-        return runs
+    def make_run(loss, factor, seed):
+        return Training(problem, loss, factor, seed, seconds)
 
-    first_seed, *other_seeds = args.seeds
-    runs = train_all((loss, factor, first_seed) for loss in losses for factor in args.factors)
-    best = {loss: min(args.factors, key=lambda f: runs[loss, f, first_seed].result) for loss in losses}
-    runs.update(train_all((loss, best[loss], seed) for loss in losses for seed in other_seeds))
-    return {loss: (best[loss], [runs[loss, best[loss], seed] for seed in args.seeds]) for loss in losses}
+    return train_tuned(make_run, losses, args.factors, args.seeds, Training.num_notes)
 
 
 def rows_of(name, found):
