@@ -159,8 +159,10 @@ def test_a_set_of_rare_values_is_leave_one_out(support):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4)
 
 
-def test_draws_without_replacement(support):
+@pytest.mark.parametrize("max_table_bits", [0, 10])
+def test_draws_without_replacement(support, max_table_bits, monkeypatch):
     """Ordered pairs have the probabilities of draws one after the other."""
+    monkeypatch.setattr(support.several, "MAX_TABLE_BITS", max_table_bits)
     fn = dist.Bernoulli(logits=torch.tensor(LOGITS[1]).expand(100_000, -1)).to_event(1)
     first, second = (support.several.draw_distinct(fn, 2) @ torch.tensor([4.0, 2.0, 1.0])).long()
     shares = torch.bincount(8 * first + second, minlength=64).reshape(8, 8) / len(first)

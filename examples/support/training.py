@@ -105,6 +105,41 @@ class Run:
         return clock.seconds, loss
 
 
+class TimedRun(Run):
+    """
+    A run for a given time that makes notes along it.
+
+    :param float limit: seconds of training.
+    """
+
+    num_notes = 10
+
+    def __init__(self, make, loss, optim, seed, limit):
+        super().__init__(make, loss, optim, seed)
+        self.limit, self.num_steps, self.notes = limit, 0, []
+
+    def batch(self):
+        """The arguments of a step, by its number or at random."""
+        raise NotImplementedError
+
+    def make_batches(self, num_steps=5):
+        batches = []
+        for _ in range(num_steps):
+            batches.append(self.batch())
+            self.num_steps += 1
+        return batches
+
+    def note(self):
+        """Appends to ``notes``, of which the first is to be made before training."""
+        raise NotImplementedError
+
+    def go_on(self):
+        """As far as the next note."""
+        while self.seconds < self.limit * len(self.notes) / self.num_notes:
+            self.epoch(self.make_batches)
+        self.note()
+
+
 def take_turns(runs, num_epochs, make_batches, measure):
     """
     Trains all runs, an epoch each at a time.

@@ -34,7 +34,7 @@ from support.gradients import draw_gradients, variance_ratio
 from support.mixed_models import binary_autoencoder, shrink
 from support.results import cell, make_panels, mean_and_error, report
 from support.several_draws import Disarm, LeaveOneOut, UnorderedSet, Vimco, log_weights
-from support.training import Run, seconds_of_steps, set_fast_floats, train_tuned
+from support.training import TimedRun, seconds_of_steps, set_fast_floats, train_tuned
 
 BATCH_SIZE = 100
 PARTS = ("encoder", "decoder")
@@ -149,27 +149,23 @@ def noise_rows(num_bits, found):
 # -- Training -----------------------------------------------------------------------------------
 
 
-class Training(Run):
-    """
-    A run that notes its own objective on validation images along its time.
-
-    :param float limit: CPU seconds.
-    """
-
-    num_notes = 10
+class Training(TimedRun):
+    """A run that notes two bounds of validation images along its time."""
 
     def __init__(self, name, lr, seed, num_bits, limit, train, validation):
-        self.size = 4 if name == "VIMCO" else 1
         loss, mark = make_method(name, 4, num_bits)
 
         def make():
             model, guide = binary_autoencoder(num_bits)
             return model, mark(guide)
 
-        super().__init__(make, loss, {"lr": lr}, seed)
-        self.limit, self.train, self.validation = limit, train, validation
-        self.num_steps, self.notes = 0, []
+        super().__init__(make, loss, {"lr": lr}, seed, limit)
+        self.train, self.validation = train, validation
+        self.column = 3 if name == "VIMCO" else 2
         self.note()
+
+    def batch(self):
+        return (self.train[torch.randint(len(self.train), (BATCH_SIZE,))],)
 
     def evaluate(self, images, num_draws, sizes):
         with pyro.get_param_store().scope(self.store), torch.random.fork_rng():
@@ -177,23 +173,12 @@ class Training(Run):
             return evaluate(self.model, self.guide, images, num_draws, sizes)
 
     def note(self):
-        elbo, bound = self.evaluate(self.validation, 12, (1, 4))
-        self.notes.append((self.seconds, self.num_steps, elbo, bound))
-
-    def make_batches(self, num_steps=5):
-        self.num_steps += num_steps
-        index = torch.randint(len(self.train), (num_steps, BATCH_SIZE))
-        return [(images,) for images in self.train[index]]
-
-    def go_on(self):
-        while self.seconds < self.limit * len(self.notes) / self.num_notes:
-            self.epoch(self.make_batches)
-        self.note()
+        self.notes.append((self.seconds, self.num_steps, *self.evaluate(self.validation, 12, (1, 4))))
 
     @property
     def result(self):
         """Minus what it maximizes, the mean of the last notes."""
-        value = -np.mean([note[2 if self.size == 1 else 3] for note in self.notes[-3:]])
+        value = -np.mean([note[self.column] for note in self.notes[-3:]])
         return value if np.isfinite(value) else np.inf
 
 

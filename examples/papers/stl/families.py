@@ -17,7 +17,7 @@ that of Trace_ELBO or RenyiELBO, by a new guide and by the best of those trained
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Callable
 
 import _path  # noqa: F401
@@ -43,7 +43,7 @@ from support.data import data_of, load_digits
 from support.gradients import draw_gradients, variance_ratio
 from support.posteriors import centred_schools, logistic
 from support.results import cell, make_panels, mean_and_error, report
-from support.training import Run, set_fast_floats, train_tuned
+from support.training import TimedRun, set_fast_floats, train_tuned
 
 NUM_PARTICLES = 8
 several = {"num_particles": NUM_PARTICLES, "max_plate_nesting": 1, "vectorize_particles": True}
@@ -135,43 +135,42 @@ def cases(args):
     yield Case("autoencoder of digits", "encoder", make_vae, bounds, batch, 3.0, "encoder")
 
 
-class Training(Run):
-    """A run for a given CPU time, at a falling rate."""
-
-    num_turns = 10
+class Training(TimedRun):
+    """A run at a falling rate."""
 
     def __init__(self, case, objective, name, lr, seed, limit, num_draws):
-        super().__init__(case.make, LOSSES[objective][name](), {"lr": lr}, seed)
-        self.case, self.lr, self.limit, self.num_draws = case, lr, limit, num_draws
-        self.num_steps, self.turn, self.is_lost = 0, 0, False
+        super().__init__(case.make, LOSSES[objective][name](), {"lr": lr}, seed, limit)
+        self.case, self.lr, self.num_draws, self.is_lost = case, lr, num_draws, False
         self.index = list(LOSSES).index(objective)
+        self.note()
 
-    def make_batches(self, num_steps=10):
-        self.num_steps += num_steps
-        return [self.case.batch() for _ in range(num_steps)]
+    def batch(self):
+        return self.case.batch()
 
-    def go_on(self):
-        self.turn += 1
-        while self.seconds < self.limit * self.turn / self.num_turns and not self.is_lost:
-            for optimizer in self.svi.optim.optim_objs.values():
-                optimizer.param_groups[0]["lr"] = self.lr * 0.01 ** (self.seconds / self.limit)
-            try:
-                self.epoch(self.make_batches)
-            except ValueError:  # a distribution says that a parameter is not finite
-                self.is_lost = True
+    def note(self):
+        self.notes.append((self.seconds, self.num_steps))
 
+    def epoch(self, make_batches):
+        for optimizer in self.svi.optim.optim_objs.values():
+            optimizer.param_groups[0]["lr"] = self.lr * 0.01 ** (self.seconds / self.limit)
+        try:
+            super().epoch(make_batches)
+        except ValueError:  # a distribution says that a parameter is not finite
+            self.is_lost, self.seconds = True, self.limit
+
+    @cached_property
     def bounds(self):
-        """Infinitely low for a run that has gone astray."""
+        """At the end. Infinitely low for a run that has gone astray."""
         if self.is_lost:
             return -np.inf, -np.inf
         with pyro.get_param_store().scope(self.store), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             found = np.array(self.case.bounds(self.model, self.guide, self.num_draws))
-        return tuple(np.where(np.isnan(found), -np.inf, found))
+        return np.where(np.isnan(found), -np.inf, found).tolist()
 
     @property
     def result(self):
-        return -self.bounds()[self.index]
+        return -self.bounds[self.index]
 
 
 def measure(training, objective, args):
@@ -199,10 +198,10 @@ def study(case, objective, args):
     for name in LOSSES[objective]:  # what the first steps import is not to count
         first = make_run(name, args.rates[0], 0)
         first.epoch(first.make_batches)
-    found = train_tuned(make_run, LOSSES[objective], args.rates, args.seeds, Training.num_turns)
+    found = train_tuned(make_run, LOSSES[objective], args.rates, args.seeds, Training.num_notes)
     best = min((one for _, runs in found.values() for one in runs), key=lambda one: one.result)
     trained = {
-        name: {"rate": lr, "steps": [one.num_steps for one in runs], "bounds": [one.bounds() for one in runs]}
+        name: {"rate": lr, "steps": [one.num_steps for one in runs], "bounds": [one.bounds for one in runs]}
         for name, (lr, runs) in found.items()
     }
     states = {"start": make_run(next(iter(found)), args.rates[0], args.seeds[0]), "trained": best}
@@ -267,7 +266,7 @@ def main(args):
     if args.smoke_test:
         args.seconds, args.seeds, args.rates = 1e-3, [0], [1e-3]
         args.num_gradients, args.num_burn_in, args.num_draws = 2, 2, 16
-        Training.num_turns = 1
+        Training.num_notes = 1
     results = {}
     for case in tqdm([case for case in cases(args) if args.case in case.posterior + case.guide]):
         found = results[case.posterior, case.guide] = {name: study(case, name, args) for name in LOSSES}
@@ -279,11 +278,11 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training runs")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="of Adam, to choose from")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02], help="of Adam, to choose from")
     help = "of CPU time for a run; twice as many for flows, three times for the autoencoder"
-    parser.add_argument("--seconds", type=float, default=1.5, help=help)
-    parser.add_argument("--num-gradients", type=int, default=200, help="of each loss in each state")
-    parser.add_argument("--num-burn-in", type=int, default=60, help="steps before, in which a scale is learned")
+    parser.add_argument("--seconds", type=float, default=1.2, help=help)
+    parser.add_argument("--num-gradients", type=int, default=150, help="of each loss in each state")
+    parser.add_argument("--num-burn-in", type=int, default=50, help="steps before, in which a scale is learned")
     parser.add_argument("--num-draws", type=int, default=8000, help="for the bounds of a posterior")
     parser.add_argument("--case", default="", help="a part of the name of posterior and guide")
     run(main, parser)
