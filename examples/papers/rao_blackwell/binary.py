@@ -216,15 +216,15 @@ def draw(curves):
     """The ELBO of validation images by time and by steps."""
     fig, axes = make_panels(len(curves), 2)
     for i, (num_bits, by_name) in enumerate(curves.items()):
-        for name, notes in by_name.items():
+        for number, (name, notes) in enumerate(by_name.items()):
             seconds, steps, elbo, _ = np.mean(notes, 0).T
             for ax, x in zip(axes[2 * i:], (seconds, steps)):
-                ax.plot(x[1:], elbo[1:], label=name)
+                ax.plot(x[1:], elbo[1:], ("-", "--")[number // 7], label=name)
         ends = [np.mean(notes, 0)[-1, 2] for notes in by_name.values()]
         for ax, label in zip(axes[2 * i:], ("CPU seconds", "steps")):
             ax.set(title=f"{num_bits} bits", xlabel=label, ylabel="ELBO of a validation image")
             ax.set_ylim(bottom=min(ends) - (max(ends) - min(ends)) - 1e-3)
-    axes[0].legend(fontsize="x-small")
+    axes[0].legend(fontsize="x-small", loc="lower right")
     return fig
 
 

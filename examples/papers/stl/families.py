@@ -42,7 +42,7 @@ from support.command_line import make_parser, run, set_up
 from support.data import data_of, load_digits
 from support.gradients import draw_gradients, variance_ratio
 from support.posteriors import centred_schools, logistic
-from support.results import cell, make_panels, mean_and_error, report
+from support.results import cell, make_panels, mean_and_error, report, write_results
 from support.training import TimedRun, set_fast_floats, train_tuned
 
 NUM_PARTICLES = 8
@@ -113,6 +113,16 @@ def cases(args):
         train, test = load_digits(None, 0)
     regression = logistic()
 
+    def make_vae():
+        vae = Vae(train.shape[1], code_size=8, width=100)
+        return vae.model, vae.guide
+
+    def batch():
+        return (train[torch.randint(len(train), (100,))],)
+
+    bounds = partial(bounds_of_images, test)
+    yield Case("autoencoder of digits", "encoder", make_vae, bounds, batch, 3.0, "encoder")
+
     def make(model, guide_type):
         return lambda: (model, guide_type(model))
 
@@ -123,16 +133,6 @@ def cases(args):
         for guide, guide_type in types.items():
             weight = 1.0 if guide in ("AutoNormal", "AutoMultivariateNormal") else 2.0
             yield Case(posterior, guide, make(model, guide_type), bounds_of_posterior, weight=weight)
-
-    def make_vae():
-        vae = Vae(train.shape[1], code_size=8, width=100)
-        return vae.model, vae.guide
-
-    def batch():
-        return (train[torch.randint(len(train), (100,))],)
-
-    bounds = partial(bounds_of_images, test)
-    yield Case("autoencoder of digits", "encoder", make_vae, bounds, batch, 3.0, "encoder")
 
 
 class Training(TimedRun):
@@ -269,10 +269,14 @@ def main(args):
         Training.num_notes = 1
     results = {}
     for case in tqdm([case for case in cases(args) if args.case in case.posterior + case.guide]):
-        found = results[case.posterior, case.guide] = {name: study(case, name, args) for name in LOSSES}
-        tqdm.write(f"{case.posterior}, {case.guide}: {found}")
-    by_name = {", ".join(key): found for key, found in results.items()}
-    report(args, make_tables(results), lambda: draw(results), cases=by_name)
+        results[case.posterior, case.guide] = {name: study(case, name, args) for name in LOSSES}
+        # What is there, should the rest be interrupted.
+        write_results(args, by_case(results), make_tables(results), lambda: draw(results))
+    report(args, make_tables(results), lambda: draw(results), **by_case(results))
+
+
+def by_case(results):
+    return {"cases": {", ".join(key): found for key, found in results.items()}}
 
 
 if __name__ == "__main__":
@@ -280,9 +284,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training runs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02], help="of Adam, to choose from")
     help = "of CPU time for a run; twice as many for flows, three times for the autoencoder"
-    parser.add_argument("--seconds", type=float, default=1.2, help=help)
-    parser.add_argument("--num-gradients", type=int, default=150, help="of each loss in each state")
+    parser.add_argument("--seconds", type=float, default=1.0, help=help)
+    parser.add_argument("--num-gradients", type=int, default=100, help="of each loss in each state")
     parser.add_argument("--num-burn-in", type=int, default=50, help="steps before, in which a scale is learned")
-    parser.add_argument("--num-draws", type=int, default=8000, help="for the bounds of a posterior")
+    parser.add_argument("--num-draws", type=int, default=4000, help="for the bounds of a posterior")
     parser.add_argument("--case", default="", help="a part of the name of posterior and guide")
     run(main, parser)
