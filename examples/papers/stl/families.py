@@ -13,7 +13,7 @@ DReG_ELBO::
 
 All losses have the same CPU time and start, and take turns. The learning rate falls with time to a hundredth; of each
 loss it is the best of several at the first seed, by its own objective. Noise is the variance of the gradient over
-that of Trace_ELBO or RenyiELBO, by a new guide and by the best of those trained on the same objective.
+that of Trace_ELBO or RenyiELBO, with a new guide and with one that Trace_ELBO has trained.
 """
 
 from dataclasses import dataclass
@@ -70,6 +70,7 @@ class Case:
     :param callable batch: draws the arguments of both.
     :param callable bounds: of model and guide, those of one draw and of several.
     :param float weight: of its time of training.
+    :param float lr: of the training before noise is measured.
     :param str part: in the names of the parameters whose gradient's variance counts.
     """
 
@@ -80,6 +81,7 @@ class Case:
     batch: Callable[[], Any] = tuple
     weight: float = 1.0
     part: str = ""
+    lr: float = 0.02
 
 
 def spline(dim):
@@ -121,7 +123,7 @@ def cases(args):
         return (train[torch.randint(len(train), (100,))],)
 
     bounds = partial(bounds_of_images, test)
-    yield Case("autoencoder of digits", "encoder", make_vae, bounds, batch, 3.0, "encoder")
+    yield Case("autoencoder of digits", "encoder", make_vae, bounds, batch, 1.5, "encoder", 0.005)
 
     def make(model, guide_type):
         return lambda: (model, guide_type(model))
@@ -131,7 +133,7 @@ def cases(args):
         ("logistic regression, breast cancer", regression, guides),
     ):
         for guide, guide_type in types.items():
-            weight = 1.0 if guide in ("AutoNormal", "AutoMultivariateNormal") else 2.0
+            weight = 1.0 if guide in ("AutoNormal", "AutoMultivariateNormal") else 1.5
             yield Case(posterior, guide, make(model, guide_type), bounds_of_posterior, weight=weight)
 
 
@@ -188,42 +190,48 @@ def measure(training, objective, args):
     return {name: variance_ratio(draws[name], draws[reference]) for name in others}
 
 
-def study(case, objective, args):
-    """By loss, learning rate, steps and bounds; noise at the start and at the end."""
-    limit = args.seconds * case.weight
+def measure_states(case, args):
+    """Noise of all losses with a new guide, and with one trained by the first loss."""
+    one = Training(case, "ELBO", "Trace_ELBO", case.lr, args.seeds[0], args.seconds * case.weight, args.num_draws)
+    states = {"start": {name: measure(one, name, args) for name in LOSSES}}
+    for _ in range(Training.num_notes):
+        one.go_on()
+    states["trained"] = {name: measure(one, name, args) for name in LOSSES}
+    return {"steps": one.num_steps, "bounds": one.bounds, "noise": states}
+
+
+def train(case, objective, args):
+    """By loss, learning rate, steps and bounds."""
 
     def make_run(name, lr, seed):
-        return Training(case, objective, name, lr, seed, limit, args.num_draws)
+        return Training(case, objective, name, lr, seed, args.seconds * case.weight, args.num_draws)
 
     for name in LOSSES[objective]:  # what the first steps import is not to count
         first = make_run(name, args.rates[0], 0)
         first.epoch(first.make_batches)
     found = train_tuned(make_run, LOSSES[objective], args.rates, args.seeds, Training.num_notes)
-    best = min((one for _, runs in found.values() for one in runs), key=lambda one: one.result)
-    trained = {
+    return {
         name: {"rate": lr, "steps": [one.num_steps for one in runs], "bounds": [one.bounds for one in runs]}
         for name, (lr, runs) in found.items()
     }
-    states = {"start": make_run(next(iter(found)), args.rates[0], args.seeds[0]), "trained": best}
-    return {"training": trained, "noise": {state: measure(one, objective, args) for state, one in states.items()}}
 
 
 def make_tables(results):
     tables = {"_variance": [], "_training": []}
-    for (posterior, guide), by_objective in results.items():
-        for state in ("start", "trained"):
-            row = {"posterior": posterior, "guide": guide, "state": state}
-            for found in by_objective.values():
-                for name, (value, error) in found["noise"][state].items():
-                    row[name] = f"{value:.3g} ± {error:.1g}"
+    for (posterior, guide), found in results.items():
+        title = {"posterior": posterior, "guide": guide}
+        for state, noise in found["noise"].items():
+            row = {**title, "state": state}
+            for ratios in noise.values():
+                row.update({name: f"{value:.3g} ± {error:.1g}" for name, (value, error) in ratios.items()})
             tables["_variance"].append(row)
-        for i, (objective, found) in enumerate(by_objective.items()):
-            for name, one in found["training"].items():
+        for i, (objective, by_loss) in enumerate(found["training"].items()):
+            first = np.array(next(iter(by_loss.values()))["bounds"])
+            for name, one in by_loss.items():
                 elbo, bound = np.array(one["bounds"]).T
-                above = np.array(one["bounds"])[:, i] - np.array(next(iter(found["training"].values()))["bounds"])[:, i]
+                above = (np.array(one["bounds"]) - first)[:, i]
                 tables["_training"].append({
-                    "posterior": posterior,
-                    "guide": guide,
+                    **title,
                     "objective": objective,
                     "loss": name,
                     "rate": f"{one['rate']:g}",
@@ -232,7 +240,7 @@ def make_tables(results):
                     f"bound of {NUM_PARTICLES}": cell(*mean_and_error(bound)),
                     "above the first": cell(*mean_and_error(above)) if above.any() else "",
                 })  # fmt: skip
-    return tables
+    return {ending: rows for ending, rows in tables.items() if rows}
 
 
 def draw(results):
@@ -240,22 +248,16 @@ def draw(results):
     posteriors = list(dict.fromkeys(posterior for posterior, _ in results))
     fig, axes = make_panels(1, len(posteriors), size=(4.5, 4.0))
     for ax, posterior in zip(axes, posteriors):
-        guides = {guide: found for (name, guide), found in results.items() if name == posterior}
-        names = [name for found in next(iter(guides.values())).values() for name in found["noise"]["start"]]
-        for i, name in enumerate(names):
-            for state, fill in (("start", "none"), ("trained", "full")):
-                values = [
-                    found["noise"][state][name][0]
-                    for by_objective in guides.values()
-                    for found in by_objective.values()
-                    if name in found["noise"][state]
-                ]
-                x = np.arange(len(values)) + 0.12 * (i - 2)
-                label = name if state == "trained" else None
+        noise = {guide: found["noise"] for (name, guide), found in results.items() if name == posterior}
+        for state, fill in (("start", "none"), ("trained", "full")):
+            rows = [{k: v for ratios in states[state].values() for k, v in ratios.items()} for states in noise.values()]
+            for i, name in enumerate(rows[0]):
+                x = np.arange(len(rows)) + 0.12 * (i - 2)
+                values, label = [row[name][0] for row in rows], name if state == "trained" else None
                 ax.plot(x, values, "o", color=f"C{i}", fillstyle=fill, label=label)
         ax.axhline(1.0, color="grey")
         ax.set(title=posterior, yscale="log", ylabel="variance over that without path gradient")
-        ax.set_xticks(range(len(guides)), guides, rotation=15)
+        ax.set_xticks(range(len(noise)), noise, rotation=15)
     axes[0].legend(fontsize="x-small")
     return fig
 
@@ -267,9 +269,11 @@ def main(args):
         args.seconds, args.seeds, args.rates = 1e-3, [0], [1e-3]
         args.num_gradients, args.num_burn_in, args.num_draws = 2, 2, 16
         Training.num_notes = 1
-    results = {}
-    for case in tqdm([case for case in cases(args) if args.case in case.posterior + case.guide]):
-        results[case.posterior, case.guide] = {name: study(case, name, args) for name in LOSSES}
+    results, chosen = {}, [case for case in cases(args) if args.case in case.posterior + case.guide]
+    for case in tqdm(chosen):
+        objectives = [] if args.noise_only else LOSSES
+        training = {name: train(case, name, args) for name in objectives}
+        results[case.posterior, case.guide] = {**measure_states(case, args), "training": training}
         # What is there, should the rest be interrupted.
         write_results(args, by_case(results), make_tables(results), lambda: draw(results))
     report(args, make_tables(results), lambda: draw(results), **by_case(results))
@@ -283,8 +287,9 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training runs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02], help="of Adam, to choose from")
-    help = "of CPU time for a run; twice as many for flows, three times for the autoencoder"
-    parser.add_argument("--seconds", type=float, default=1.0, help=help)
+    help = "of CPU time for a run; half as many again for flows and the autoencoder"
+    parser.add_argument("--seconds", type=float, default=7.0, help=help)
+    parser.add_argument("--noise-only", action="store_true", help="no comparison of training")
     parser.add_argument("--num-gradients", type=int, default=100, help="of each loss in each state")
     parser.add_argument("--num-burn-in", type=int, default=50, help="steps before, in which a scale is learned")
     parser.add_argument("--num-draws", type=int, default=4000, help="for the bounds of a posterior")
