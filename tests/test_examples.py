@@ -26,7 +26,7 @@ from pyro_rb.diagnostics.run.losses import make_loss
 from support.command_line import find_device, make_parser, run
 from support.losses import add_loss_option, mark_for, train_each
 from support.results import report
-from support.training import Run, end_of, take_turns
+from support.training import Run, end_of, take_turns, train_tuned
 
 
 def test_device_that_is_not_there():
@@ -142,6 +142,33 @@ def test_runs_do_not_disturb_each_other():
     end = end_of([history, history], 2.0)
     assert end["loc"].tolist() == [together[2.0][-1]] * 2
     assert history[2.0][0]["seconds"] == history[2.0][0]["epoch"] <= history[2.0][1]["seconds"]
+
+
+def test_tuned_training():
+    """All rates at the first seed, the best at the others; runs take turns."""
+    log = []
+
+    class Descent:
+        def __init__(self, name, rate, seed):
+            self.key, self.result = (name, rate, seed), 1.0
+
+        def go_on(self):
+            log.append(self.key)
+            name, rate, _ = self.key
+            self.result -= rate if name == "bold" or rate < 0.5 else -rate
+
+    found = train_tuned(Descent, ["bold", "shy"], [0.1, 0.9], [3, 4], num_turns=2)
+    assert {name: rate for name, (rate, _) in found.items()} == {"bold": 0.9, "shy": 0.1}
+    assert [run.key for run in found["shy"][1]] == [("shy", 0.1, 3), ("shy", 0.1, 4)]
+    first = [("bold", 0.1, 3), ("bold", 0.9, 3), ("shy", 0.1, 3), ("shy", 0.9, 3)]
+    assert log == 2 * first + 2 * [("bold", 0.9, 4), ("shy", 0.1, 4)]
+
+
+def test_several_tables(tmp_path, capsys):
+    rows = {"_one": [{"a": "1"}], "_two": [{"b": "2"}]}
+    report(argparse.Namespace(out=str(tmp_path / "x"), smoke_test=False), rows)
+    assert [(tmp_path / f"x{name}.csv").read_text() for name in rows] == ["a\n1\n", "b\n2\n"]
+    assert capsys.readouterr().out.split() == ["a", "---", "1", "b", "---", "2"]
 
 
 def test_results(tmp_path, capsys, monkeypatch):

@@ -9,15 +9,17 @@ from pyro_rb.diagnostics import sample_gradients
 from pyro_rb.diagnostics.stats import summary as stats
 
 
-def draw_gradients(loss, model, guide, args, num_samples, parts=("loc", "scale"), named=None):
+def draw_gradients(loss, model, guide, args, num_samples, parts=("loc", "scale"), named=None, num_burn_in=2):
     """
     Draws of the gradient, ``[num_samples, number of values]``, by part: the parameters
     that have it in their names; by default among those of the guide.
+
+    :param int num_burn_in: of steps. The first ones of R2G2_ELBO find out what may not be projected, and losses
+        with a scale learn it.
     """
     named = named or dict(guide.named_parameters())
-    # The first steps of R2G2_ELBO find out what may not be projected.
     draws = sample_gradients(
-        loss, model, guide, args, num_samples=num_samples, num_burn_in=2, seed=0, parameters=named
+        loss, model, guide, args, num_samples=num_samples, num_burn_in=num_burn_in, seed=0, parameters=named
     )
     flat = {name: g.reshape(num_samples, -1) for name, g in draws.items()}
     return {part: torch.cat([g for name, g in flat.items() if part in name], -1) for part in parts}

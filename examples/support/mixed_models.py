@@ -21,6 +21,7 @@ from models.ss_vae import SemiSupervisedVae
 from pyro_rb import R2G2_ELBO, RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 from pyro_rb.diagnostics.cli.examples import EXAMPLES
 from support.data import load_mnist
+from support.several_draws import LeaveOneOut
 
 F = nn.functional
 
@@ -123,20 +124,24 @@ def semi_supervised():
 
 
 def small_batch(step):
-    """14 x 14 pixels."""
     images, _ = digit_batch(step)
-    return ((F.avg_pool2d(images.reshape(-1, 1, 28, 28), 2) > 0.4).flatten(1).float(),)
+    return (shrink(images),)
 
 
-def binary_autoencoder():
-    """A code of 200 bits as one site."""
-    encoder = nn.Linear(196, 200)
-    decoder = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 196))
+def shrink(images):
+    """Binary images of 28 x 28 pixels, as some of 14 x 14."""
+    return (F.avg_pool2d(images.reshape(-1, 1, 28, 28), 2) > 0.4).flatten(1).float()
+
+
+def binary_autoencoder(num_bits=200):
+    """Their codes of bits, as one site."""
+    encoder = nn.Linear(196, num_bits)
+    decoder = nn.Sequential(nn.Linear(num_bits, 200), nn.Tanh(), nn.Linear(200, 196))
 
     def model(x):
         pyro.module("decoder", decoder)
         with pyro.plate("images", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(torch.full((200,), 0.5)).to_event(1))
+            z = pyro.sample("z", dist.Bernoulli(torch.full((num_bits,), 0.5)).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=decoder(z), validate_args=False).to_event(1), obs=x)
 
     def guide(x):
@@ -145,21 +150,6 @@ def binary_autoencoder():
             pyro.sample("z", dist.Bernoulli(logits=encoder(x)).to_event(1))
 
     return model, guide
-
-
-class LeaveOneOut(Trace_ELBO):
-    """For one score-function site in one plate, by hand: the mean cost of the other particles."""
-
-    def loss_and_grads(self, model, guide, *args):
-        for model_trace, guide_trace in self._get_traces(model, guide, args, {}):
-            log_p, log_q = (
-                sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
-                for trace in (model_trace, guide_trace)
-            )
-            cost = (log_p - log_q).detach()
-            advantage = cost - (cost.sum(0) - cost) / (self.num_particles - 1)
-            (-(log_p + advantage * log_q).sum() / self.num_particles).backward()
-            return -cost.sum().item() / self.num_particles
 
 
 # -- A mixture, a regression and a hidden Markov model, of simulated data ----------------------
@@ -292,7 +282,7 @@ PROBLEMS = {
         1e-3,
         losses={
             "4 particles": partial(Trace_ELBO, **PARTICLES),
-            "leave-one-out by hand, 4 particles": partial(LeaveOneOut, **PARTICLES),
+            "leave-one-out by hand, 4 particles": partial(LeaveOneOut, 4),
         },
         without=(*NO_SUM, "STLTrace_ELBO", "R2G2_ELBO"),
         part="encoder",

@@ -79,10 +79,11 @@ def report(args, rows, draw=None, **more):
     """
     Prints a table, and writes it as :func:`write_results` does.
 
-    :param list rows: dicts of cells.
+    :param rows: dicts of cells; or several such tables, by what comes after PREFIX.
     :param more: goes to the JSON file, too; numbers and texts are printed.
     """
-    print(tabulate(rows, headers="keys", disable_numparse=True))
+    for table in rows.values() if isinstance(rows, dict) else [rows]:
+        print(tabulate(table, headers="keys", disable_numparse=True))
     for key, value in more.items():
         if isinstance(value, (int, float, str)):
             print(f"{key}: {value}")

@@ -105,6 +105,41 @@ class Run:
         return clock.seconds, loss
 
 
+class TimedRun(Run):
+    """
+    A run for a given time that makes notes along it.
+
+    :param float limit: seconds of training.
+    """
+
+    num_notes = 10
+
+    def __init__(self, make, loss, optim, seed, limit):
+        super().__init__(make, loss, optim, seed)
+        self.limit, self.num_steps, self.notes = limit, 0, []
+
+    def batch(self):
+        """The arguments of a step, by its number or at random."""
+        raise NotImplementedError
+
+    def make_batches(self, num_steps=5):
+        batches = []
+        for _ in range(num_steps):
+            batches.append(self.batch())
+            self.num_steps += 1
+        return batches
+
+    def note(self):
+        """Appends to ``notes``, of which the first is to be made before training."""
+        raise NotImplementedError
+
+    def go_on(self):
+        """As far as the next note."""
+        while self.seconds < self.limit * len(self.notes) / self.num_notes:
+            self.epoch(self.make_batches)
+        self.note()
+
+
 def take_turns(runs, num_epochs, make_batches, measure):
     """
     Trains all runs, an epoch each at a time.
@@ -125,6 +160,29 @@ def take_turns(runs, num_epochs, make_batches, measure):
                 progress.set_postfix_str(f"{name}: {loss:.5g}")
                 progress.update()
     return history
+
+
+def train_tuned(make_run, names, rates, seeds, num_turns):
+    """
+    Trains by each of some losses at several learning rates with the first seed, and at the best with the others.
+
+    :param callable make_run: of a name, a rate and a seed. The run goes on by ``go_on()``, ``num_turns`` times in
+        turn with the others, and has a ``result``, which is to be small.
+    :return: by name, the rate and a run for each seed.
+    """
+    first, *others = seeds
+
+    def train_all(choices):
+        runs = {choice: make_run(*choice) for choice in choices}
+        for _ in tqdm(range(num_turns), leave=False):
+            for run in runs.values():
+                run.go_on()
+        return runs
+
+    runs = train_all((name, rate, first) for name in names for rate in rates)
+    best = {name: min(rates, key=lambda rate: runs[name, rate, first].result) for name in names}
+    runs.update(train_all((name, best[name], seed) for name in names for seed in others))
+    return {name: (best[name], [runs[name, best[name], seed] for seed in seeds]) for name in names}
 
 
 def end_of(histories, name):

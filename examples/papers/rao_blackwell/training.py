@@ -19,12 +19,11 @@ errors are noise.
 import _path  # noqa: F401
 import pyro
 import torch
-from tqdm import tqdm
 
 from support.command_line import make_parser, run, set_up
 from support.mixed_models import PROBLEMS, mark
 from support.results import cell, make_panels, mean_and_error, report
-from support.training import Run, set_fast_floats
+from support.training import TimedRun, set_fast_floats, train_tuned
 
 FACTORS = (1 / 3, 1.0, 3.0)  # of the model's learning rate
 OURS = "RaoBlackwell_ELBO"
@@ -41,40 +40,28 @@ SECONDS = {
 }
 
 
-class Training(Run):
-    """
-    A run that notes the objective along its time.
+class Training(TimedRun):
+    """A run that notes the objective along its time."""
 
-    :param float seconds: for which it trains.
-    """
+    num_last, num_draws = 3, 5
 
-    num_notes, num_last, num_draws = 10, 3, 5
-
-    def __init__(self, problem, name, factor, seed, seconds):
+    def __init__(self, problem, name, factor, seed, limit):
         def make():
             model, guide = problem.make()
             return model, mark(name, guide)
 
         loss = {**problem.single(), **problem.ours()}[name]()
-        super().__init__(make, loss, {"lr": factor * problem.lr}, seed)
-        self.problem, self.limit, self.num_steps = problem, seconds, 0
-        self.notes = []
+        super().__init__(make, loss, {"lr": factor * problem.lr}, seed, limit)
+        self.problem = problem
         self.note()
+
+    def batch(self):
+        return self.problem.batch(self.num_steps)
 
     def note(self):
         with pyro.get_param_store().scope(self.store):
             value = self.problem.objective(self.model, self.guide, self.num_draws)
         self.notes.append((self.seconds, self.num_steps, value))
-
-    def make_batches(self, size=5):
-        first, self.num_steps = self.num_steps, self.num_steps + size
-        return [self.problem.batch(step) for step in range(first, first + size)]
-
-    def go_on(self):
-        """As far as the next note."""
-        while self.seconds < self.limit * len(self.notes) / self.num_notes:
-            self.epoch(self.make_batches)
-        self.note()
 
     @property
     def result(self):
@@ -91,19 +78,10 @@ def train(name, args):
         first = Training(problem, loss, 1.0, args.seeds[0], seconds)
         first.epoch(first.make_batches)
 
-    def train_all(choices):
-        runs = {(loss, f, seed): Training(problem, loss, f, seed, seconds) for loss, f, seed in choices}
-        # In turns, so that what else the machine does slows all of them.
-        for _ in tqdm(range(Training.num_notes), desc=name, leave=False, disable=args.smoke_test):
-            for training in runs.values():
-                training.go_on()
-        return runs
+    def make_run(loss, factor, seed):
+        return Training(problem, loss, factor, seed, seconds)
 
-    first_seed, *other_seeds = args.seeds
-    runs = train_all((loss, factor, first_seed) for loss in losses for factor in args.factors)
-    best = {loss: min(args.factors, key=lambda f: runs[loss, f, first_seed].result) for loss in losses}
-    runs.update(train_all((loss, best[loss], seed) for loss in losses for seed in other_seeds))
-    return {loss: (best[loss], [runs[loss, best[loss], seed] for seed in args.seeds]) for loss in losses}
+    return train_tuned(make_run, losses, args.factors, args.seeds, Training.num_notes)
 
 
 def rows_of(name, found):
