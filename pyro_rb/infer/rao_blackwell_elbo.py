@@ -54,7 +54,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
        * - several such variables by ``to_event``
          - the same with joint values, up to 65,536 of them
          - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
-       * - Bernoulli variables by ``to_event`` with more values than are summed
+       * - Bernoulli variables by ``to_event`` with more values than are summed, and no ``k``,
+           ``num_samples`` or ``budget`` that asks for some
          - two draws that are antithetic [4]
          -
        * - without ``rsample`` or such a list, and with more ``draws``
@@ -214,6 +215,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
             _check_count("num_steps", num_steps, "None, or ")
         self.baseline = baseline
         self.draws = draws
+        #: Who says how many values to look at means those of Bernoulli vectors, too.
+        self._draws_bits = draws > 1 and k is num_samples is budget is None
         self.pre_activations = pre_activations
         self.solver = solver
         self.max_evaluations = max_evaluations

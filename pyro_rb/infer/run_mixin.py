@@ -67,6 +67,7 @@ class RunMixin(PathGradientMixin):
     baseline: Optional[str]
     max_evaluations: int
     draws: int
+    _draws_bits: bool
     pre_activations: Optional[str]
     solver: str
     num_steps: Optional[int]
@@ -300,6 +301,7 @@ class RunMixin(PathGradientMixin):
                 self._outside.reasons,
                 self.baseline == "loo",
                 self._never_summed,
+                self._draws_bits,
             )
         if self._projects(guide):
             own_path = path if "path" in self._strategies and not path.obstacle else None

@@ -40,8 +40,7 @@ class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     shape ``[k + num_samples, N]``, not ``[K, 1]``: index arrays by
     :func:`~pyro.ops.indexing.Vindex`.
 
-    **Single draws.** A site has one draw where no table can be made; where it is a vector of
-    Bernoulli variables by ``to_event``, of which not all joint values are summed; where the table would have more than
+    **Single draws.** A site has one draw where no table can be made; where the table would have more than
     :data:`~pyro_rb.poutine.topk_table.MAX_TABLE` elements, or of joint values more than
     :data:`~pyro_rb.poutine.topk_table.MAX_JOINT_TABLE`; where ``infer={"topk": 0}``
     asks for it; and where a cost depends on the site from outside of its plates, or on a

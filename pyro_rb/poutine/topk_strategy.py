@@ -61,6 +61,8 @@ class TopK(Strategy):
         themselves, with the reasons.
     :param bool has_loo: whether costs have a leave-one-out baseline, which ``budget`` counts on.
     :param dict never_summed: names of sites that ``sum_up_to`` does not apply to, with the reasons.
+    :param bool draws_bits: whether Bernoulli vectors that are not all summed have draws in the place of likely
+        values, unless a site asks for these.
     :raises TooManySummed: at a site, if all values of others were not to be summed.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
         followed; if the product of slots is too large.
@@ -80,7 +82,9 @@ class TopK(Strategy):
         plain: Optional[Mapping[str, str]] = None,
         has_loo: bool = False,
         never_summed: Optional[Mapping[str, str]] = None,
+        draws_bits: bool = False,
     ) -> None:
+        self.draws_bits = draws_bits
         self.options = options
         self.has_loo = has_loo
         self.num_draws = num_draws
@@ -128,8 +132,8 @@ class TopK(Strategy):
         if is_whole:
             num_slots = table.num_categories
         elif is_joint:
-            if as_bits(msg["fn"]) is not None and not infer.get("topk"):
-                # Rather a pair, as hardly any of so many values is likely.
+            if self.draws_bits and as_bits(msg["fn"]) is not None and not infer.get("topk"):
+                # Hardly any of so many values is likely.
                 return draw_instead(note)
             note += f"; {IN_A_PLATE}"
         self.room.check(msg, num_slots)

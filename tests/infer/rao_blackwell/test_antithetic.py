@@ -152,7 +152,6 @@ STRUCTURES = {
 }
 SETTINGS = {
     "default": {},
-    "budget": {"budget": 2},
     "vectorized": {"num_particles": 2, "vectorize_particles": True},
     "path": {"control_variate_scale": 1.0},
 }

@@ -13,7 +13,7 @@ from pyro import poutine
 
 from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
 from pyro_rb.poutine.topk_table import IN_A_PLATE, TableTooLarge, find_table
-from tests.infer.rao_blackwell.models import fixed
+from tests.infer.rao_blackwell.models import fixed, parameter
 from tests.infer.topk.models import gradient
 from tests.support.cases import Case
 from tests.support.common import assert_unbiased, assert_variance_ratio
@@ -171,6 +171,38 @@ def test_unbiased(setting, kind):
     assert_unbiased(samples, expected, detect=2.0 if setting == "single" else 0.5)
 
 
+OF_BITS = [{"k": 2}, {"budget": 4}, {"k": 0, "num_samples": 3}, {"draws": 1, "sum_up_to": 0}]
+
+
+@pytest.mark.parametrize("options", OF_BITS, ids=str)
+def test_bits_of_which_some_are_looked_at(options):
+    num, prior = 2000, torch.tensor([0.2, 0.5, 0.6, 0.9])
+
+    def cost(z):
+        log_prior = dist.Bernoulli(prior).log_prob(z).sum(-1)
+        return -log_prior - dist.Normal(z.sum(-1) + 2 * z.prod(-1), 0.5).log_prob(torch.tensor(1.0))
+
+    def model(num):
+        with pyro.plate("replicates", num):
+            z = pyro.sample("z", dist.Bernoulli(prior).to_event(1))
+            loc = z.sum(-1) + 2 * z.prod(-1)
+            pyro.sample("x", dist.Normal(loc, 0.5), obs=torch.tensor(1.0))
+
+    def guide(num):
+        logits = parameter(num, "logits", fixed(4))
+        with pyro.plate("replicates", num):
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+
+    elbo = RaoBlackwell_ELBO(max_plate_nesting=1, **options)
+    samples = gradient(elbo, Case(model, guide, (num,)))
+    assert elbo.report()[0].treatment.startswith("top-k")
+    logits = fixed(4).requires_grad_()
+    z = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))
+    log_q = dist.Bernoulli(logits=logits).log_prob(z).sum(-1)
+    (expected,) = torch.autograd.grad((log_q.exp() * (cost(z) + log_q)).sum(), logits)
+    assert_unbiased(samples, {"logits": expected}, detect=0.3)
+
+
 def test_particles():
     expected = exact()
     pyro.clear_param_store()
@@ -282,5 +314,9 @@ def test_bits():
     assert reason(few, infer={"antithetic": True}) == f"2 antithetic draws: 32 joint values; {IN_A_PLATE}"
     assert reason(many) == f"2 antithetic draws: 64 joint values; {IN_A_PLATE}"
     assert reason(many, infer={"topk": {"k": 3}}) == f"4 of 64 joint values; {IN_A_PLATE}"
-    assert reason(many, RaoBlackwellTopK_ELBO) == f"64 joint values; {IN_A_PLATE}"
+    assert reason(many, RaoBlackwellTopK_ELBO) == f"2 of 64 joint values; {IN_A_PLATE}"
+    for options in ({"k": 3}, {"budget": 4}, {"k": 0, "num_samples": 4}):
+        assert reason(many, **options) == f"4 of 64 joint values; {IN_A_PLATE}"
+    assert reason(many, sum_up_to=33) == f"2 antithetic draws: 64 joint values; {IN_A_PLATE}"
+    assert reason(many, draws=1) == f"3 of 64 joint values; {IN_A_PLATE}"
     assert reason(few, RaoBlackwellTopK_ELBO, k=31) == "32 of 32 joint values"

@@ -108,11 +108,10 @@ def test_no_projection():
     assert rows["weights"].treatment.startswith("path gradient")
 
 
-@pytest.mark.parametrize("site", ["gamma", "bits"])
-def test_remedy_for_a_score_function_without_a_baseline(site):
-    row = rows_of(*many_kinds(), draws=1)[site]
+def test_remedy_for_a_score_function_without_a_baseline():
+    row = rows_of(*many_kinds(), draws=1)["gamma"]
     assert "num_particles" in row.treatment, row
-    row = rows_of(*many_kinds(), draws=1, num_particles=3)[site]
+    row = rows_of(*many_kinds(), draws=1, num_particles=3)["gamma"]
     assert "particles" in row.treatment + row.reason and "num_particles" not in row.treatment, row
 
 

@@ -552,8 +552,8 @@ def test_report_of_a_mixed_guide():
         ("normal", "as TraceEnum_ELBO", "reparameterized"),
         (
             "event",
-            NO_BASELINE,
-            "4 joint values; in a plate, without to_event(), each variable has values of its own",
+            "top-k, k = 1, n = 1, complement 0.51",
+            "2 of 4 joint values; in a plate, without to_event(), each variable has values of its own",
         ),
         ("masked", NO_BASELINE, "a masked distribution; use poutine.mask in its place"),
         ("one", "as TraceEnum_ELBO", "one value"),
