@@ -38,7 +38,6 @@ def pytest_collection_finish():
     """Garbage is looked for among what tests make, not among all modules and tests: a collection takes 0.4 s then."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(autouse=True)
