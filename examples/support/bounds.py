@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""ELBOs with a standard error, and log weights."""
+"""ELBOs with a standard error, log weights, and bounds of several draws."""
 
 import math
 
@@ -39,6 +39,11 @@ def elbo(model, guide, num_samples, max_plate_nesting=1):
     if isinstance(guide, RVRSGuide):
         return guide.elbo(num_samples)
     return mean_of_draws(log_weights(model, guide, num_samples, max_plate_nesting))
+
+
+def importance_bound(log_weights, dim=0):
+    """The bound of as many draws as there are log weights along ``dim``: the log of their mean."""
+    return log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
 
 
 def mean_of_draws(x):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from pyro_rb import RaoBlackwell_ELBO
 from pyro_rb.diagnostics.run.parameters import find_parameters
+from support.bounds import importance_bound
 from support.command_line import make_digit_parser, restart, run, set_up
 from support.data import load_mnist
 from support.gradients import draw_gradients, variance_ratio
@@ -81,7 +82,7 @@ def evaluate(model, guide, images, num_draws, sizes):
         log_p, log_q, *_ = log_weights(model, guide, (batch,), lambda fn: fn.sample((num_draws,)))
         weights = (log_p - log_q).double()
         groups = [weights.unflatten(0, (-1, size)) for size in sizes]
-        bounds.append([(w.logsumexp(1) - np.log(w.shape[1])).mean(0) for w in groups])
+        bounds.append([importance_bound(w, 1).mean(0) for w in groups])
     return [torch.cat(bound).mean().item() for bound in zip(*bounds)]
 
 

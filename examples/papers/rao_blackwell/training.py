@@ -118,7 +118,7 @@ def main(args):
     if args.smoke_test:
         args.seeds, args.factors, args.seconds = [0], [1.0], 1e-3
         Training.num_notes = Training.num_draws = 1
-        args.models = ["mixture", "schools"]
+        args.models = args.models or ["mixture", "schools"]
     everything = {name: train(name, args) for name in args.models or PROBLEMS}
     rows = [row for name, found in everything.items() for row in rows_of(name, found)]
     curves = {

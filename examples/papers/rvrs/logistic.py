@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import pyro_rb
 from pyro_rb.infer import RVRSGuide, STLTrace_ELBO
-from support.bounds import elbo, log_weights, mean_of_draws
+from support.bounds import elbo, importance_bound, log_weights, mean_of_draws
 from support.command_line import make_parser, restart, run, set_up
 from support.data import data_of
 from support.results import cell, mean_and_error, report
@@ -121,8 +121,8 @@ class Experiment:
         seconds = self.fit(name, guide, loss)
         weights = log_weights(self.model, guide, self.args.num_samples)
         weights = weights[: len(weights) // num_particles * num_particles]
-        bound = weights.reshape(-1, num_particles).logsumexp(-1) - math.log(num_particles)
-        self.add(name, mean_of_draws(bound), seconds)
+        bounds = importance_bound(weights.reshape(-1, num_particles), -1)
+        self.add(name, mean_of_draws(bounds), seconds)
 
     def dais(self, num_steps_inside):
         """NumPyro compiles its whole loop, so that its time is not that of our steps."""
@@ -148,8 +148,7 @@ class Experiment:
         self.guide("flow", make_flow, wanted[:1], lr=args.lr_flow)
         self.guide("flow, STL", make_flow, wanted[:1], args.lr_flow, partial(STLTrace_ELBO, control_variate_scale=1.0))
         guide = self.guide("full-rank normal", AutoMultivariateNormal, wanted[:1])
-        weights = log_weights(self.model, guide.guide, 10 * args.num_samples)
-        return weights.logsumexp(0).item() - math.log(len(weights))
+        return importance_bound(log_weights(self.model, guide.guide, 10 * args.num_samples)).item()
 
 
 def make_rows(table, found, evidence):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from models.vae import Vae
 from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, STLTrace_ELBO
 from pyro_rb.diagnostics.run.parameters import find_parameters
-from support.bounds import log_weights
+from support.bounds import importance_bound, log_weights
 from support.command_line import make_parser, run, set_up
 from support.data import data_of, load_digits
 from support.gradients import draw_gradients, variance_ratio
@@ -91,7 +91,7 @@ def spline(dim):
 
 def bounds_of_posterior(model, guide, num_draws):
     weights = log_weights(model, guide, num_draws)
-    return weights.mean().item(), mean_bound(weights.unflatten(0, (NUM_PARTICLES, -1))).item()
+    return weights.mean().item(), importance_bound(weights.unflatten(0, (NUM_PARTICLES, -1))).mean().item()
 
 
 def bounds_of_images(images, model, guide, num_draws):
@@ -100,11 +100,6 @@ def bounds_of_images(images, model, guide, num_draws):
     bound = LOSSES[f"bound of {NUM_PARTICLES}"]["RenyiELBO"]()
     few = [bound.loss(model, guide, images) for _ in range(elbo.num_particles // NUM_PARTICLES)]
     return -elbo.loss(model, guide, images) / len(images), -np.mean(few) / len(images)
-
-
-def mean_bound(weights):
-    """The mean of bounds of ``[num_particles, num_bounds]`` log weights."""
-    return (weights.logsumexp(0) - np.log(len(weights))).mean()
 
 
 def cases(args):
