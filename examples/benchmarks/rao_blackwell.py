@@ -120,6 +120,7 @@ def main(args):
     set_fast_floats()
     if args.smoke_test:
         args.num_samples, args.num_burn_in, args.seeds = 2, 4, [0]
+        args.models = ["mixture", "binary"]
     results = {}
     for name in tqdm(args.models or PROBLEMS, disable=args.smoke_test):
         problem = PROBLEMS[name]

@@ -61,6 +61,7 @@ def ask(name, args):
         reference=case.reference,
         title=case.title,
         train=args.seconds * case.seconds,
+        steps=args.steps,
     )
     found = result.recommendation
     print(f"\n{result.table()}\n")
@@ -185,10 +186,11 @@ if __name__ == "__main__":
     parser.add_argument("--train-steps", type=int, help="before the losses are measured again (automatic)")
     parser.add_argument("--out", type=Path, help="folder of result.json, table.csv and figure.png")
     parser.add_argument("--smoke-test", action="store_true", help="one model and few steps, to a temporary place")
+    parser.add_argument("--steps", type=int, help="that are intended; 0 compiles nothing (10000)")
     parsed = parser.parse_args()
     if parsed.smoke_test:
         parsed.models, parsed.seconds, parsed.num_samples, parsed.num_burn_in = ["survival"], 0.02, 4, 2
-        parsed.train_steps = 2
+        parsed.train_steps, parsed.steps = 2, 0
     if parsed.smoke_test or parsed.out is None:
         with tempfile.TemporaryDirectory() as folder:
             parsed.out = Path(folder)

@@ -50,9 +50,12 @@ class Vae(nn.Module):
             nn.Linear(size_in, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size_out)
         )
 
+    def plate(self, images):
+        return pyro.plate("images", len(images))
+
     def model(self, images):
         pyro.module("decoder", self.decoder)
-        with pyro.plate("images", len(images)):
+        with self.plate(images):
             prior = dist.Normal(images.new_zeros(self.code_size), 1.0).to_event(1)
             code = pyro.sample("code", prior)
             pixels = dist.Bernoulli(logits=self.decoder(code), validate_args=False)
@@ -60,7 +63,7 @@ class Vae(nn.Module):
 
     def guide(self, images):
         pyro.module("encoder", self.encoder)
-        with pyro.plate("images", len(images)):
+        with self.plate(images):
             loc, log_scale = self.encoder(images).chunk(2, -1)
             pyro.sample("code", dist.Normal(loc, log_scale.exp()).to_event(1))
 

@@ -188,6 +188,7 @@ def main(args):
         args.max_steps, args.min_epochs, args.num_tuning_splits = 20, 0, 1
         args.num_splits, args.num_draws, args.num_samples, args.num_rounds = 2, 3, 4, 2
         args.max_rows, args.tables, args.lr, args.backend = 200, args.tables[:1], args.lr[:1], "replay"
+        args.methods = ["plain", "R2G2 shared"]
     tables = args.tables if args.data_dir else ["diabetes"]
     results = {}
     for name in tables:

@@ -234,7 +234,7 @@ def main(args):
     set_fast_floats()
     if args.smoke_test:
         args.num_train, args.num_test, args.states, args.num_gradients, args.num_draws = 200, 20, [1, 2], 4, 4
-        args.seeds, args.rates, args.seconds, args.num_evaluations = [0], [1e-3], [1e-3, 1e-3], [2]
+        args.seeds, args.rates, args.seconds, args.num_evaluations, args.num_bits = [0], [1e-3], [1e-3, 1e-3], [2], [8]
         Training.num_notes = 2
     sets = load(args)
     noise, trained, curves, measured = [], [], {}, {}

