@@ -23,44 +23,44 @@ def compile(
     background: bool = True,
 ) -> "CompiledELBO":
     """
-    A loss with the same gradients in less time: its tensor operations are captured as one
-    graph, with those of the backward pass, and later steps run the graph without the Python
+    A loss with the same gradients in less time. Its tensor operations are captured as one
+    graph, together with those of the backward pass. Later steps run this graph without the Python
     code of model, guide and handlers.
 
-    The first step for each shape of the arguments is eager. At the second the graph is
-    captured and compared with the eager loss at the same random numbers: loss, gradients,
-    buffers and random number generators. Steps 10, 110 and so on, and later every
+    The first step for each shape of the arguments is eager, that is as Pyro does it. At the second,
+    the graph is captured. It is compared with the eager loss at the same random numbers: the loss,
+    gradients, buffers and random number generators. Steps 10, 110 and so on, and later every
     ``check_every``-th, are eager and are compared again. What could not be captured, or
     differs, is eager from then on, with one warning that says why.
 
     **Rejection sampling.** A step through :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide` is a graph
-    of one round of proposals. It is eager, with the same proposals, where a round accepts too
-    few; and always with ``local_plate``.
+    of one round of proposals. The step is eager, with the same proposals, where the round accepts
+    too few. With ``local_plate`` it is always eager.
 
-    **Requirements.** All that changes from step to step is a tensor among the arguments, a
+    **Requirements.** Whatever changes from step to step must be a tensor among the arguments, a
     parameter, or a tensor that is changed in place. Plain numbers among the arguments, in
-    closures, modules and attributes are part of the graph; another one for each of them is
-    captured, up to 8. Structure must not depend on draws: no ``if`` on one, no ``.item()``. If
+    closures, modules and attributes are part of the graph. For other values another graph is
+    captured, up to 8. Structure must not depend on draws: no ``if`` on a draw, no ``.item()``. If
     it depends on arguments or data, steps are eager where it differs. Handlers around
     ``SVI.step``, hooks of parameters and arguments that require grad make steps eager.
 
-    **When it is worse.** Capturing takes as long as a hundred steps or so, and Inductor 10 to
-    60 seconds of another process for each shape; until it is ready, the graph is replayed.
-    Large networks gain little. Gradients are first order only.
+    **When it is worse.** Capturing takes as long as about a hundred steps. Inductor takes 10 to
+    60 seconds in another process for each shape; until it is ready, the graph is replayed.
+    Large networks gain little. Gradients are right to first order only.
 
     :param loss: An ELBO of Pyro or of pyro_rb.
-    :param str backend: ``"inductor"``, the default, compiles the graph by Inductor, which
+    :param str backend: ``"inductor"``, the default, compiles the graph with Inductor, which
         needs a C++ compiler, or Triton on GPUs. ``"replay"`` runs the operations of the graph
-        one by one; the gradients are then the same bit by bit.
+        one by one. The gradients are then the same bit by bit.
     :param int check_every: The number of steps between comparisons, ``>= 1``. Defaults to
         5000.
-    :param bool background: whether steps go on, replayed, while Inductor compiles in a process
-        of its own. If not, the second step for each shape waits for it, so that what is done at
-        which step does not depend on time. Defaults to True.
+    :param bool background: Whether steps go on, replayed, while Inductor compiles in a process
+        of its own. If not, the second step for each shape waits for the compiler, so that what is
+        done at which step does not depend on time. Defaults to True.
     :return: a loss for :class:`~pyro.infer.svi.SVI` or
         :class:`~pyro_rb.compiled.svi.CompiledSVI`.
-    :raises ValueError: naming the argument, if it is none of these.
-    :raises ImportError: if PyTorch is older than 2.13, with which this was tried.
+    :raises ValueError: naming the argument, if its value is invalid.
+    :raises ImportError: if PyTorch is older than 2.13, the version with which this was tested.
     :warns UserWarning: once for each reason why steps are eager.
 
     Example::
@@ -85,7 +85,7 @@ def compile(
 
 class CompiledELBO(ELBO):
     """
-    What :func:`~pyro_rb.compiled.elbo.compile` returns. Attributes that it has not are those of the loss inside.
+    What :func:`~pyro_rb.compiled.elbo.compile` returns. Other attributes are those of the loss inside.
 
     >>> from pyro.infer import Trace_ELBO
     >>> compile(Trace_ELBO(num_particles=3), "replay").num_particles
@@ -125,7 +125,7 @@ class CompiledELBO(ELBO):
         return self.eager._get_trace(*args)
 
     def program(self, model: Any, guide: Any) -> Program:
-        """The graphs of a model and guide."""
+        """:return: the graphs of a model and guide."""
         key = (model, guide)
         if key not in self._programs:
             self._programs[key] = Program(
@@ -140,8 +140,8 @@ class CompiledELBO(ELBO):
 
     def report(self) -> Report:
         """
-        :return: that of the loss inside, if it has one, and a row for each model and guide:
-            whether its steps are ``compiled``, ``replayed`` or ``eager``, and why.
+        :return: the report of the loss inside, if it has one, and a row for each pair of model and
+            guide: whether its steps are ``compiled``, ``replayed`` or ``eager``, and why.
         """
         report = Report(self.eager.report() if hasattr(self.eager, "report") else [])
         for program in self._programs.values():
@@ -154,13 +154,13 @@ class CompiledELBO(ELBO):
         return report
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """:return: an estimate of the loss, by the eager loss."""
+        """:return: an estimate of the loss, made by the eager loss."""
         loss: float = self.eager.loss(model, guide, *args, **kwargs)
         return loss
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        :return: an estimate of the loss. Estimates of its gradient are added to the ``.grad``
+        :return: an estimate of the loss. An estimate of its gradient is added to the ``.grad``
             of the parameters.
         """
         found = self.program(model, guide).find(args, kwargs)

@@ -27,28 +27,29 @@ class _Steps(NamedTuple):
 
 class CompiledSVI(SVI):
     """
-    :class:`~pyro.infer.svi.SVI` whose whole step is one graph: loss, gradient and optimizer.
+    An :class:`~pyro.infer.svi.SVI` whose whole step is one graph: loss, gradient and optimizer.
 
-    The steps are those of ``SVI`` with the loss that :func:`~pyro_rb.compiled.elbo.compile` makes, and what is said
-    there holds here; the update by the optimizer is in the graph as well. The state of the
-    optimizer stays where Pyro keeps it: ``optim.get_state``, ``set_state``, ``save`` and
+    The steps are those of ``SVI`` with the loss that :func:`~pyro_rb.compiled.elbo.compile` makes,
+    and what is said there holds here. The update by the optimizer is in the graph as well. The state
+    of the optimizer stays where Pyro keeps it. So ``optim.get_state``, ``set_state``, ``save`` and
     ``load``, and schedulers of PyTorch, work as before.
 
-    **Requirements.** ``Adam``, ``AdamW`` or ``ClippedAdam``, with options for each parameter if
-    you like, alone or in a scheduler. With others, with ``clip_args``, and where a parameter
-    that is used gets no gradient, Pyro's own loop over the parameters makes the update, which
-    is slower; a warning says so.
+    **Requirements.** ``Adam``, ``AdamW`` or ``ClippedAdam``, alone or in a scheduler, also with
+    options for each parameter. With other optimizers, with ``clip_args``, and where a parameter
+    that is used gets no gradient, Pyro's own loop over the parameters makes the update. That
+    is slower, and a warning says so.
 
-    **When it is worse.** As :func:`~pyro_rb.compiled.elbo.compile`. One more graph is compiled, and one for each
-    number of steps in a graph.
+    **When it is worse.** As for :func:`~pyro_rb.compiled.elbo.compile`. One more graph is compiled, and
+    one for each number of steps in a graph.
 
     :param model: As in ``SVI``.
     :param guide: As in ``SVI``.
     :param optim: As in ``SVI``, a :class:`~pyro.optim.optim.PyroOptim`.
-    :param loss: An ELBO, or one that :func:`~pyro_rb.compiled.elbo.compile` returned, whose backend is used.
-    :param int unroll: The number of steps in one graph in :meth:`run`, ``>= 1``. Compiling 10
+    :param loss: An ELBO, or what :func:`~pyro_rb.compiled.elbo.compile` returned, whose backend is
+        then used.
+    :param int unroll: The number of steps in one graph in :meth:`run`, ``>= 1``. Compiling 10 steps
         takes several times as long as 1, and saves time on small models only. Defaults to 1.
-    :raises ValueError: if ``unroll`` is no positive integer.
+    :raises ValueError: if ``unroll`` is not a positive integer.
 
     Example::
 
@@ -82,7 +83,7 @@ class CompiledSVI(SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """
-        Makes a step.
+        Makes one step.
 
         :return: an estimate of the loss.
         """
@@ -95,13 +96,14 @@ class CompiledSVI(SVI):
         self, num_steps: int, *args: Any, progress_bar: bool = True, **kwargs: Any
     ) -> torch.Tensor:
         """
-        Makes steps, all with the same arguments. Ctrl-C ends it early. What model and guide depend on
-        must not be replaced meanwhile, by another thread, say: it is looked at every 100 steps only.
+        Makes steps, all with the same arguments. Ctrl-C ends the run early. What model and guide
+        depend on must not be replaced during the run, for example by another thread. It is checked
+        every 100 steps only.
 
-        :param int num_steps: how many, ``>= 0``.
-        :param args: of model and guide.
-        :param bool progress_bar: Defaults to True.
-        :return: the losses of the steps that were made, of shape ``[num_steps]`` unless it was
+        :param int num_steps: number of steps, ``>= 0``.
+        :param args: arguments of model and guide; ``kwargs`` likewise.
+        :param bool progress_bar: Whether to show a progress bar. Defaults to True.
+        :return: the losses of the steps that were made, of shape ``[num_steps]`` unless the run was
             ended early.
         """
         losses: List[float] = []

@@ -41,12 +41,12 @@ def _find_hint(guide: Any, args: Tuple, kwargs: Dict) -> str:
 class DReG_ELBO(PathGradientMixin, RenyiELBO):
     r"""
     The importance-weighted bound [1], that is :class:`~pyro.infer.RenyiELBO` with
-    ``alpha=0``, with the doubly reparameterized gradient [2]: its signal-to-noise ratio
-    grows with the number of particles, where that of ``RenyiELBO`` falls [3].
+    ``alpha=0``, with the doubly reparameterized gradient [2]. The signal-to-noise ratio of this
+    gradient grows with the number of particles, while that of ``RenyiELBO`` falls [3].
 
     With :math:`K` particles :math:`z_k = z(\epsilon_k, \phi)`, weights
     :math:`w_k = p(x, z_k) / q(z_k; \phi)`, and :math:`\tilde w_k = w_k / \sum_j w_j`, the
-    loss is :math:`-\log \frac1K \sum_k w_k`, and guide parameters have the gradient
+    loss is :math:`-\log \frac1K \sum_k w_k`. Parameters of the guide have the gradient
     (equation 6 of [2])
 
     .. math::
@@ -54,61 +54,62 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
         - \sum_k \tilde w_k^2 \, \frac{\partial \log w_k}{\partial z_k}
         \frac{d z_k}{d \phi}.
 
-    Where a scale :math:`\beta` multiplies the log density of a draw in :math:`\log w_k`, it has
-    :math:`\tilde w_k (1 - \beta (1 - \tilde w_k))` in the place of :math:`\tilde w_k^2`. Model
-    parameters have the gradient of ``RenyiELBO``. With :math:`K = 1` all this is
+    Where a scale :math:`\beta` multiplies the log density of a draw in :math:`\log w_k`, the factor
+    :math:`\tilde w_k (1 - \beta (1 - \tilde w_k))` replaces :math:`\tilde w_k^2`. Parameters of
+    the model have the gradient of ``RenyiELBO``. With :math:`K = 1` all this is
     :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO` with ``control_variate_scale=1.0``.
 
-    The arguments are those of ``RenyiELBO``, but for ``alpha``. Give it
-    ``vectorize_particles=True`` where model and guide allow for one more dim on the left:
-    all particles are then drawn in one run, which is much faster.
+    The arguments are those of ``RenyiELBO``, without ``alpha``. Set
+    ``vectorize_particles=True`` where model and guide allow for one more dim on the left.
+    All particles are then drawn in one run, which is much faster.
 
     **Items of plates.** Plates that hold *all* sites of model and guide, such as the one
-    over the data of a variational autoencoder, have weights for each item: the loss is a
-    sum of bounds, one an item. Where one site is outside, in the model or in the guide,
-    there is one weight for the whole plate. Three things differ from ``RenyiELBO`` here. It
-    looks at the model only, and counts a guide site outside of the plate once an item. It
-    has one weight for all items of a sequential plate. And where a plate that holds all
-    sites subsamples, it multiplies the log weights by the ratio of the sizes, not the bound;
-    its looped particles also draw different subsamples. Here the loss is an unbiased
+    over the data of a variational autoencoder, have weights for each item. The loss is then a
+    sum of bounds, one for each item. Where one site is outside, in the model or in the guide,
+    there is one weight for the whole plate. ``RenyiELBO`` differs in three ways. It
+    looks at the model only, and counts a guide site outside the plate once for each item. It
+    has one weight for all items of a sequential plate. Where a plate that holds all
+    sites subsamples, it multiplies the log weights by size / subsample size, not the bound, and
+    its looped particles draw different subsamples. Here the loss is an unbiased
     estimate of the bound of all items. Factors of :func:`pyro.poutine.scale`, and the
     subsampling of plates that do not hold all sites, multiply log densities within the
-    weights, as in ``RenyiELBO``: with ``num_particles > 1`` the latter makes another
+    weights, as in ``RenyiELBO``. With ``num_particles > 1`` the latter makes another
     objective, which need not be a bound.
 
     **Requirements.** A guide without score function terms: a site that is not
-    reparameterized must not depend on a parameter, else ``NotImplementedError``. So is a
-    draw of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, whose density is not known. Sites
+    reparameterized must not depend on a parameter. A draw of
+    :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, whose density is not known, is not allowed either.
+    Both raise ``NotImplementedError``. Sites
     to which the method does not apply (see ``STLTrace_ELBO``) are treated as ``RenyiELBO``
     treats them; :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells which. Vectorized
     particles need static structure. Checkpoints in the model must not be reentrant.
 
-    **When it is worse.** A guide much narrower than the posterior has far MORE variance
-    than with ``RenyiELBO``, hundreds of times more at the default ``init_scale=0.1`` of
-    :class:`~pyro.infer.autoguide.AutoNormal`; more, too, where scales are far above 1. Use
-    ``control_variate_scale="adaptive"``, or a wider guide. With looped particles all their
-    graphs are alive at the same time, as in ``RenyiELBO``. :meth:`differentiable_loss`
-    passes through the model's graph twice; :meth:`loss_and_grads` only if model and guide
-    share a parameter. Gradients are first order only.
+    **When it is worse.** With a guide much narrower than the posterior, the gradient has far MORE
+    variance than that of ``RenyiELBO``, hundreds of times more at the default ``init_scale=0.1`` of
+    :class:`~pyro.infer.autoguide.AutoNormal`. It also has more where scales are far above 1. Use
+    ``control_variate_scale="adaptive"``, or a wider guide. Looped particles keep all their
+    graphs at the same time, as in ``RenyiELBO``. :meth:`differentiable_loss`
+    goes through the model's graph twice; :meth:`loss_and_grads` only if model and guide
+    share a parameter. Gradients are right to first order only.
 
     :param int num_particles: The number :math:`K` of particles. Defaults to 2.
     :param int max_plate_nesting: As in ``RenyiELBO``. Defaults to infinity.
     :param int max_iarange_nesting: As in ``RenyiELBO``, deprecated.
-    :param bool vectorize_particles: Whether to draw particles in one run of model and
+    :param bool vectorize_particles: Whether to draw all particles in one run of model and
         guide, in a plate. Defaults to False.
     :param bool strict_enumeration_warning: As in ``RenyiELBO``. Defaults to True.
     :param control_variate_scale: The share :math:`c` of the double reparameterization.
-        1.0, the default, is [2], 0.0 is the gradient of ``RenyiELBO``; any finite float is
-        unbiased. Or ``"adaptive"``: one scale between 0 and 10 for each set of sites that
-        share parameters, learned from earlier steps as in ``STLTrace_ELBO``.
+        1.0, the default, is the gradient of [2], 0.0 that of ``RenyiELBO``; any finite float is
+        unbiased. ``"adaptive"`` learns one scale between 0 and 10 for each set of sites that
+        share parameters, from earlier steps as in ``STLTrace_ELBO``.
     :param bool retain_graph: As in :class:`~pyro.infer.Trace_ELBO`.
-    :raises ValueError: if ``num_particles`` is no positive int, or ``control_variate_scale``
-        neither a finite float nor ``"adaptive"``.
+    :raises ValueError: if ``num_particles`` is not a positive int, or ``control_variate_scale``
+        is neither a finite float nor ``"adaptive"``.
     :raises NotImplementedError: at a step, naming the site, if the guide needs a score
         function, or does not know the density of a draw.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
-    :warns UserWarning: at a step, if all particles have weight zero, of one item at least.
-        The loss is infinite then, and that item adds no gradient.
+    :warns UserWarning: at a step, if all particles of at least one item have weight zero.
+        The loss is then infinite, and that item adds no gradient.
 
     Example::
 
@@ -197,7 +198,7 @@ class DReG_ELBO(PathGradientMixin, RenyiELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """
-        Adds the gradient to the ``.grad`` of the parameters, if model or guide have a
+        Adds the gradient to the ``.grad`` of the parameters if model or guide has a
         :func:`pyro.param` site, as ``RenyiELBO`` does.
 
         :return: an estimate of minus the importance-weighted bound.

@@ -6,8 +6,8 @@ from typing import Any, Dict, Mapping
 
 class LearnedStateMixin:
     """
-    Base class, to be named before the one of Pyro: what a loss has found out so far can be
-    saved and loaded, as that of an optimizer. A pickled loss has it as well.
+    Base class that saves and loads what a loss has learned so far, like the state of an
+    optimizer. A pickled loss has this state as well. Subclasses name it before Pyro's class.
 
     Example::
 
@@ -24,19 +24,20 @@ class LearnedStateMixin:
 
     def state_dict(self) -> Dict[str, Any]:
         """
-        :return: what was learned, in tensors, numbers, strings, lists and dicts, for
-            :func:`torch.save` or a checkpoint. Arguments of the constructor are not in it.
+        :return: what was learned, as tensors, numbers, strings, lists and dicts, for
+            :func:`torch.save` or a checkpoint. It does not contain arguments of the constructor.
         """
         # Pyro guesses the nesting of plates at the first step, and draws random numbers.
         return {"max_plate_nesting": self.max_plate_nesting, **self._get_learned()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """
-        Goes on where another loss of the same class was. With parameters, optimizer and
-        random numbers loaded too, the steps that follow are those that it would have made.
+        Continues where another loss of the same class stopped. If parameters, optimizer and the
+        state of random number generators are loaded too, the next steps are those that the other
+        loss would have made.
 
         :param dict state_dict: from :meth:`state_dict`.
-        :raises ValueError: if it is not from a loss of this class.
+        :raises ValueError: if ``state_dict`` is not from a loss of this class.
         """
         learned = dict(state_dict)
         expected = set(self.state_dict())

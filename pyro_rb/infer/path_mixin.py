@@ -132,9 +132,9 @@ class PathGradientMixin(LearnedStateMixin):
 
     def report(self) -> Report:
         """
-        :return: a row for each latent site of the guide, from the last particle of the
-            last step, or of a loss before the first step: its name, the treatment, and
-            the reason for it. Prints as a table.
+        :return: a row for each latent site of the guide: its name, the treatment, and
+            the reason for it. Prints as a table. The rows are those of the last particle of the
+            last step, or of an evaluation of the loss before the first step.
         :raises RuntimeError: before the first particle was run.
         """
         if self._latest is None:

@@ -38,9 +38,8 @@ BUDGET, SUM_UP_TO = 3, 32
 
 class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     r"""
-    One loss for any model and guide: a :class:`~pyro.infer.Trace_ELBO` that treats each
-    site of the guide by what suits it. The objective is that of ``Trace_ELBO``, and so is
-    the mean of the gradient.
+    One loss for any model and guide: a :class:`~pyro.infer.Trace_ELBO` that chooses a method for
+    each site of the guide. The objective and the mean of the gradient are those of ``Trace_ELBO``.
 
     .. list-table::
        :header-rows: 1
@@ -49,20 +48,20 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
          - Treatment
          - Loss that does only this
        * - discrete, its values can be listed
-         - few values are summed; of many the likely ones are summed, others drawn [1]
+         - few values are summed; of many, the likely ones are summed and others drawn [1]
          - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
-       * - several such variables by ``to_event``
+       * - several such variables made one site by ``to_event``
          - the same with joint values, up to 65,536 of them
          - :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`
-       * - Bernoulli variables by ``to_event`` with more values than are summed, and no ``k``,
+       * - a Bernoulli vector (by ``to_event``) with more values than are summed, and no ``k``,
            ``num_samples`` or ``budget`` that asks for some
-         - two draws that are antithetic [4]
+         - an antithetic pair of draws [4]
          -
-       * - without ``rsample`` or such a list, and with more ``draws``
+       * - without ``rsample`` or such a list, or with more ``draws``
          - ``draws`` independent draws, with a leave-one-out baseline
          -
-       * - Gaussian, and the model uses it by linear functions
-         - its noise is projected [2]; analytic divergence; and path gradient
+       * - Gaussian, used by linear functions in the model
+         - its noise is projected [2]; analytic KL term; and path gradient
          - :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`
        * - other reparameterized draws
          - path gradient, with a learned scale [3]
@@ -71,74 +70,75 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
          - as ``Trace_ELBO`` does
          -
 
-    All add to one surrogate. Each term of the ELBO has a weight, the product of those of
-    the values that it was evaluated at, by ``pyro.infer.util.Dice``. A site whose score has
-    a baseline, or is left out, passes on its density to earlier draws only. So the gradient
-    has no noise at all where the guide is the posterior, with ``control_variate_scale=1.0``,
-    or with the learned scale after its start, and nothing projected. Where nothing is
-    discrete there are no weights, and a step costs what that of ``STLTrace_ELBO`` costs.
+    All sites add to one surrogate loss. Each term of the ELBO has a weight, the product of the
+    weights of the values at which it was evaluated, by ``pyro.infer.util.Dice``. A site whose score
+    has a baseline, or is left out, passes on its density to earlier draws only. So the gradient
+    has no noise at all where the guide is the posterior, if nothing is projected, and with
+    ``control_variate_scale=1.0`` or the learned scale after its start. Without discrete sites
+    there are no weights, and a step costs what a step of ``STLTrace_ELBO`` costs.
 
-    At a projected site the path gradient is that of the conditional mean: with
-    :math:`\epsilon^*` as in ``R2G2_ELBO`` and the projection :math:`P`, in the terms for which the
-    divergence is analytic :math:`\epsilon` is replaced by :math:`\epsilon^*`, and :math:`\epsilon^2` by
-    :math:`\epsilon^{*2} + 1 - \operatorname{diag}(P P^\top)`. The gradient is that of ``R2G2_ELBO``
-    with scale 0, and the mean of that of ``STLTrace_ELBO`` given the pre-activations with scale 1
-    (given upstream draws, and where priors have no parameters); the learned scale is better
-    than both. Conjugate gradients, which large layers need, do not give the diagonal: there only
-    :math:`\epsilon` is replaced, and the squares are left out. Correlated sites are projected only.
+    At a projected site the path gradient is replaced by its conditional mean given the
+    pre-activations. With :math:`\epsilon^*` as in ``R2G2_ELBO`` and the projection :math:`P`, this
+    replaces :math:`\epsilon` by :math:`\epsilon^*`, and :math:`\epsilon^2` by
+    :math:`\epsilon^{*2} + 1 - \operatorname{diag}(P P^\top)`, in the terms for which the KL divergence
+    is analytic. With scale 0 the gradient is that of ``R2G2_ELBO``. With scale 1 it is the conditional
+    mean of that of ``STLTrace_ELBO`` (given upstream draws, and where priors have no parameters).
+    The learned scale is better than both. Conjugate gradients, which large layers need, do not give
+    the diagonal. There only :math:`\epsilon` is replaced, and the squares are left out. Correlated
+    sites are projected only.
 
-    Linear uses are watched for during the first 8 steps. If nothing could be projected, they are
-    watched again after 16, 32, 64 and so on, and when shapes, sites or the modes of modules change.
+    The loss looks for linear uses during the first 8 steps. If nothing could be projected, it looks
+    again after 16, 32, 64 steps and so on, and when shapes, sites or the modes of modules change.
 
     **Requirements.** Any model and guide that ``Trace_ELBO`` accepts, if discrete sites may
-    have one more dim on the left, as under parallel enumeration; ``infer={"topk": 0}`` asks
-    for a plain draw. A site that something outside of its plates depends on gets a single
-    draw by itself, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
+    have one more dim on the left, as under parallel enumeration. ``infer={"topk": 0}`` asks
+    for a plain draw. A site on which something outside its plates depends gets a single
+    draw without being asked, and the full cost. Options of a site in the guide: ``infer={"topk": k}``
     or a dict of ``k``, ``num_samples``, ``budget``, ``sum_up_to``; ``infer={"draws": n}``;
     ``infer={"antithetic": True}``, for an even number of draws of Bernoulli variables, or False;
-    ``infer={"rao_blackwell": False}`` leaves it to Pyro; ``infer={"enumerate": ...}`` and
+    ``infer={"rao_blackwell": False}``, which leaves the site to Pyro; ``infer={"enumerate": ...}`` and
     ``infer={"baseline": ...}`` as in Pyro.
     :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report` tells what was done, and why.
 
-    Inside of :func:`torch.func.grad` nothing is projected. Sites that the model enumerates and
-    ``infer={"baseline": ...}`` raise there.
+    Inside :func:`torch.func.grad` nothing is projected. Sites that the model enumerates and
+    ``infer={"baseline": ...}`` raise an error there.
 
-    **When it is worse.** Sites that depend on one another are a cartesian
-    product, and a global site with several draws evaluates the whole model for each. Watching
-    for linear uses takes time where there are some. Gradients are first
+    **When it is worse.** Sites that depend on one another are evaluated at all combinations of
+    their values. A global site with several draws evaluates the whole model for each. Looking
+    for linear uses takes time where there are some. Gradients are right to first
     order only.
 
-    :param args: The positional arguments of :class:`~pyro.infer.Trace_ELBO`, in its order.
-    :param int k: values to sum, ``>= 0``. Defaults to None: ``budget`` decides.
-    :param int num_samples: draws among the others, ``>= 1``. Defaults to None, likewise.
-    :param int budget: evaluations at a discrete site, ``>= 1``, shared out between sums and
-        draws by element. Defaults to 3, if neither of the two above is given.
-    :param int sum_up_to: the most values of a discrete site that are all summed, whatever the
-        three above say, ``>= 0``. They are not, as ``report()`` tells, if with those of earlier sites
-        that the site may depend on there would be more than 256 evaluations, or more than
-        262,144 elements at a site: evaluations times the sizes of plates and of the event,
-        such as that of an image. Defaults to 32, if none of the three is given, else to 0.
+    :param args: The positional arguments of :class:`~pyro.infer.Trace_ELBO`, in the same order.
+    :param int k: number of values to sum, ``>= 0``. Defaults to None: ``budget`` decides.
+    :param int num_samples: number of draws among the others, ``>= 1``. Defaults to None, likewise.
+    :param int budget: number of evaluations at a discrete site, ``>= 1``, divided between sums and
+        draws for each element. Defaults to 3, if neither of the two above is given.
+    :param int sum_up_to: All values of a discrete site are summed if there are at most this many,
+        ``>= 0``, whatever the three above say. They are not, as ``report()`` tells, where this would make
+        more than 256 evaluations together with the values of earlier sites on which the site may
+        depend, or more than 262,144 elements at a site (evaluations times the sizes of plates and
+        of the event, such as an image). Defaults to 32, if none of the three is given, else to 0.
     :param str baseline: ``"loo"`` (the default), ``"reinforce+"`` or None, as in
         :class:`~pyro_rb.infer.topk_elbo.RaoBlackwellTopK_ELBO`.
-    :param int draws: draws where values cannot be listed, ``>= 1``. Defaults to 2. Two draws of
-        Bernoulli variables are antithetic if ``baseline`` is ``"loo"``, others independent.
+    :param int draws: number of draws where values cannot be listed, ``>= 1``. Defaults to 2. Two
+        draws of Bernoulli variables are antithetic if ``baseline`` is ``"loo"``; others are independent.
     :param control_variate_scale: As in :class:`~pyro_rb.infer.stl_elbo.STLTrace_ELBO`.
         Defaults to ``"adaptive"``.
-    :param str pre_activations: ``"shared"`` projects, ``"local"`` draws pre-activations by
-        row, see :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`; None does neither. ``"auto"``,
+    :param str pre_activations: ``"shared"`` projects, ``"local"`` draws pre-activations for each
+        row (see :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`), None does neither. ``"auto"``,
         the default, is ``"local"`` where rows are proven to have no effect on one another,
         and ``"shared"`` elsewhere.
     :param str solver: As in :class:`~pyro_rb.infer.r2g2_elbo.R2G2_ELBO`. Defaults to
         ``"auto"``.
-    :param int max_evaluations: the largest cartesian product of the sites that a site of
-        the model depends on. Defaults to 65536.
-    :param int num_steps: after that many steps nothing is projected. Defaults to None.
+    :param int max_evaluations: the largest number of combinations of values of the sites that a
+        site of the model depends on. Defaults to 65536.
+    :param int num_steps: After this many steps nothing is projected. Defaults to None: never stop.
     :param kwargs: The keyword arguments of :class:`~pyro.infer.Trace_ELBO`.
-    :raises ValueError: naming the argument, if it is none of these, and for ``budget`` together
-        with ``k`` or ``num_samples``; at a step, naming the
-        site, for invalid options of a site, and for too large a product.
+    :raises ValueError: naming the argument, if its value is invalid, or if ``budget`` is given
+        together with ``k`` or ``num_samples``; at a step, naming the
+        site, for invalid options of a site, and for too many combinations.
     :raises RuntimeError: at a step, if the value of a guide site was changed in place.
-    :raises NotImplementedError: at a step, inside of :func:`torch.jit.trace`, and as said above.
+    :raises NotImplementedError: at a step inside :func:`torch.jit.trace`, and as said above.
 
     Example::
 
@@ -325,7 +325,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
             )
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """:return: an estimate of the loss, minus the ELBO."""
+        """:return: an estimate of the loss (minus the ELBO)."""
         elbo: Any = 0.0
         for _, terms in self._get_terms(model, guide, args, kwargs):
             if terms.costs:
@@ -342,8 +342,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        :return: an estimate of the loss, minus the ELBO, a scalar tensor. Its first
-            derivatives are estimates of those of the loss; higher ones are not.
+        :return: an estimate of the loss (minus the ELBO), a scalar tensor. Its first
+            derivatives are estimates of those of the loss; its higher derivatives are not.
         """
         loss: Any = 0.0
         total: Any = 0.0
@@ -359,7 +359,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """
-        :return: an estimate of the loss, minus the ELBO. Estimates of its gradient are
+        :return: an estimate of the loss (minus the ELBO). An estimate of its gradient is
             added to the ``.grad`` of the parameters.
         """
         loss: Any = 0.0

@@ -16,7 +16,7 @@ class SiteReport(NamedTuple):
 
 class Report(List[SiteReport]):
     """
-    A list of :class:`SiteReport` that prints as a table, and shows as one in notebooks.
+    A list of :class:`SiteReport` that prints as a table, and is shown as a table in notebooks.
 
     >>> print(Report([SiteReport("z", "path gradient", "reparameterized draw")]))
     site    treatment      reason

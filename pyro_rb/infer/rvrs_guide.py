@@ -23,33 +23,34 @@ from pyro_rb.poutine import FramesMessenger
 
 class RVRSGuide(PosteriorMixin, PyroModule):
     r"""
-    A guide that is closer to the posterior than the guide that it is made of, by
-    rejection sampling [1, 2]. It is trained by :class:`~pyro.infer.SVI` with
-    :class:`~pyro.infer.Trace_ELBO`, by the exact pathwise gradient.
+    A guide that is closer to the posterior than the guide that it wraps, by
+    rejection sampling [1, 2]. :class:`~pyro.infer.SVI` with
+    :class:`~pyro.infer.Trace_ELBO` trains it, by an exact pathwise gradient.
 
     Draws :math:`z` of the given guide :math:`q_\phi` are proposals. With
-    :math:`\ell = \log p_\theta(x, z) - \log q_\phi(z)`, one is accepted with probability
+    :math:`\ell = \log p_\theta(x, z) - \log q_\phi(z)`, a proposal is accepted with probability
 
     .. math::
 
         a(z) = \epsilon + (1 - \epsilon) \, \sigma(\ell + T),
 
     so that accepted draws have the density :math:`r(z) = q(z) a(z) / Z` with
-    :math:`Z = E_q[a]`. The smaller the threshold :math:`T`, the closer they are to the
-    posterior, and the more proposals it takes, :math:`1 / Z` for each. The objective is the
-    ELBO of :math:`r` (section 3 of [2]),
+    :math:`Z = E_q[a]`. The smaller the threshold :math:`T`, the closer :math:`r` is to the
+    posterior, and the more proposals are needed: :math:`1 / Z` for each accepted draw. The objective
+    is the ELBO of :math:`r` (section 3 of [2]),
 
     .. math::
 
         E_r[f] + \log Z, \qquad f = \ell - \log a.
 
-    The gradient is at fixed :math:`T`, and unbiased for ``num_samples`` accepted draws a
-    call. It needs one evaluation of the model's gradient, none of :math:`Z`. Each loss is
-    an unbiased, noisy estimate of the objective; watch :meth:`~pyro_rb.infer.rvrs_posterior.PosteriorMixin.elbo`.
+    The gradient is unbiased at fixed :math:`T`, from ``num_samples`` accepted draws per
+    call. It needs one evaluation of the model's gradient, and does not need :math:`Z`. Each loss is
+    an unbiased but noisy estimate of the objective (with a minus sign). To follow the training, use
+    :meth:`~pyro_rb.infer.rvrs_posterior.PosteriorMixin.elbo`.
 
-    **Requirements.** A model whose log density is a function of its latents, and model
-    and guide that allow for a batch dim on the left, as for ``vectorize_particles=True``.
-    A guide of reparameterized draws, with a support that does not depend on a parameter:
+    **Requirements.** A model whose log density is a function of its latents. Model
+    and guide must allow for a batch dim on the left, as for ``vectorize_particles=True``.
+    The guide must have reparameterized draws, and a support that does not depend on a parameter:
     :class:`~pyro.infer.autoguide.AutoNormal`,
     :class:`~pyro.infer.autoguide.AutoDiagonalNormal`,
     :class:`~pyro.infer.autoguide.AutoMultivariateNormal`,
@@ -57,54 +58,54 @@ class RVRSGuide(PosteriorMixin, PyroModule):
     :class:`~pyro.infer.autoguide.AutoIAFNormal` and other flows, an
     :class:`~pyro.infer.autoguide.AutoGuideList` of these, or a function. The first call
     checks all this, at the cost of about ten runs of model and guide. The loss must be
-    ``Trace_ELBO``. Of particles, vectorized ones are accepted draws of one call.
-    ``model`` must be the very model that is given to ``SVI``; a
-    :func:`~pyro.poutine.scale` must be around both of the guide and the model of ``SVI``.
+    ``Trace_ELBO``. Vectorized particles are accepted draws of one call.
+    ``model`` must be the same object that is given to ``SVI``. A
+    :func:`~pyro.poutine.scale` must be around both the guide and the model of ``SVI``.
 
     **Local latents.** The more latents are accepted or rejected together, the less is
-    gained. Name the plate of the local ones as ``local_plate``: they are then accepted
-    item by item, each with a threshold of its own, and the plate may be subsampled.
-    Latents outside of it come from the same guide, unrejected. With ``local_size`` the
-    thresholds are kept and adapted. Without, each call finds those of its items from 32
-    proposals that it discards, which works for data without an index and for unseen data.
+    gained. Name the plate of local latents as ``local_plate``. They are then accepted
+    item by item, each item with a threshold of its own, and the plate may be subsampled.
+    Latents outside the plate come from the same guide and are not rejected. With ``local_size`` the
+    thresholds are kept and adapted. Without it, each call finds those of its items from up to 32
+    proposals that it discards. This works for data without an index and for unseen data.
 
-    **When it is worse.** A step costs about ``num_samples / Z`` evaluations of the model:
-    if a mean-field guide is good enough, take that. Fit the guide by plain SVI first, and
-    wrap it then; its parameters keep their names. Where :math:`\ell` falls faster than a
-    square in the tails of the guide, draws from there, accepted with the probability
-    :math:`\epsilon`, make gradients heavy-tailed: take a smaller ``epsilon`` or a narrower
-    guide. Where the model's density ends at a hard edge inside of the guide's support,
-    the gradient is biased; there is a warning when such proposals occur. Gradients are
-    first order only. RenyiELBO and importance sampling need a density of each draw, and
+    **When it is worse.** A step costs about ``num_samples / Z`` evaluations of the model.
+    If a mean-field guide is good enough, take that. Fit the guide by plain SVI first, and
+    wrap it then; its parameters keep their names. Where :math:`\ell` falls faster than quadratically
+    in the tails of the guide, draws from there, which are accepted with probability
+    :math:`\epsilon`, make gradients heavy-tailed. Take a smaller ``epsilon`` or a narrower
+    guide. Where the model's density ends at a hard edge inside the guide's support,
+    the gradient is biased; there is a warning when such proposals occur. Gradients are right to
+    first order only. RenyiELBO and importance sampling need the density of each draw, and
     give nonsense with this guide.
 
     :param callable model: the model.
     :param callable guide: the proposal. Defaults to ``AutoDiagonalNormal(model)``.
-    :param int num_samples: accepted draws in a call, ``>= 2``. Defaults to 2.
-    :param float T: the threshold to start from. None, the default, solves for
-        ``Z_target`` on proposals that are discarded.
-    :param float epsilon: least acceptance, between 0 and 1. Defaults to a thousandth of
+    :param int num_samples: number of accepted draws per call, ``>= 2``. Defaults to 2.
+    :param float T: the threshold to start from. None, the default, finds the one for
+        ``Z_target`` from proposals that are discarded.
+    :param float epsilon: least acceptance probability, between 0 and 1. Defaults to a thousandth of
         ``Z_target``. Larger values lower the ELBO.
-    :param float Z_target: the wanted mean acceptance, between ``epsilon`` and 1.
+    :param float Z_target: the desired mean acceptance, between ``epsilon`` and 1.
         Defaults to 0.33.
-    :param str adaptation: ``"Z_target"``, the default: the threshold follows the
-        acceptance, in training mode and with gradients enabled. ``"fixed"``: it stays.
+    :param str adaptation: With ``"Z_target"``, the default, the threshold follows the
+        acceptance, in training mode and with gradients enabled. With ``"fixed"`` it stays.
     :param float T_lr: learning rate of the threshold. Defaults to 0.1.
-    :param int max_steps: proposals in a call at most, for each ``num_samples`` draws, and
-        each item of the local plate. Defaults to 100,000.
+    :param int max_steps: the largest number of proposals in a call, for each ``num_samples`` draws
+        and each item of the local plate. Defaults to 100,000.
     :param str local_plate: name of the plate of the local latents. Defaults to None.
     :param int local_size: full size of that plate. Defaults to None.
     :ivar torch.Tensor T: the threshold, 0-dim or ``[local_size]``, NaN before it is
-        known; without ``local_size`` the mean of the last ones. In ``state_dict``.
+        known; without ``local_size``, the mean of the last thresholds. In ``state_dict``.
     :ivar torch.Tensor Z: running mean of the acceptance in training. In ``state_dict``.
     :ivar guide: the proposal.
     :raises ValueError: naming the argument that is out of range. At a call, naming the
-        site, for a latent that the guide lacks, and for a plate that is not there or not
+        site, for a latent that the guide lacks, and for a plate that does not exist or is not
         of ``local_size``.
-    :raises NotImplementedError: at a call, naming the site or the plate: guide sites that
-        are discrete, point estimates, or otherwise without a path gradient; a subsampling
-        plate that is not ``local_plate``; a model or guide that gives something else for
-        two proposals at a time; ``local_plate`` within vectorized particles; JIT losses.
+    :raises NotImplementedError: at a call, naming the site or the plate, for guide sites that
+        are discrete, point estimates, or otherwise without a path gradient; for a subsampling
+        plate that is not ``local_plate``; for a model or guide that gives another result for
+        two proposals at a time; for ``local_plate`` within vectorized particles; for JIT losses.
     :raises RejectionSamplingError: at a call, if ``max_steps`` proposals were too few.
 
     Example::
@@ -197,9 +198,9 @@ class RVRSGuide(PosteriorMixin, PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
         """
-        Makes the sites of the latents, and a factor, inside of a loss.
+        Makes the sites of the latents, and a factor, inside a loss.
 
-        :return: the emitted draw of each latent site, by name.
+        :return: the draw of each latent site, by name.
         """
         particles = self._find_particles()
         num_emitted = 1 if particles is None else particles.size

@@ -32,7 +32,7 @@ Items = Optional[torch.Tensor]
 
 class PosteriorMixin(CallMixin):
     """
-    The accepted draws of an :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`.
+    Draws, quantiles and the ELBO of an :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -50,15 +50,15 @@ class PosteriorMixin(CallMixin):
         self, num_samples: int, *args: Any, **kwargs: Any
     ) -> Dict[str, torch.Tensor]:
         """
-        Draws of the guide: proposals that were accepted, independent of one another. With
-        a local plate that is subsampled, they are of all its items, in order, unless the
-        items of a call are chosen by its arguments. Each draw has global latents of its own.
+        Draws from the guide: proposals that were accepted, independent of one another. If a
+        local plate is subsampled, the draws are for all its items, in order, unless the
+        arguments of a call choose its items. Each draw has global latents of its own.
 
         :param int num_samples: number of draws, ``>= 1``.
         :param args: arguments of the model; ``kwargs`` likewise.
         :return: a dict of tensors ``[num_samples, *site]``, by name of the latent site.
-        :raises ValueError: if ``num_samples`` is no positive int.
-        :raises RejectionSamplingError: if acceptance is too low.
+        :raises ValueError: if ``num_samples`` is not a positive int.
+        :raises RejectionSamplingError: if the acceptance is too low.
         """
         check_count("num_samples", num_samples, 1)
 
@@ -75,7 +75,7 @@ class PosteriorMixin(CallMixin):
 
     def median(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
         """
-        :return: the median of each latent site, of 1,000 draws by :meth:`sample_posterior`.
+        :return: the median of each latent site, from 1,000 draws by :meth:`sample_posterior`.
         :raises NotImplementedError: see :meth:`quantiles`.
         """
         return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
@@ -86,11 +86,11 @@ class PosteriorMixin(CallMixin):
     ) -> Dict[str, torch.Tensor]:
         """
         :param quantiles: between 0 and 1.
-        :return: quantiles of each latent site, ``[len(quantiles), *site]``, of 1,000
-            draws as by :meth:`sample_posterior`. They are not kept all at a time if they
-            are many.
-        :raises NotImplementedError: naming the plate, if it is the local one, and the
-            code itself gave it a subsample: there are no draws of its other items.
+        :return: quantiles of each latent site, ``[len(quantiles), *site]``, from 1,000
+            draws as by :meth:`sample_posterior`. If the draws are large, they are not all kept in
+            memory at the same time.
+        :raises NotImplementedError: naming the local plate, if model or guide gave it a subsample
+            themselves. There are then no draws for its other items.
         """
 
         def find(proposer: Proposer) -> Values:
@@ -115,13 +115,13 @@ class PosteriorMixin(CallMixin):
     @torch.no_grad()
     def elbo(self, num_samples: int, *args: Any, **kwargs: Any) -> Tuple[float, float]:
         """
-        Evaluates the ELBO on fresh proposals, all of which are used, accepted or not: much
+        Evaluates the ELBO on fresh proposals. It uses all of them, accepted or not, so it is much
         more precise than the loss of a step. The bias is of the order of
         ``1 / num_samples``. The threshold stays as it is.
 
-        :param int num_samples: number of proposals, ``>= 2``. With a local plate, for
-            each item; if there are global latents or subsamples, they are shared out
-            among draws of these, about 256 for each, and there must be 8 or more.
+        :param int num_samples: number of proposals, ``>= 2``. With a local plate, this is the
+            number for each item. If there are global latents or subsamples, the proposals are divided
+            among draws of these, about 256 for each, and ``num_samples`` must be at least 8.
         :param args: arguments of the model; ``kwargs`` likewise.
         :return: the ELBO and its standard error.
         :raises ValueError: if ``num_samples`` is too small.

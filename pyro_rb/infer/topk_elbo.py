@@ -13,80 +13,81 @@ from pyro_rb.poutine import TopKOptions
 class RaoBlackwellTopK_ELBO(RaoBlackwell_ELBO, TraceEnum_ELBO):
     r"""
     A :class:`~pyro.infer.TraceEnum_ELBO` that sums the most likely values of discrete
-    guide sites, and samples the others [1]. The objective is that of ``TraceEnum_ELBO``
-    and of ``Trace_ELBO``, and so is the mean of the gradient.
+    guide sites, and samples the others [1]. The objective and the mean of the gradient are
+    those of ``TraceEnum_ELBO`` and of ``Trace_ELBO``.
 
     At a site with probabilities :math:`q(z)`, let :math:`C` be the ``k`` most likely
-    values, and :math:`v_1, \ldots, v_n` independent draws of :math:`q` restricted to the
-    others, :math:`C'`. The expectation of a function of :math:`z` is estimated by
+    values, :math:`C'` the others, and :math:`v_1, \ldots, v_n` independent draws of
+    :math:`q` restricted to :math:`C'`. The expectation of a function of :math:`z` is estimated by
 
     .. math::
 
         \sum_{z \in C} q(z) f(z) + \frac{q(C')}{n} \sum_{j=1}^n f(v_j)
 
     without bias, and so is its gradient. With one draw the variance of the gradient is at
-    most :math:`q(C')` times that of a plain draw (Proposition 1 of [1]). The
-    model is evaluated at ``k + num_samples`` values at once, in an enumeration dim. Where
-    that is no less than the number of values, the site is enumerated, and the gradient is
+    most :math:`q(C')` times that of a plain draw (Proposition 1 of [1]). Two draws are made
+    without replacement, with other weights (:func:`~pyro_rb.ops.topk.select_slots`). The
+    model is evaluated at ``k + num_samples`` values at once, in an enumeration dim. If
+    the site has no more values than that, it is enumerated, and the gradient is
     that of ``TraceEnum_ELBO``.
 
     **Requirements.** A model and guide that ``TraceEnum_ELBO`` accepts with the discrete
     sites of the guide enumerated: parallel enumeration must be possible. No annotation is
-    needed. Treated is
+    needed. The method applies to
     each latent guide site that is a Categorical, OneHotCategorical, Bernoulli, Binomial,
     any other distribution with ``enumerate_support``, or a Poisson, Geometric or
-    NegativeBinomial; and several of these but the last three by ``to_event``, with their
-    joint values. In a plate of size ``N`` the value of a treated site has the
-    shape ``[k + num_samples, N]``, not ``[K, 1]``: index arrays by
-    :func:`~pyro.ops.indexing.Vindex`.
+    NegativeBinomial. All but the last three may be several variables made one site by
+    ``to_event``, with their joint values. In a plate of size ``N`` the value of such a site has
+    the shape ``[k + num_samples, N]``, not ``[K, 1]``. Use :func:`~pyro.ops.indexing.Vindex` to
+    index arrays by it.
 
-    **Single draws.** A site has one draw where no table can be made; where the table would have more than
-    :data:`~pyro_rb.poutine.topk_table.MAX_TABLE` elements, or of joint values more than
-    :data:`~pyro_rb.poutine.topk_table.MAX_JOINT_TABLE`; where ``infer={"topk": 0}``
-    asks for it; and where a cost depends on the site from outside of its plates, or on a
-    sum over its values such as ``k.mean()``. The latter is found by following the values
-    at the first step, when the structure changes, and now and then. Such a site then has
-    the full cost, as in ``Trace_ELBO``. With ``num_particles > 1`` the baseline of single
-    draws is the mean cost of the other particles, for each element of a plate. All
-    sites that are reparameterized are treated as by ``TraceEnum_ELBO``;
+    **Single draws.** A site has one draw where no table of values can be made; where the table
+    would have more than :data:`~pyro_rb.poutine.topk_table.MAX_TABLE` elements, or more than
+    :data:`~pyro_rb.poutine.topk_table.MAX_JOINT_TABLE` for joint values; where
+    ``infer={"topk": 0}`` asks for it; and where a cost outside the plates of the site depends on
+    it, or a cost depends on a sum over its values such as ``k.mean()``. Such costs are found by
+    following the values at the first step, when the structure changes, and now and then. The
+    site then has the full cost, as in ``Trace_ELBO``. With ``num_particles > 1`` the baseline of
+    single draws is the mean cost of the other particles, for each element of a plate. All
+    sites that are reparameterized are treated as by ``TraceEnum_ELBO``.
     :meth:`~pyro_rb.infer.path_mixin.PathGradientMixin.report`
     tells what was done at each site, and why.
 
     **When it is worse.** With few values or a cheap model, enumerate. Where all values are
     about equally likely and ``baseline=None``, summing some of them is worse than drawing
-    as many: take ``budget`` or a baseline. Sites that depend on one another are a
-    cartesian product: ``(k + num_samples)`` to the power of the number of sites. Early in
+    as many: take ``budget`` or a baseline. Sites that depend on one another are evaluated at all
+    combinations: ``(k + num_samples)`` to the power of the number of sites. Early in
     training the guide may be confident and wrong, and plain draws explore more.
 
     **Options of a site** in the guide: ``infer={"topk": k}``, or a dict of ``k``,
     ``num_samples``, ``budget``, ``sum_up_to``; ``{"topk": 0}`` asks for a single draw. Sites with
-    ``infer={"enumerate": ...}`` keep the meaning that Pyro gives them, unless a cost depends
-    on them from outside of their plates.
-    ``infer={"baseline": {...}}`` works as in :class:`~pyro.infer.TraceGraph_ELBO`, in
-    the place of ``baseline``, wherever something is drawn.
+    ``infer={"enumerate": ...}`` are enumerated as Pyro does, unless a cost outside their plates
+    depends on them. ``infer={"baseline": {...}}`` works as in
+    :class:`~pyro.infer.TraceGraph_ELBO`, and replaces ``baseline``, wherever something is drawn.
 
-    Gradients are first order only: Hessians of the surrogate loss are wrong.
+    Gradients are right to first order only: Hessians of the surrogate loss are wrong.
 
-    :param args: The arguments of :class:`~pyro.infer.TraceEnum_ELBO`, in its order:
+    :param args: The arguments of :class:`~pyro.infer.TraceEnum_ELBO`, in the same order:
         ``num_particles``, ``max_plate_nesting``, and so on. There is no warning if no
         site is annotated, whatever ``strict_enumeration_warning`` says.
-    :param int k: values to sum, ``>= 0``. Defaults to 1.
-    :param int num_samples: draws among the others, ``>= 1``. Defaults to 1.
-    :param int budget: evaluations, ``>= 1``, in the place of ``k`` and ``num_samples``:
-        each element of a plate then has a ``k`` of its own, by Proposition 2 if ``baseline``
-        is not ``"loo"``, for which the variance is at most that of the mean of ``budget``
-        draws; see :func:`~pyro_rb.ops.topk.optimal_k`. Defaults to None.
-    :param str baseline: what is subtracted from the cost at a draw: ``"loo"`` (the
-        default), the mean over the other draws and the values that are summed;
-        ``"reinforce+"``, the cost at one more draw, which takes one more evaluation;
-        None, nothing. Single draws have the mean over other particles for the first two.
-    :param int max_evaluations: the largest cartesian product of the sites that a site of
-        the model depends on. Defaults to 65536.
+    :param int k: number of values to sum, ``>= 0``. Defaults to 1.
+    :param int num_samples: number of draws among the others, ``>= 1``. Defaults to 1.
+    :param int budget: number of evaluations, ``>= 1``, in place of ``k`` and ``num_samples``.
+        Each element of a plate then has a ``k`` of its own, see
+        :func:`~pyro_rb.ops.topk.optimal_k`. Unless ``baseline`` is ``"loo"``, it is that of
+        Proposition 2, for which the variance is at most that of the mean of ``budget``
+        draws. Defaults to None.
+    :param str baseline: what is subtracted from the cost at a draw. ``"loo"`` (the
+        default): the mean over the other draws and the values that are summed.
+        ``"reinforce+"``: the cost at one more draw, which takes one more evaluation.
+        None: nothing. With the first two, single draws have the mean over other particles.
+    :param int max_evaluations: the largest number of combinations of values of the sites that a
+        site of the model depends on. Defaults to 65536.
     :param kwargs: The arguments of :class:`~pyro.infer.TraceEnum_ELBO` by name.
-    :raises ValueError: naming the argument, for ``k``, ``num_samples``, ``budget``,
-        ``baseline`` or ``max_evaluations`` out of range, and for ``budget`` together with
+    :raises ValueError: naming the argument, if ``k``, ``num_samples``, ``budget``,
+        ``baseline`` or ``max_evaluations`` is out of range, or ``budget`` is given together with
         ``k`` or ``num_samples``. At a step, naming the site, for invalid options of a
-        site, for ``"topk"`` where there is no table, for too large a product, and for a
+        site, for ``"topk"`` where there is no table, for too many combinations, and for a
         cost that depends on a sum over vectorized particles.
     :raises NotImplementedError: at a step, if the guide is a ``GuideMessenger``.
 
