@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""``python -m pyro_rb``."""
+"""The command line, ``python -m pyro_rb``."""
 
 import sys
 

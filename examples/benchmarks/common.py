@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the benchmarks share: networks, steps that are timed in turn, files of results."""
+"""What the benchmarks share: networks, steps that are timed in turn, and files of results."""
 
 import json
 from functools import partial

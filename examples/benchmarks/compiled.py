@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of a step of SVI, and how many times faster it is compiled.
+Time of a step of SVI, and how many times faster compiled steps are.
 
-All kinds of steps of a model take turns, block by block, in one process. Given are the time of
-a step of ``SVI`` with the same loss in microseconds of process CPU time, the medians over
-blocks of the ratio of that time to that of the others, and the seconds that capturing and
-compiling took, by the clock on the wall. ``replay``, ``Inductor`` and ``unrolled`` are
-``CompiledSVI``; ``Inductor in SVI`` is a compiled loss in ``SVI``. ``RVRSGuide`` is ``Trace_ELBO`` with that
-guide around ``AutoNormal``::
+All kinds of steps of a model take turns, block by block, in one process. The table gives the time of a step
+of ``SVI`` with the same loss, in microseconds of process CPU time; the ratio of this time to that of each
+other kind of step, as the median over blocks; and the seconds of wall-clock time that capturing and
+compiling took. ``replay``, ``Inductor`` and ``unrolled`` are ``CompiledSVI``; ``Inductor in SVI`` is a
+compiled loss in ``SVI``. ``RVRSGuide`` is ``Trace_ELBO`` with that guide around ``AutoNormal``::
 
     python examples/benchmarks/compiled.py --json compiled.json --csv compiled.csv
 """
@@ -173,9 +172,9 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--num-blocks", type=int, default=9)
-    parser.add_argument("--block-size", type=int, default=300, help="steps; a tenth of it of SVI")
-    parser.add_argument("--unroll", type=int, default=1, help="steps in one graph, from 2 on also timed")
-    parser.add_argument("--model", default="", help="a part of its name")
+    parser.add_argument("--block-size", type=int, default=300, help="steps in a block; a tenth of them for SVI")
+    parser.add_argument("--unroll", type=int, default=1, help="steps in one graph; timed too if 2 or more")
+    parser.add_argument("--model", default="", help="run only models with this in the name")
     parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS, help="of steps, beside those of SVI")
     parser.add_argument("--loss", nargs="+", choices=list(LOSSES), help="instead of all")
     run(main, parser)

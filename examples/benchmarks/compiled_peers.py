@@ -4,11 +4,11 @@
 """
 Microseconds of a step of SVI: Pyro, compiled by pyro_rb, and NumPyro.
 
-Three small models, each with an AutoNormal guide and Adam. All kinds of steps of a model take turns, block by block, in
-one process. Given are medians over blocks of the process CPU time of a step, and of the ratio of that of Pyro's SVI
-with Trace_ELBO to it; and the seconds, by the clock on the wall, until steps were that fast, which are fewer where
-PyTorch has kept what it compiled. All run on one thread. Without NumPyro, which the extra
-"benchmarks" has, its rows are left out::
+Three small models, each with an AutoNormal guide and Adam. All kinds of steps of a model take turns, block by block,
+in one process. The table gives the process CPU time of a step, and how many times faster it is than a step of Pyro's
+SVI with Trace_ELBO, both as medians over blocks. It also gives the seconds of wall-clock time until steps were that
+fast; they are fewer where PyTorch has kept what it compiled. All run on one thread. Without NumPyro, which is in the
+extra "benchmarks", its rows are left out::
 
     python examples/benchmarks/compiled_peers.py --out compiled_peers
 """
@@ -269,8 +269,8 @@ def number(value):
 if __name__ == "__main__":
     parser = make_parser(__doc__, device=False)
     parser.set_defaults(device="cpu")
-    parser.add_argument("--num-blocks", type=int, default=9, help="of each kind")
-    parser.add_argument("--block-size", type=int, default=500, help="steps; a tenth of it of SVI")
-    parser.add_argument("--model", default="", help="a part of its name")
+    parser.add_argument("--num-blocks", type=int, default=9, help="blocks of each kind")
+    parser.add_argument("--block-size", type=int, default=500, help="steps in a block; a tenth of them for SVI")
+    parser.add_argument("--model", default="", help="run only models with this in the name")
     parser.add_argument("--unroll", type=int, default=4, help="steps in one graph")
     run(main, parser)

@@ -4,9 +4,9 @@
 """
 Time of a gradient by DReG_ELBO, as a multiple of RenyiELBO's.
 
-The losses take turns, call by call and without an optimizer. Given are the median over
-blocks of 16 calls of the ratio to ``RenyiELBO``, and the quartiles. On a CPU the time is
-that of one thread of the processor, which other programs do not stretch::
+The losses take turns, call by call and without an optimizer. The table gives the ratio to
+``RenyiELBO``: its median over blocks of 16 calls, and the quartiles. On a CPU the time is that of
+one thread of the processor, which other programs do not stretch::
 
     python examples/benchmarks/dreg_cost.py --json cost.json --csv cost.csv
 """
@@ -119,5 +119,5 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-blocks", type=int, default=20, help="of 16 steps of each loss")
+    parser.add_argument("--num-blocks", type=int, default=20, help="blocks of 16 calls of each loss")
     run(main, parser)

@@ -4,11 +4,11 @@
 """
 Path gradients of flows: time and variance of a gradient by STLTrace_ELBO, as multiples of Trace_ELBO's.
 
-Times are those of CPU, of losses that take turns call by call, without an optimizer: medians over blocks of 16
-calls, each of which holds one update of the adaptive loss. Variances are total variances over all parameters, with
-one standard error, after training by the adaptive loss. The model has a curved posterior, a chain of
-parabolas. A second table has the time of other estimators around an AutoIAFNormal, and how many times slower they are
-where the density is taken through the inverse of the flow::
+Times are CPU times. The losses take turns, call by call and without an optimizer; the table gives medians over blocks
+of 16 calls, each of which holds one update of the adaptive loss. Variances are total variances over all parameters,
+with one standard error, after training by the adaptive loss. The model has a curved posterior, a chain of parabolas.
+A second table has the time of other estimators with an AutoIAFNormal, and how many times slower they are if the
+density is taken through the inverse of the flow::
 
     python examples/benchmarks/flow_cost.py --json flow_cost.json --csv flow_cost.csv --inverse-csv flow_inverse.csv
 """
@@ -174,7 +174,7 @@ def row(name, result):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--inverse-csv", help="write the second table to this file")
-    parser.add_argument("--num-blocks", type=int, default=20, help="of 16 steps of each loss")
-    parser.add_argument("--train-steps", type=int, default=3000, help="before variances are measured")
-    parser.add_argument("--num-samples", type=int, default=1000, help="of each gradient")
+    parser.add_argument("--num-blocks", type=int, default=20, help="blocks of 16 calls of each loss")
+    parser.add_argument("--train-steps", type=int, default=3000, help="training before variances are measured")
+    parser.add_argument("--num-samples", type=int, default=1000, help="draws of each gradient")
     run(main, parser)

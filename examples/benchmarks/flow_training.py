@@ -4,10 +4,10 @@
 """
 Flows trained for the same CPU time by Trace_ELBO and by STLTrace_ELBO, on posteriors with curvature.
 
-Each loss has the learning rate, one of three, that is best for it on a seed of its own. Given is the loss of the
-trained guide, minus the ELBO, by many draws: its mean over other seeds, and the standard error of that. Runs take
-turns, 50 steps each at a time. The learning rate falls with time to a hundredth. The logistic regression takes its
-data from scikit-learn, and is left out without::
+Each loss has the learning rate, one of three, that is best for it on a seed of its own. The table gives the loss
+of the trained guide (minus the ELBO) from many draws: its mean over other seeds, and the standard error of that
+mean. Runs take turns, 50 steps at a time. The learning rate falls with time to a hundredth. The logistic
+regression takes its data from scikit-learn, and is left out without it::
 
     python examples/benchmarks/flow_training.py --json flow_training.json --csv flow_training.csv
 """
@@ -145,8 +145,8 @@ def row(name, result):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=8.0, help="of CPU time for each run")
-    parser.add_argument("--num-seeds", type=int, default=3, help="of each case, beside that of the choice")
+    parser.add_argument("--num-seeds", type=int, default=3, help="of each case, beside the one for the choice")
     parser.add_argument("--num-blocks", type=int, default=100, help="of 100 draws, for the loss of a trained guide")
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="of which each has its best")
-    parser.add_argument("--case", default="", help="a part of its name")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="each has its best")
+    parser.add_argument("--case", default="", help="run only cases with this in the name")
     run(main, parser)

@@ -4,9 +4,9 @@
 """
 Time of a gradient by a loss in a GradientGuard, as a multiple of that of the loss alone.
 
-Both take turns, call by call and without an optimizer. Given are the median over blocks of 16
-calls of the ratio, and the quartiles. A bad step is
-one whose gradient is NaN; its time holds the search for the first bad number::
+Both take turns, call by call and without an optimizer. The table gives the median of the ratio over
+blocks of 16 calls, and the quartiles. A bad step is one whose gradient is NaN; its time includes
+the search for the first bad number::
 
     python examples/benchmarks/guard_cost.py --json cost.json --csv cost.csv
 """
@@ -82,5 +82,5 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-blocks", type=int, default=60, help="of 16 steps of each")
+    parser.add_argument("--num-blocks", type=int, default=60, help="blocks of 16 calls of each")
     run(main, parser)

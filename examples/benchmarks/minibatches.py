@@ -4,8 +4,8 @@
 """
 What a comparison of losses says with one fixed minibatch, and with batches that are drawn.
 
-A logistic regression of 2,000 rows, batches of 64. Given is the variance by STLTrace_ELBO over that by Trace_ELBO, with
-its standard error, at some steps of training by the latter::
+The model is a logistic regression of 2,000 rows, with batches of 64. The result is the variance of the gradient of
+STLTrace_ELBO over that of Trace_ELBO, with its standard error, at some steps of training by Trace_ELBO::
 
     python examples/benchmarks/minibatches.py --json minibatches.json
 """

@@ -8,8 +8,8 @@ For one layer: the time that the projection takes, as a multiple of the layer's 
 step (draw the weights, apply them, take the gradient to inputs, locations and scales),
 by width, number of rows and solver. The scales vary by a factor of about 1.35 from
 weight to weight, or are shared. For whole models: ``loss_and_grads``, as a multiple of
-the plain gradient with analytic KL terms. All that is compared takes turns; given are
-the medians over turns of the ratios::
+the plain gradient with analytic KL terms. All that is compared takes turns; the tables give the
+medians of the ratios over turns::
 
     python examples/benchmarks/r2g2_cost.py --json cost.json --csv cost
 """
@@ -157,5 +157,5 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, csv=False)
     parser.add_argument("--csv", metavar="PREFIX", help="write medians to PREFIX_layers.csv and PREFIX_models.csv")
     parser.add_argument("--num-turns", type=int, default=15, help="blocks of steps of each")
-    parser.add_argument("--num-threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--num-threads", type=int, default=1, help="threads of PyTorch")
     run(main, parser)

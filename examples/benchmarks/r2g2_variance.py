@@ -4,9 +4,9 @@
 """
 Variance of the plain gradient over that of R2G2_ELBO, both with analytic KL terms.
 
-Given is the ratio of the total variances, summed over locations and over scales: more
-than 1 is better. ``shared`` has one draw of the weights for all rows, ``local`` one for
-each. Parameters are held fixed::
+The table gives the ratio of the total variances, summed over locations and over scales: above 1,
+R2G2_ELBO is better. ``shared`` has one draw of the weights for all rows, ``local`` one for each
+row. Parameters are held fixed::
 
     python examples/benchmarks/r2g2_variance.py --json variance.json --csv variance.csv
 """
@@ -153,6 +153,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-samples", type=int, default=300, help="of each gradient")
-    parser.add_argument("--num-threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--num-samples", type=int, default=300, help="draws of each gradient")
+    parser.add_argument("--num-threads", type=int, default=1, help="threads of PyTorch")
     run(main, parser)

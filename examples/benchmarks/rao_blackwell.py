@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Variance and time of a step of RaoBlackwell_ELBO, against losses with one treatment for all sites.
+Variance and time of a step of RaoBlackwell_ELBO, against losses that treat all sites alike.
 
-Models with discrete and continuous sites, and some with one kind only, early and late in
-training, which is by RaoBlackwell_ELBO for all. Parameters are held fixed; losses take turns,
-draw by draw, with the same seeds. Given are the total variance of the gradient (of the binary
-autoencoder: of its encoder's) and the time of a step as multiples of Trace_ELBO's, and the gain:
-variance times time of the best other loss, over that of RaoBlackwell_ELBO. The best one is
-looked for anew in each state, so that no single choice of a user would be as good; what a user would
-have to write by hand is there for comparison only::
+The models have discrete and continuous sites, and some have one kind only. They are measured early and late in
+training, which is by RaoBlackwell_ELBO for all. Parameters are held fixed; losses take turns, draw by draw, with the
+same seeds. The table gives the total variance of the gradient (for the binary autoencoder only that of the encoder)
+and the time of a step, as multiples of Trace_ELBO's. The gain is variance times time of the best other loss, over that
+of RaoBlackwell_ELBO. The best other loss is chosen anew in each state, so that no single choice of a user would be as
+good. What a user would have to write by hand is there for comparison only::
 
     python examples/benchmarks/rao_blackwell.py --json gain.json --csv gain.csv
 """
@@ -137,6 +136,6 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
     parser.add_argument("--models", nargs="+", choices=list(PROBLEMS), help="default: all")
     parser.add_argument("--num-samples", type=int, default=60, help="gradients of each loss in each state")
-    parser.add_argument("--num-burn-in", type=int, default=50, help="steps before, of losses that learn from them")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training runs")
+    parser.add_argument("--num-burn-in", type=int, default=50, help="steps before, from which some losses learn")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of training runs")
     run(main, parser)

@@ -4,8 +4,8 @@
 """
 Does training bear out what ``pyro_rb.compare`` recommends?
 
-For each of fourteen kinds of model the comparison runs by its defaults: it measures the losses that apply before and
-after a short training, and recommends one. It then trains with the reference and the four losses that it ranks
+For each of fourteen kinds of model the comparison runs with its defaults: it measures the losses that apply, before
+and after a short training, and recommends one. It then trains with the reference and the four losses that it ranks
 highest, for equal CPU time from the same start, in turns, with three seeds, each with its own learning rate, the best
 of four: ``compare(model, guide, train=seconds)``::
 
@@ -183,7 +183,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU time of a run, a factor on that of the model")
     parser.add_argument("--num-samples", type=int, default=300, help="gradients of each loss at each state")
     parser.add_argument("--num-burn-in", type=int, default=100)
-    parser.add_argument("--train-steps", type=int, help="before the losses are measured again (automatic)")
+    parser.add_argument("--train-steps", type=int, help="training before the second measurement (automatic)")
     parser.add_argument("--out", type=Path, help="folder of result.json, table.csv and figure.png")
     parser.add_argument("--smoke-test", action="store_true", help="one model and few steps, to a temporary place")
     parser.add_argument("--steps", type=int, help="that are intended; 0 compiles nothing (10000)")

@@ -4,16 +4,16 @@
 """
 Rules that adapt the threshold of a rejection sampler, side by side.
 
-Log weights are drawn afresh at each step, eleven of them, from a normal distribution
-that may drift, as it does in training; no guide is trained. Compared are
+At each step eleven log weights are drawn afresh from a normal distribution that may drift, as it
+does in training; no guide is trained. The rules are
 
 * ``newton``, the rule of :func:`pyro_rb.ops.rejection.adapt_threshold`;
 * ``dual averaging`` of ``Z_target`` less the acceptance, with the constants that are
   usual for step sizes of Hamiltonian Monte Carlo;
 * ``gradient``, a step along the gradient of half of the square of ``Z - Z_target``.
 
-For each: steps until the acceptance of a long run stays within 0.1 of the target, and,
-after 1,000 steps, the mean and the spread of the acceptance from step to step::
+For each rule the table gives the steps until the acceptance of a long run stays within 0.1 of the
+target, and, after 1,000 steps, the mean and the spread of the acceptance from step to step::
 
     python examples/benchmarks/rvrs_adaptation.py --json adaptation.json
 """

@@ -4,11 +4,11 @@
 """
 Time of a step with RVRSGuide, as a multiple of one with the guide that it is made of.
 
-Both are steps of SVI with ``Trace_ELBO`` and Adam, on the same model, taken in turn. The
-proposal was fitted before. Given are the median over blocks of the ratio, and the
-quartiles; the proposals for an accepted draw; and where the time goes. For latents in a
-local plate the ratio is given with and without ``local_size``. On a CPU the time is that of
-one thread of the processor, which other programs do not stretch::
+Both are steps of SVI with ``Trace_ELBO`` and Adam, on the same model, taken in turn. The proposal
+was fitted before. The results are the median of the ratio over blocks, and the quartiles; the
+number of proposals for an accepted draw; and where the time goes. For latents in a local plate the
+ratio is given with and without ``local_size``. On a CPU the time is that of one thread of the
+processor, which other programs do not stretch::
 
     python examples/benchmarks/rvrs_cost.py --json cost.json
 """
@@ -189,7 +189,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, csv=False)
-    parser.add_argument("--num-blocks", type=int, default=40, help="of 10 steps of each")
-    parser.add_argument("--num-samples", type=int, nargs="+", default=[2, 8, 32, 128], help="accepted draws of a step")
-    parser.add_argument("--num-items", type=int, nargs="+", default=[100, 10000, 100000], help="of a local plate")
+    parser.add_argument("--num-blocks", type=int, default=40, help="blocks of 10 steps of each")
+    parser.add_argument("--num-samples", type=int, nargs="+", default=[2, 8, 32, 128], help="accepted draws per step")
+    parser.add_argument("--num-items", type=int, nargs="+", default=[100, 10000, 100000], help="items of a local plate")
     run(main, parser)

@@ -4,9 +4,9 @@
 """
 Variance of the pathwise gradient of RVRSGuide, and of the score-function form.
 
-Both are taken of the same accepted draws of a fitted mean-field guide, two at a time,
-summed over the parameters of the guide. The score-function form is the covariance of f
-and ``rho`` times the score::
+Both are computed from the same accepted draws of a fitted mean-field guide, two at a time.
+Variances are summed over the parameters of the guide. The score-function form is the covariance of
+f and ``rho`` times the score::
 
     python examples/benchmarks/rvrs_variance.py --json variance.json
 """
@@ -116,5 +116,5 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, csv=False)
-    parser.add_argument("--num-draws", type=int, default=400, help="of each gradient")
+    parser.add_argument("--num-draws", type=int, default=400, help="draws of each gradient")
     run(main, parser)

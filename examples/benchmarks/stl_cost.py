@@ -4,9 +4,9 @@
 """
 Time of a gradient by STLTrace_ELBO, as a multiple of Trace_ELBO's.
 
-The losses take turns, call by call and without an optimizer. Given are the median over blocks of
-16 calls of the ratio to ``Trace_ELBO``, and the quartiles; each block of the adaptive loss holds
-one of its updates::
+The losses take turns, call by call and without an optimizer. The table gives the ratio to
+``Trace_ELBO``: its median over blocks of 16 calls, and the quartiles. Each block of the adaptive
+loss holds one of its updates::
 
     python examples/benchmarks/stl_cost.py --json cost.json --csv cost.csv
 """
@@ -107,5 +107,5 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-blocks", type=int, default=40, help="of 16 steps of each loss")
+    parser.add_argument("--num-blocks", type=int, default=40, help="blocks of 16 calls of each loss")
     run(main, parser)

@@ -4,9 +4,9 @@
 """
 Narrow or wide: at which ``init_scale`` should an AutoNormal start?
 
-Pyro's default is 0.1, and its advice is to start narrow. STLTrace_ELBO:1.0 has a noisy gradient there. Both starts are
-trained by three losses, with Adam at the same rate. Given is the ELBO in nats below the best mean of the table, after
-some steps: mean over seeds, with its standard error::
+Pyro's default is 0.1, and its advice is to start narrow. There the gradient of STLTrace_ELBO:1.0 is noisy. From both
+starts, guides are trained by three losses, with Adam at the same learning rate. The table says how many nats the ELBO
+is below the best mean of the table after some numbers of steps: mean over seeds, with its standard error::
 
     python examples/benchmarks/stl_start.py --json start.json --csv start.csv
 """
@@ -88,5 +88,5 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--lr", type=float, default=0.02, help="of Adam")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of Adam")
     run(main, parser)

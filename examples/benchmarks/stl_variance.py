@@ -4,11 +4,11 @@
 """
 Variance of the gradient of STLTrace_ELBO, as a multiple of Trace_ELBO's.
 
-Parameters are held fixed; total variance over all parameters, one particle, the
-same random numbers for all losses. The adaptive loss is given 100 steps first. The
-cold start is that of a new adaptive loss: the mean square of its gradient about the
-true mean at each of the first 30 steps, over many starts; given is the largest
-ratio and the ratio at the 10th and 30th step::
+Parameters are held fixed. The variance is the total over all parameters, with one particle and the
+same random numbers for all losses. The adaptive loss is given 100 steps first. The cold start is
+about a new adaptive loss: the mean square of its gradient about the true mean at each of the first
+30 steps, over many starts. For it the table gives the largest ratio, and the ratio at the 10th and
+30th step::
 
     python examples/benchmarks/stl_variance.py --csv variance.csv
 """
@@ -144,7 +144,7 @@ def cell(value, error):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-samples", type=int, default=2000, help="of each gradient")
-    parser.add_argument("--num-starts", type=int, default=40, help="of the adaptive loss")
-    parser.add_argument("--train-steps", type=int, default=1000, help="before a second measurement")
+    parser.add_argument("--num-samples", type=int, default=2000, help="draws of each gradient")
+    parser.add_argument("--num-starts", type=int, default=40, help="starts of the adaptive loss")
+    parser.add_argument("--train-steps", type=int, default=1000, help="training before a second measurement")
     run(main, parser)

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-When StopRule stops: on simulated losses whose expectation is known, or, with ``--models``, by its defaults on the
-fourteen models of ``support/recommendation_cases.py``.
+When StopRule stops: on simulated losses whose expectation is known, or, with ``--models``, with its defaults on
+the fourteen models of ``support/recommendation_cases.py``.
 
-For each kind of progress and of noise: the share of runs that it stopped, the median step,
-and the share that it stopped too early, while the expected improvement from the third quarter
-of the run to the fourth was above the tolerance::
+For each kind of progress and of noise the table gives the share of runs that the rule stopped, the median step,
+and the share that it stopped too early: while the expected improvement from the third quarter of the run to the
+fourth was above the tolerance::
 
     python examples/benchmarks/stop_rule.py --json stop.json --csv stop.csv
     python examples/benchmarks/stop_rule.py --models --json stop_rule.json --csv stop_rule.csv
@@ -159,8 +159,8 @@ def report(args, rows, settings):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None, device=False)
-    parser.add_argument("--num-runs", type=int, default=200, help="of each kind, one for each seed")
-    parser.add_argument("--num-steps", type=int, default=30000, help="of a run, if it is not stopped")
+    parser.add_argument("--num-runs", type=int, default=200, help="runs of each kind, one for each seed")
+    parser.add_argument("--num-steps", type=int, default=30000, help="steps of a run, if it is not stopped")
     parser.add_argument("--models", action="store_true", help="on the fourteen models, in place of simulated losses")
-    parser.add_argument("--seconds", type=float, default=60.0, help="CPU time of a model")
+    parser.add_argument("--seconds", type=float, default=60.0, help="CPU time for each model")
     run(main, parser)

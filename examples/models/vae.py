@@ -8,9 +8,9 @@ For each loss the table gives the ELBO of a test image in nats, and the seconds 
 
     python examples/models/vae.py --loss Trace_ELBO STLTrace_ELBO
 
-The digits are those of 8 x 8 pixels that scikit-learn carries (extra "examples"), or with
---data-dir those of MNIST, from the files train-images-idx3-ubyte and t10k-images-idx3-ubyte
-in that folder, or the same with .gz.
+The digits are those of 8 x 8 pixels that come with scikit-learn (extra "examples"). With --data-dir
+they are those of MNIST, from the files train-images-idx3-ubyte and t10k-images-idx3-ubyte in that
+folder, or the same with .gz.
 """
 
 import _path  # noqa: F401
@@ -103,10 +103,10 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     add_loss_option(parser, "STLTrace_ELBO")
-    parser.add_argument("--num-epochs", type=int, default=100, help="of training")
-    parser.add_argument("--batch-size", type=int, default=100, help="images of a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
-    parser.add_argument("--code-size", type=int, default=8, help="of the latent code")
-    parser.add_argument("--width", type=int, default=100, help="of the hidden layers")
+    parser.add_argument("--num-epochs", type=int, default=100, help="epochs of training")
+    parser.add_argument("--batch-size", type=int, default=100, help="images per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--code-size", type=int, default=8, help="size of the latent code")
+    parser.add_argument("--width", type=int, default=100, help="width of the hidden layers")
     parser.add_argument("--data-dir", help="folder with the files of MNIST")
     run(main, parser)

@@ -4,8 +4,9 @@
 """
 chirho: the effect of a treatment, by an intervention in a model that was fitted.
 
-The model is fitted as any other of Pyro, so the change is the loss. Then chirho's ``do`` and its counterfactual worlds
-run on the guide that was found; the table gives the effect of the treatment too, which is 1.5 in the simulated data::
+The model is fitted like any other model of Pyro, so only the loss changes. Then chirho's ``do`` and its
+counterfactual worlds run on the fitted guide. The table also gives the effect of the treatment, which is 1.5 in the
+simulated data::
 
     python examples/with_others/chirho_counterfactual.py --loss Trace_ELBO STLTrace_ELBO
 """

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the scripts of this folder share: their options, and a table of the losses that were tried."""
+"""What the scripts of this folder share: their options, and a table with a row for each loss."""
 
 import sys
 from pathlib import Path
@@ -36,8 +36,8 @@ def run(doc, train, num_steps, lr, losses=("Trace_ELBO", "STLTrace_ELBO"), optio
 
     parser = command_line.make_parser(doc)
     add_loss_option(parser, losses)
-    parser.add_argument("--num-steps", type=int, default=num_steps, help="of training")
-    parser.add_argument("--lr", type=float, default=lr, help="of Adam")
+    parser.add_argument("--num-steps", type=int, default=num_steps, help="steps of training")
+    parser.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
     for option, values in dict(options).items():
         parser.add_argument(option, **values)
     command_line.run(main, parser)

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What a loss of pyro_rb gains on models of other packages: training for the same CPU time.
+What a loss of pyro_rb gains on models of other packages, if all losses train for the same CPU time.
 
-Each loss has the learning rate, of three, that is best for it on a seed of its own. Given is the loss that a
-trained guide has by ``Trace_ELBO``, in nats, less is better: mean and standard error over other seeds; and how far
-below that of the package's own loss it is, seed by seed. The first steps, in which compiled losses are captured,
+Each loss has the best of three learning rates, chosen on a seed of its own. The table gives the loss of a trained guide
+by ``Trace_ELBO`` in nats (less is better) as mean and standard error over other seeds, and how far it is below that of
+the package's own loss, seed by seed. The first steps, in which compiled losses are captured,
 are not timed. Packages that are not installed are left out::
 
     python examples/with_others/gains.py --out gains
@@ -130,9 +130,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = command_line.make_parser(__doc__)
-    parser.add_argument("--loss", nargs="+", default=["RaoBlackwell_ELBO"], help="beside the usual")
-    parser.add_argument("--model", default="", help="a part of its name")
+    parser.add_argument("--loss", nargs="+", default=["RaoBlackwell_ELBO"], help="losses beside the usual one")
+    parser.add_argument("--model", default="", help="run only models with this in the name")
     parser.add_argument("--seconds", type=float, default=6.0, help="of CPU time for each run")
-    parser.add_argument("--num-seeds", type=int, default=4, help="beside that of the choice")
-    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1.0, 3.0], help="of the learning rate")
+    parser.add_argument("--num-seeds", type=int, default=4, help="seeds beside the one for the choice")
+    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1.0, 3.0], help="times the learning rate")
     command_line.run(main, parser)

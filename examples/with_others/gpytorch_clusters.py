@@ -4,8 +4,8 @@
 """
 gpytorch: series that belong to clusters, and a Gaussian process for each cluster.
 
-The clusters of all series are one site, ``OneHotCategorical(...).to_event(1)``, as in gpytorch's tutorial on clustered
-processes. Pyro's losses draw them; RaoBlackwell_ELBO sums their joint values::
+The cluster labels of all series are one site, ``OneHotCategorical(...).to_event(1)``, as in gpytorch's tutorial on
+clustered processes. Pyro's losses draw them; RaoBlackwell_ELBO sums their joint values::
 
     python examples/with_others/gpytorch_clusters.py --loss Trace_ELBO RaoBlackwell_ELBO
 """

@@ -4,8 +4,8 @@
 """
 gpytorch: counts whose log rate is a Gaussian process.
 
-``gpytorch.models.PyroGP`` brings model and guide; the change is the loss. gpytorch's own tutorial gives Pyro's loss
-``retain_graph=True``, which ours take as well::
+``gpytorch.models.PyroGP`` brings model and guide; only the loss changes. gpytorch's own tutorial passes
+``retain_graph=True`` to Pyro's loss; those of pyro_rb take it as well::
 
     python examples/with_others/gpytorch_process.py --loss Trace_ELBO STLTrace_ELBO RaoBlackwell_ELBO
 """

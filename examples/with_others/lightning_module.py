@@ -4,15 +4,15 @@
 """
 Lightning: a loss inside of a LightningModule, in one or several processes, with a checkpoint on the way.
 
-``loss(model, guide)`` is a ``torch.nn.Module``; from there on all is PyTorch's and Lightning's. What a loss has learned
-is no parameter, so two methods put it into the checkpoint. After that, a callback ends the training when the loss falls
-no more. With ``--num-processes 2`` each process has its part of the data, and the gradients are averaged, by gloo on
-this machine::
+``loss(model, guide)`` is a ``torch.nn.Module``; from there on all is PyTorch's and Lightning's. What a loss has
+learned is not a parameter, so two methods put it into the checkpoint and take it out. After the checkpoint, a
+callback ends the training when the loss no longer falls. With ``--num-processes 2`` each process has its part of the
+data, and the gradients are averaged, by gloo on this machine::
 
     python examples/with_others/lightning_module.py --loss Trace_ELBO STLTrace_ELBO --num-processes 2
 
 The model is probabilistic principal component analysis with an amortized guide, on simulated data. The guide can be
-exact, so the ELBO ought to come up to the highest likelihood, which linear algebra gives (Tipping and Bishop 1999).
+exact, so the ELBO should reach the highest likelihood, which linear algebra gives (Tipping and Bishop 1999).
 """
 
 import logging
@@ -157,5 +157,5 @@ def train(name, args):
 if __name__ == "__main__":
     run(
         __doc__, train, 3000, 0.02,
-        options={"--num-processes": dict(type=int, default=1, help="on this machine")},
+        options={"--num-processes": dict(type=int, default=1, help="processes on this machine")},
     )  # fmt: skip

@@ -4,8 +4,8 @@
 """
 scvi-tools: topics of genes by amortized latent Dirichlet allocation.
 
-scvi-tools trains its models of Pyro by Lightning, and takes a loss in ``plan_kwargs``: that is the change. Counts of
-cells are simulated::
+scvi-tools trains its Pyro models with Lightning, and takes a loss in ``plan_kwargs``: only that changes. The counts
+of the cells are simulated::
 
     python examples/with_others/scvi_topics.py --loss TraceMeanField_ELBO STLTrace_ELBO RaoBlackwell_ELBO
 """

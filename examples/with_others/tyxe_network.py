@@ -4,9 +4,9 @@
 """
 TyXe: a Bayesian network whose ``fit`` makes its loss itself.
 
-Where a package takes no loss, ``unittest.mock`` of the standard library puts another one under the name that it looks
-up, and the old one back afterwards. Name the module that does the look-up, here ``tyxe.bnn``, and ask whether the name
-was used at all, as the script does::
+If a package does not let you pass a loss, ``unittest.mock`` of the standard library can put another one under the name
+that the package looks up, and put the old one back afterwards. Name the module that does the look-up, here
+``tyxe.bnn``, and check that the name was used at all, as the script does::
 
     python examples/with_others/tyxe_network.py --loss TraceMeanField_ELBO R2G2_ELBO RaoBlackwell_ELBO
 """

@@ -4,8 +4,8 @@
 """
 The linear system of an affine autoregressive layer, see :mod:`pyro_rb.ops.flow`.
 
-Its Jacobian is ``J = diag(scale) + N`` with a nilpotent ``N``, so that the iteration by ``(b - N^T a) / scale`` ends
-after as many steps as there are dims, and at rounding long before. A small ``N`` is computed.
+Its Jacobian is ``J = diag(scale) + N`` with a nilpotent ``N``, so the iteration by ``(b - N^T a) / scale`` ends
+after as many steps as there are dims, and reaches rounding long before. A small ``N`` is computed.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ _ELEMENTWISE = set("ELU GELU Identity LeakyReLU LogSigmoid ReLU SiLU Sigmoid Sof
 
 def find_network(network: Any) -> Optional[Tuple[Any, Optional[torch.Tensor]]]:
     """
-    :param network: of an affine autoregressive layer.
+    :param network: the network of an affine autoregressive layer.
     :return: the network and its context, if its structure is known.
 
     >>> find_network(torch.nn.Linear(2, 2))
@@ -43,7 +43,7 @@ def solve(transform: Any, x: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tenso
     :param transform: an ``AffineAutoregressive`` of Pyro, whose network :func:`find_network` knows.
     :param x: its input, ``[*batch, dim]``.
     :param b: the derivative of the log density of ``x``, of its shape.
-    :return: the derivative of the log density of the output by it, and how it was found.
+    :return: the derivative of the log density of the output by the output, and how it was found.
 
     >>> from pyro.distributions.transforms import affine_autoregressive
     >>> with torch.no_grad():

@@ -31,8 +31,8 @@ def _nameless(parameter: torch.Tensor) -> None:
 
 class Moments:
     """
-    What earlier draws tell of the parts ``h`` and ``s`` of one parameter's gradient:
-    discounted means of both, and of their products about these means.
+    What earlier draws tell about the parts ``h`` and ``s`` of one parameter's gradient: discounted
+    means of both, and of their products about these means.
 
     Means of sparse gradients are not kept, as they would fill up; that of ``s`` is zero.
 
@@ -62,7 +62,7 @@ class Moments:
         return self.steps_left < 0
 
     def center(self, h: torch.Tensor, s: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Centred before they are multiplied, so that float32 keeps its digits."""
+        """Centers both before they are multiplied, so that float32 keeps its digits."""
         h, s = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (h, s))
         if h.is_sparse:
             return h.coalesce(), s.coalesce()
@@ -98,9 +98,9 @@ class ControlVariate:
 
     Least squares, with an intercept for each coordinate, gives the slope ``e = c - 1`` of
     ``h`` on ``s``; ``c`` is kept within 0 and 10. Least squares over few or heavy-tailed
-    draws can be far off. So the two fixed scales 0 and 1 compete with it: each new draw
-    first scores all three, as they stood before it. Least squares is used where its mean
-    square is the least by 5 percent.
+    draws can be far off. So the two fixed scales 0 and 1 compete with it: each new draw first
+    scores all three, as they stood before that draw. Least squares is used where its mean square is
+    the least by 5 percent.
 
     >>> variate = ControlVariate([Moments(shape=[1])])
     >>> for s in torch.tensor([[1.0], [-1.0], [2.0], [0.5], [-3.0]]):
@@ -125,7 +125,7 @@ class ControlVariate:
 
     @property
     def slope(self) -> float:
-        """Of least squares."""
+        """The slope of least squares."""
         ss = self._sum("ss")
         scale = 1.0 + self._sum("hs") / ss if ss > 0.0 else 0.0
         return min(max(scale, 0.0), MAX_SCALE) - 1.0

@@ -33,7 +33,7 @@ def negative_binomial_window(total_count: Tensor, log_ratio: Tensor) -> Tensor:
 
     :param total_count: ``[*batch]``, number of failures to wait for; 1 for a geometric.
     :param log_ratio: ``[*batch]``, :math:`-\lambda < 0`, log probability of a success.
-    :return: ``[*batch]``, real: the least that some values of ``s`` give.
+    :return: ``[*batch]``, real: the least that any of several values of ``s`` gives.
 
     >>> negative_binomial_window(torch.tensor(1.0), torch.tensor(0.5).log()).round()
     tensor(37.)

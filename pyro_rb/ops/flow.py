@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
 def has_no_inverse(transform: Transform) -> bool:
     """
-    Whether a layer can be inverted at its last draw only.
+    Whether a layer can be inverted only at its last draw.
 
     >>> has_no_inverse(torch.distributions.ExpTransform())
     False
@@ -65,7 +65,7 @@ def is_forward_only(transform: Transform) -> bool:
 
 def apply(transform: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """
-    What a layer makes of ``x``, and the logarithm of the determinant.
+    The output of a layer at ``x``, and the logarithm of the determinant.
 
     >>> apply(torch.distributions.ExpTransform(), torch.tensor(0.0))
     (tensor(1.), tensor(0.))
@@ -79,7 +79,7 @@ def apply(transform: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
 
 def find_obstacle(layer: Layer) -> Optional[str]:
     """
-    Why a layer cannot be solved, if so.
+    Why a layer cannot be solved; None if it can.
 
     >>> find_obstacle(Layer(torch.distributions.ExpTransform(), torch.zeros(200), torch.ones(200)))
     """

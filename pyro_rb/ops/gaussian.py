@@ -66,7 +66,7 @@ class GaussianDraw:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Of each element, in the shape of the value."""
+        """The variance of each element, in the shape of the value."""
         if self._variance is None:
             self._variance = self._find_variance().expand(self.shape)
         return self._variance
@@ -98,11 +98,11 @@ def entropy_path(
     draw: GaussianDraw, mean: torch.Tensor, excess: torch.Tensor
 ) -> torch.Tensor:
     """
-    A tensor whose gradient has mean zero: that of ``-log q`` by the path of a diagonal draw, given
-    something of its noise, less that of the entropy.
+    A tensor whose gradient has mean zero: the gradient of ``-log q`` along the path of a diagonal
+    draw, given something about its noise, less the gradient of the entropy.
 
     :param mean: the conditional mean of the noise, in the shape of the draw.
-    :param excess: of the conditional mean of its square, what is above one.
+    :param excess: the conditional mean of the square of the noise, less one.
 
     >>> scale = torch.tensor([2.0], requires_grad=True)
     >>> draw = GaussianDraw(torch.distributions.Normal(torch.zeros(1), scale))
@@ -118,7 +118,7 @@ def prior_path(
     parts: Sequence[torch.Tensor], prior_loc: torch.Tensor, prior_scale: torch.Tensor
 ) -> torch.Tensor:
     """
-    The same for the log density of a draw under a Normal prior: less its mean.
+    The same for the log density of a draw under a Normal prior, less the mean of that.
 
     :param parts: location and scale of the draw, ``mean`` and ``excess`` as in
         :func:`entropy_path`, in the shape of the prior.

@@ -86,11 +86,11 @@ def iter_reached(
     roots: Iterable[Any], targets: Mapping[Tuple[Node, int], Key], seen: Set[Node]
 ) -> Iterator[Key]:
     """
-    Yields which of some tensors others were computed from, without looking behind them.
+    Yields which of the ``targets`` the ``roots`` were computed from, without looking behind those targets.
 
     :param roots: tensors of any shape, or numbers.
     :param targets: by graph node and output number, what to yield.
-    :param seen: graph nodes that are not looked at, to which those are added that were.
+    :param seen: graph nodes that are not looked at. Those that were looked at are added.
 
     >>> x = torch.ones((), requires_grad=True)
     >>> y = x + 1
@@ -131,8 +131,8 @@ def first_leaf(root: torch.Tensor, found: Dict[Any, Any]) -> Optional[torch.Tens
     Returns a leaf tensor that ``root`` was computed from, or None if there is none.
 
     :param root: a tensor of any shape.
-    :param found: the result by graph node, as far as it is known. It is added to, so that
-        searches that share it look at each node once.
+    :param found: the results that are known, by graph node. New ones are added, so that searches
+        that share it look at each node once.
 
     >>> x = torch.ones((), requires_grad=True)
     >>> first_leaf(2.0 * x, {}) is x

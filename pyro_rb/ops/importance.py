@@ -69,10 +69,10 @@ def stack(terms: Sequence[Any]) -> torch.Tensor:
 
 def weighted_sum(weights: torch.Tensor, terms: Any) -> torch.Tensor:
     """
-    Sums products, of which those with a weight of zero are zero: their terms may be infinite.
+    Sums products. Those with a weight of zero are zero, even if their terms are infinite.
 
     :param weights: of any shape.
-    :param terms: a tensor of a shape that can be broadcast to it, or a number.
+    :param terms: a tensor of a shape that can be broadcast to that of ``weights``, or a number.
 
     >>> weighted_sum(torch.tensor([2.0, 0.0]), torch.tensor([3.0, -math.inf]))
     tensor(6.)

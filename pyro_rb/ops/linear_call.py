@@ -83,7 +83,7 @@ class LinearCall:
     def bind(
         cls, func: Callable, args: Tuple, kwargs: Dict[str, Any]
     ) -> Optional["LinearCall"]:
-        """None, unless it is a call of a known function with all factors in their place."""
+        """Returns None unless this is a call of a known function with all factors in their place."""
         signature = _SIGNATURES.get(func)
         if signature is None or kwargs.get("out") is not None:
             return None
@@ -113,7 +113,7 @@ class LinearCall:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a linear layer on a matrix of inputs, a row for each case."""
+        """Whether this is a linear layer on a matrix of inputs, a row for each case."""
         return (
             self.func is F.linear and self.args[0].dim() == 2 and self.args[1].dim() == 2
         )

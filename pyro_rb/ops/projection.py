@@ -119,7 +119,7 @@ def find_means(
 ) -> Means:
     """
     As :func:`project_rows`, with the mean square of each element of the result: the diagonal of
-    ``P P^T``, for the matrix ``P`` that the solver has multiplied the noise with.
+    ``P P^T``, for the matrix ``P`` by which the solver has multiplied the noise.
 
     :param bool with_squares: whether mean squares are wanted. ``"cg"`` does not find them.
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Derivatives on the side, of which the hooks of a user hear nothing."""
+"""Derivatives on the side, at which no hooks of the user fire."""
 
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -12,7 +12,7 @@ import torch
 @contextmanager
 def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """
-    Within, hooks of the tensors do not fire, and ``retain_grad`` retains nothing.
+    Within the context, hooks of the tensors do not fire, and ``retain_grad`` retains nothing.
 
     >>> x = torch.ones((), requires_grad=True)
     >>> handle = x.register_hook(print)

@@ -31,7 +31,7 @@ _TOLERANCE = (2e-3, 1e-8)
 
 def clean_log_weights(log_weight: torch.Tensor) -> Tuple[torch.Tensor, int]:
     """
-    Makes -inf of log weights that are not finite.
+    Replaces log weights that are not finite by -inf.
 
     :param log_weight: of any shape.
     :return: log weights without NaN and +inf, and how many were not finite.
@@ -116,7 +116,7 @@ def log_normalizer(num_samples: int, num_proposed: torch.Tensor) -> torch.Tensor
 
 
 class Weights(NamedTuple):
-    """Of S accepted proposals, each ``[S, *batch]``."""
+    """What :func:`gradient_weights` returns for S accepted proposals, each ``[S, *batch]``."""
 
     #: ``log_weight - log_acceptance``. Its mean estimates the ELBO less the log normalizer.
     f: torch.Tensor
@@ -160,7 +160,7 @@ def gradient_weights(
 
 
 class Bound(NamedTuple):
-    """Each ``[*batch]``."""
+    """An ELBO, its standard error and the mean acceptance, each ``[*batch]``."""
 
     value: torch.Tensor
     standard_error: torch.Tensor
@@ -184,8 +184,7 @@ def estimate_bound(log_weight: torch.Tensor, T: torch.Tensor, epsilon: float) ->
 
 def moments(log_weight: torch.Tensor, T: torch.Tensor, epsilon: float) -> torch.Tensor:
     """
-    What :func:`bound_of_moments` needs to know of proposals. Those of several batches of
-    proposals add up.
+    What :func:`bound_of_moments` needs to know about proposals. The sums of several batches of proposals add up.
 
     :param log_weight: of proposals, ``[M, *batch]``.
     :param T: threshold, ``[*batch]`` or a scalar.
@@ -204,7 +203,7 @@ def moments(log_weight: torch.Tensor, T: torch.Tensor, epsilon: float) -> torch.
 
 def bound_of_moments(sums: torch.Tensor, num: int, T: torch.Tensor) -> Bound:
     """
-    The ELBO of :func:`estimate_bound`, by what is known of all proposals.
+    The result of :func:`estimate_bound`, from the sums over all proposals.
 
     :param sums: of :func:`moments`, ``[5, *batch]``.
     :param num: number of proposals, M.
@@ -293,8 +292,8 @@ def adapt_threshold(
     A step of the threshold towards the target: Newton's, with a limit on its length and
     on how flat the acceptance may be. Its fixed point is unbiased. Where the acceptance
     is far off, or each proposal is almost surely accepted or rejected so that there is no
-    slope to follow, the step goes half of the way to where minus the threshold is below the
-    wanted share of the log weights.
+    slope to follow, the step goes half of the way to the threshold at which the wanted share of the
+    log weights is above minus the threshold.
 
     :param log_weight: of proposals that were decided upon with T, ``[M, *batch]``.
     :param T: threshold, ``[*batch]``.

@@ -6,7 +6,7 @@ Do rows have an effect on one another?
 
 The pre-activations of a layer may be drawn with noise of their own for each row, in the
 place of weights for all rows, if the objective is a sum of terms that each depend on one
-row only: then its mean depends on the distribution of each row alone, which is the same.
+row only: then its mean depends only on the distribution of each single row, and that is the same either way.
 
 Terms are tensors of any shapes. One dim of theirs, counted from the right as plates are,
 stands for the rows; a term without it belongs to no row.
@@ -61,9 +61,9 @@ def find_separable(
     which products are exact, and none is one, the weight of terms of no row.
 
     :param terms: differentiable.
-    :param noise: of each layer, of shape ``[rows, units]``, leaves that require grad.
+    :param noise: the noise of each layer, of shape ``[rows, units]``, leaves that require grad.
     :param int num_vectors: how many ``w`` are tried.
-    :return: for each layer.
+    :return: whether it is so, for each layer.
 
     >>> noise = torch.randn(4, 3, requires_grad=True)
     >>> find_separable([noise.tanh().sum(-1)], [noise])
@@ -124,11 +124,11 @@ def keeps_rows(
     before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], is_changed: torch.Tensor
 ) -> bool:
     """
-    Whether terms are what they were, but for those of rows in which the noise was changed.
+    Whether terms are what they were, except those of rows in which the noise was changed.
 
     :param before: terms.
     :param after: the same terms, with other noise in some rows.
-    :param torch.Tensor is_changed: in which ones, boolean, of shape ``[rows]``.
+    :param torch.Tensor is_changed: in which rows, boolean, of shape ``[rows]``.
 
     >>> noise, is_changed = torch.randn(4), torch.tensor([True, False, True, False])
     >>> other = torch.where(is_changed, 0.5 - noise, noise)

@@ -154,13 +154,13 @@ class _Obstacle(Exception):
 
 def score_obstacle(fn: Distribution, at_draw: bool = False) -> Optional[str]:
     """
-    Why the mean of the score of ``fn`` may not be zero, or None where it is known to be. Not to be remembered:
-    it depends on which tensors require grad, and on the mode of modules.
+    Why the mean of the score of ``fn`` may not be zero, or None where it is known to be zero. Do not keep the
+    result: it depends on which tensors require grad, and on the mode of modules.
 
     The score of ``Uniform(0, b)`` with respect to ``b`` is ``-1 / b`` at every draw.
 
     :param fn: any distribution, wrapped or not.
-    :param bool at_draw: whether the density is wanted of the last draw only, while it is known how it was made.
+    :param bool at_draw: whether the density is wanted only at the last draw, while it is known how that draw was made.
 
     >>> b = torch.tensor(2.0, requires_grad=True)
     >>> score_obstacle(torch.distributions.Uniform(0.0, b))

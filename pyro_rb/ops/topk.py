@@ -4,10 +4,10 @@
 """
 Sum the likely categories, sample the rest: Rao-Blackwellization of a discrete draw.
 
-A table of probabilities is parted into the ``k`` most likely categories and their
-complement. Slots hold the categories at which a function is evaluated: each of the
-``k``, then draws from the complement, each with a weight. The weighted sum over slots
-has the expectation of the function for its mean.
+A table of probabilities is split into the ``k`` most likely categories and their complement. Slots
+hold the categories at which a function is evaluated: each of the ``k``, then draws from the
+complement, each with a weight. The weighted sum over slots has the expectation of the function for
+its mean.
 """
 
 import math
@@ -52,9 +52,9 @@ def optimal_k(top: Tensor, rest: Tensor, has_loo: bool = False) -> Tensor:
     evaluations spent on draws from the complement, the variance is at most that of the
     mean of ``N`` draws.
 
-    That bound takes costs as they are. Those from which a leave-one-out baseline was subtracted
-    have a variance in proportion to the square of the complement's mass, and more the fewer
-    values the baseline is the mean of: :math:`t_k^2 (1 + 1/b) / (N - k)` is made least, with
+    That bound takes costs as they are. Costs from which a leave-one-out baseline was subtracted
+    have a variance in proportion to the square of the complement's mass, which is larger the fewer
+    values the baseline is the mean of. So :math:`t_k^2 (1 + 1/b) / (N - k)` is made least, with
     :math:`b = N - k - 1`, and one more for the mean of the top values if :math:`k > 0`.
 
     :param top: ``[*batch, N - 1]``, the largest probabilities, in descending order.

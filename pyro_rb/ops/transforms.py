@@ -4,7 +4,7 @@
 """
 Derivatives of parts of a function that :func:`torch.func.grad` transforms as a whole.
 
-There no tensor can be made a leaf. What is computed of values only, and is constant for the
+There no tensor can be made a leaf. What is computed from values only, and is constant for the
 derivative, can be computed outside.
 """
 
@@ -28,7 +28,7 @@ def is_inside_of_func() -> bool:
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
     """
-    Within, operations on what :func:`plain` returns are as outside of :mod:`torch.func`.
+    Within the context, operations on what :func:`plain` returns are as outside of :mod:`torch.func`.
 
     >>> def slope(x):
     ...     with outside_of_transforms():
@@ -48,7 +48,7 @@ def outside_of_transforms() -> Iterator[None]:
 
 def unwrap(x: Any) -> Any:
     """
-    The tensor inside of those that transforms have made of it.
+    The innermost tensor, inside of those that transforms have made of it.
 
     >>> unwrap(torch.ones(2))
     tensor([1., 1.])

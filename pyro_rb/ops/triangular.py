@@ -18,7 +18,7 @@ def substitute(
     """
     Solves with the transpose of a matrix.
 
-    :param rows: the matrix, ``[dim, dim]``, but for its diagonal.
+    :param rows: the matrix, ``[dim, dim]``, without its diagonal.
     :param diagonal: ``[dim]``.
     :param b: the right-hand side, ``[dim]``.
     :param order: of rows and columns, in which the matrix is lower triangular.

@@ -5,7 +5,7 @@
 The flows of zuko, which need not be installed.
 
 A flow of zuko maps draws to noise, so that layers are inverted to draw, and the density at a value that is given
-comes in one pass. Its layers turned round, ``transform.inv``, draw in one pass and invert for the density. Either way
+comes in one pass. Its inverted layers, ``transform.inv``, draw in one pass and invert for the density. Either way
 ``y = f(x; h(x))``, elementwise in the first ``x``, with a network ``h`` by which an element depends on others before
 it: ``J = diag(scale) + N`` with a nilpotent ``N``.
 """
@@ -30,7 +30,7 @@ NETWORKS = set(
 
 def zuko_name(part: Any) -> Optional[str]:
     """
-    The name of a class, or of that of an object, if it is of zuko.
+    The name of a class, or of the class of an object, if it is one of zuko's.
 
     >>> zuko_name(torch.nn.ReLU())
     """

@@ -62,12 +62,12 @@ class UnseenEnumMessenger(EnumMessenger):
 
 class DrawMessenger(UnseenEnumMessenger):
     """
-    Draws each latent site of a guide by the first of some strategies that accepts it, so
-    that all other handlers see the value that the model gets.
+    Draws each latent site of a guide by the first of several strategies that accepts it, so that
+    all other handlers see the value that the model gets.
 
-    Sites that none accepts are left to Pyro, and so are those whose value was supplied. It
-    belongs outside of all other handlers, which then have said what they have to say of a
-    site's distribution.
+    Sites that no strategy accepts are left to Pyro, and so are those whose value was supplied. This
+    handler belongs outside of all others, which have then made their changes to a site's
+    distribution.
 
     :param strategies: in the order in which they are asked.
     :param int first_available_dim: as for

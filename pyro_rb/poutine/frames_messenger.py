@@ -9,8 +9,8 @@ from pyro.poutine.messenger import Messenger
 
 class FramesMessenger(Messenger):
     """
-    Puts sample sites into plates by name, without making the plates: no dim is
-    allocated, no site of a subsample is made, nothing is broadcast.
+    Puts sample sites into plates by name, without making the plates: no dim is allocated, no
+    subsample site is made, and nothing is broadcast.
 
     :param frames: the plates of each site, as found in the ``cond_indep_stack`` of
         another trace.

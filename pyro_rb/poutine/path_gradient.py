@@ -216,7 +216,7 @@ class TapMessenger(DrawMessenger):
     """
     A handler that takes path gradients where it can, see :class:`PathGradient`.
 
-    :param str obstacle: why nothing is to be tapped, if so.
+    :param str obstacle: the reason, if nothing is to be tapped.
 
     Example::
 

@@ -26,17 +26,17 @@ from pyro_rb.poutine.projected_use import ProjectionOptions
 
 class Projection(Strategy):
     """
-    Draws the Gaussian sites of a guide, and conditions their noise on the results of the
-    linear functions that guide and model use them in, while ``mode`` is on.
+    Draws the Gaussian sites of a guide. While ``mode`` is on, it conditions their noise on the
+    results of the linear functions that guide and model use them in.
 
-    What was done is in :attr:`sites`. If a site is ``violated``, the gradients of the run
-    are biased: run again, with the same random numbers and the ``violated`` elements
-    among the ``plain`` ones.
+    What was done is in :attr:`sites`. If elements of a site are ``violated``, the gradients of the
+    run are biased: run again, with the same random numbers and with these elements among the
+    ``plain`` ones.
 
     :param ProjectionOptions options: how to project.
     :param plain: by name and shape, elements of sites that are not to be projected.
-    :param str reason: why nothing is to be projected, if so.
-    :param path: taps the draws, for what is not projected. Then nothing is projected in the
+    :param str reason: the reason, if nothing is to be projected.
+    :param path: what taps the draws that are not projected. With it, nothing is projected in the
         guide. None (default) taps nothing.
 
     Example::

@@ -42,24 +42,22 @@ class Site(NamedTuple):
 
 class ProposalMessenger(Messenger):
     """
-    Runs a model or a guide once for M proposals, out of sight: no sample site, and no
-    plate or mask, passes through the handler in either direction. Param statements do.
+    Runs a model or a guide once for M proposals, out of sight: no sample site, plate or mask passes
+    through the handler in either direction. Param statements do.
 
     The proposals are along a dim of their own, as the particles of
-    ``vectorize_particles=True`` are. It is not taken from Pyro's allocator of dims, so
-    that it may be the very dim of a plate of particles around the handler.
+    ``vectorize_particles=True`` are. That dim is not taken from Pyro's allocator, so it may be the
+    very dim of a plate of particles around the handler.
 
-    :param dim: of the proposals, left of all plates, a negative int. None runs the code
-        once as it is.
-    :param int size: M.
-    :param values: to be used at the latent sites of these names.
-    :param subsamples: indices of subsampling plates by name. Those that are missing
-        are drawn, and put in.
-    :param tap: applied to latent sites that are drawn.
-    :param redraws: draws of normal distributions to be made once more at the latent sites
-        of these names, with a graph, from the noise that gave them.
-    :param str plate: if given, log densities are taken of the sites inside of this
-        plate only, without the scale that comes from its subsampling.
+    :param dim: the dim of the proposals, left of all plates, a negative int. None runs the code once as it is.
+    :param int size: the number of proposals, M.
+    :param values: values by name, to be used at these latent sites.
+    :param subsamples: indices of subsampling plates by name. Those that are missing are drawn, and added.
+    :param tap: what latent sites are drawn by, so that they have path gradients where they can.
+    :param redraws: draws of normal distributions by name. At these latent sites they are made once more, with
+        a graph, from the same noise.
+    :param str plate: if given, log densities are taken only of the sites inside of this plate, without the
+        scale that comes from its subsampling.
     :param bool expose: Whether to let sites outside of ``plate`` pass.
     :raises ValueError: at a site in a plate at ``dim`` or left of it.
 
@@ -221,9 +219,9 @@ class ProposalMessenger(Messenger):
 
     def log_prob_sum(self, keep_dim: Optional[int] = None) -> torch.Tensor:
         """
-        Without gradients, the sum may be in the memory of one of its terms.
+        The sum of the log densities. Without gradients, it may share the memory of one of its terms.
 
-        :param keep_dim: dim of the local plate, a negative int.
+        :param keep_dim: the dim of the local plate, a negative int.
         :return: log densities ``[M]``, or ``[M, N]`` with those of the items of the local
             plate along the second dim.
         """

@@ -10,8 +10,8 @@ from pyro.poutine.util import site_is_subsample
 
 class SharedSubsampleMessenger(Messenger):
     """
-    Gives each subsampling plate, at every run within the context, the subsample that it
-    drew at its first. Subsamples that the user supplies are left alone.
+    Gives each subsampling plate, in every run within the context, the subsample that it drew in its
+    first run. Subsamples that the user supplies are left alone.
 
     Example::
 

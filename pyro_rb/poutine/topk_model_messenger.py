@@ -13,8 +13,8 @@ from pyro_rb.poutine.topk_table import GatherCategorical
 
 class TopKModelMessenger(UnseenEnumMessenger):
     """
-    The handler of the model that runs after a guide with :class:`TopK` sites. It
-    bounds the cartesian product of slots, and makes Categorical priors cheap.
+    The handler for a model that runs after a guide with :class:`TopK` sites. It bounds the
+    cartesian product of slots, and makes Categorical priors cheap.
 
     :param TopK guide: the strategy of the guide.
 

@@ -8,10 +8,10 @@ class TopKOptions(NamedTuple):
     """
     How evaluations are spent at a site.
 
-    :param int k: categories to sum.
-    :param int num_samples: draws from the complement.
-    :param int budget: evaluations, in place of the other two; or None.
-    :param int sum_up_to: the most values of a site that are all summed, whatever the others say.
+    :param int k: the number of categories to sum.
+    :param int num_samples: the number of draws from the other categories.
+    :param int budget: the number of evaluations, in place of the other two; or None.
+    :param int sum_up_to: if a site has at most this many values, all are summed, whatever the other options say.
     """
 
     k: int = 1
@@ -36,8 +36,8 @@ class TopKOptions(NamedTuple):
         """
         Checks options and fills in those that are None.
 
-        :param default: to fill in from, if none is given that says how many values are looked at.
-            Defaults to ``k=1, num_samples=1``.
+        :param default: the options to fill in from, if none of those given says how many values are
+            looked at. Defaults to ``k=1, num_samples=1``.
         :param where: goes into error messages, such as ``" at guide site 'z'"``.
         :raises ValueError: naming the argument, if one is not an int of the required
             size, or if ``budget`` comes together with another.

@@ -43,8 +43,8 @@ class _Chosen(TorchDistribution):
 
 class TopK(Strategy):
     """
-    Puts, at discrete sites of a guide, the ``k`` most likely values and draws from the
-    others in the place of one draw, along an enumeration dim.
+    At discrete sites of a guide, puts the ``k`` most likely values and draws from the others in the
+    place of one draw, along an enumeration dim.
 
     The :class:`~pyro_rb.ops.topk.Slots` of a site, laid out as its ``log_prob``, are in
     ``msg["infer"]["_topk"]``. Where there are no more categories than slots, all are
@@ -55,15 +55,14 @@ class TopK(Strategy):
     :param bool probe: whether each site gets one more slot, for a draw from the whole
         distribution that has nearly no weight.
     :param int max_evaluations: the largest cartesian product of slots.
-    :param int num_draws: independent draws at sites whose values cannot be listed, without
-        ``infer={"draws": ...}``. Defaults to 1, which leaves them as they are.
-    :param dict plain: names of sites that are to have a single draw whatever they say
-        themselves, with the reasons.
+    :param int num_draws: the number of independent draws at sites whose values cannot be listed and
+        that have no ``infer={"draws": ...}``. Defaults to 1, which leaves these sites as they are.
+    :param dict plain: names of sites that get a single draw whatever their own options say, with the reasons.
     :param bool has_loo: whether costs have a leave-one-out baseline, which ``budget`` counts on.
     :param dict never_summed: names of sites that ``sum_up_to`` does not apply to, with the reasons.
-    :param bool draws_bits: whether Bernoulli vectors that are not all summed have draws in the place of likely
-        values, unless a site asks for these.
-    :raises TooManySummed: at a site, if all values of others were not to be summed.
+    :param bool draws_bits: whether Bernoulli vectors whose values are not all summed have draws in the place
+        of likely values, unless a site asks for likely values.
+    :raises TooManySummed: at a site, if other sites should not have had all their values summed.
     :raises ValueError: at a site, naming it: if its options are invalid, or cannot be
         followed; if the product of slots is too large.
 

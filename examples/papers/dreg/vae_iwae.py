@@ -6,8 +6,8 @@ Importance-weighted autoencoders on handwritten digits, trained by RenyiELBO and
 DReG_ELBO.
 
 Both losses have the same objective, the bound of Burda, Grosse and Salakhutdinov (2016)
-with K particles. The table gives, for each loss and K, the bound on digits that were not
-trained on, in nats for each image::
+with K particles. The table gives, for each loss and K, the bound on digits that were not trained
+on, in nats per image::
 
     python examples/papers/dreg/vae_iwae.py --out iwae
 
@@ -86,12 +86,12 @@ if __name__ == "__main__":
         "--loss", nargs="+", choices=LOSSES, default=["RenyiELBO", "DReG_ELBO"], metavar="LOSS",
         help=f"any of {', '.join(LOSSES)}",
     )
-    parser.add_argument("--num-particles", type=int, nargs="+", default=[8, 64], help="K")
+    parser.add_argument("--num-particles", type=int, nargs="+", default=[8, 64], help="number of particles, K")
     parser.add_argument("--num-test-particles", type=int, default=1000)
     parser.add_argument("--num-epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--code-size", type=int, default=8)
-    parser.add_argument("--width", type=int, default=100, help="of the hidden layers")
+    parser.add_argument("--width", type=int, default=100, help="width of the hidden layers")
     parser.add_argument("--data-dir", help="folder with the files of MNIST")
     run(main, parser)

@@ -2,19 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Bayesian neural networks on regression tables: how well do they predict at convergence, and
-after as much time, by the plain gradient, by R2G2_ELBO and by RaoBlackwell_ELBO?
+Bayesian neural networks on regression tables: how well do they predict at convergence, and after
+equal time, if they are trained by the plain gradient, by R2G2_ELBO and by RaoBlackwell_ELBO?
 
-One hidden layer, a mean-field guide, learned noise, random 90/10 splits, float64. A run ends
-when :class:`~pyro_rb.StopRule` says of mean losses of ten steps that it has converged, or at
-``--max-steps``. The learning rate of each method is that of the best log-likelihood at this end
-on a tenth of the training data of some splits. Steps are compiled. As much time is that of half
-of ``--max-steps`` by the plain gradient, in processor time of compiled steps, and of eager ones::
+The networks have one hidden layer, a mean-field guide and learned noise. Splits are random, 90/10;
+all is in float64. A run ends when :class:`~pyro_rb.StopRule` says that it has converged, by the
+mean losses of ten steps each, or at ``--max-steps``. The learning rate of each method is the one
+with the best log-likelihood at that point, on a tenth of the training data of some splits. Steps
+are compiled. Equal time is the time of half of ``--max-steps`` by the plain gradient, counted once
+in processor time of compiled steps and once in that of eager ones::
 
     python examples/papers/r2g2/bnn_regression.py --data-dir uci --out bnn_regression
 
-``--data-dir`` has a file ``NAME.csv.gz`` for each of ``--tables``, without a header, the
-target last. Without it the table is that of diabetes patients which scikit-learn carries
+``--data-dir`` has a file ``NAME.csv.gz`` for each of ``--tables``, without a header, the target
+last. Without ``--data-dir`` the table is that of diabetes patients that comes with scikit-learn
 (extra ``examples``).
 """
 
@@ -205,18 +206,18 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", help="folder with tables NAME.csv.gz")
     parser.add_argument("--tables", nargs="+", default=list(CLAIMED))
     parser.add_argument("--methods", nargs="+", choices=TRAINED, default=TRAINED, help="to train by, plain first")
-    parser.add_argument("--max-rows", type=int, help="of a table, drawn at random; all by default")
+    parser.add_argument("--max-rows", type=int, help="most rows of a table, drawn at random; all by default")
     parser.add_argument("--num-splits", type=int, default=20, help="5 at most where a table is large")
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.003, 0.01], help="of Adam, to choose from")
-    parser.add_argument("--num-tuning-splits", type=int, default=3, help="for that choice")
-    parser.add_argument("--max-steps", type=int, default=2000, help="where the loss still falls")
-    parser.add_argument("--min-epochs", type=int, default=3, help="at least as many steps in their place")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.003, 0.01], help="learning rates to choose from")
+    parser.add_argument("--num-tuning-splits", type=int, default=3, help="splits for that choice")
+    parser.add_argument("--max-steps", type=int, default=2000, help="end of a run whose loss still falls")
+    parser.add_argument("--min-epochs", type=int, default=3, help="epochs at least, if they are more steps")
     parser.add_argument("--tolerance", type=float, default=0.03, help="of StopRule, in nats a row")
     parser.add_argument("--backend", choices=["inductor", "replay"], default="inductor", help="of compiled steps")
-    parser.add_argument("--num-draws", type=int, default=200, help="of the posterior, for a prediction")
-    parser.add_argument("--num-samples", type=int, default=100, help="of the gradient, for a variance")
-    parser.add_argument("--num-rounds", type=int, default=50, help="of steps that are timed")
+    parser.add_argument("--num-draws", type=int, default=200, help="draws of the posterior for a prediction")
+    parser.add_argument("--num-samples", type=int, default=100, help="draws of the gradient for a variance")
+    parser.add_argument("--num-rounds", type=int, default=50, help="rounds of steps that are timed")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--width", type=int, default=50, help="of the hidden layer")
-    parser.add_argument("--init-scale", type=float, default=0.05, help="of the weights in the guide")
+    parser.add_argument("--width", type=int, default=50, help="width of the hidden layer")
+    parser.add_argument("--init-scale", type=float, default=0.05, help="scale of the weights in the guide at the start")
     run(main, parser)

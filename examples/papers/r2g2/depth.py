@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Variance of the gradient of R2G2_ELBO for Bayesian networks of several depths, against the
-plain gradient.
+Variance of the plain gradient over that of R2G2_ELBO, for Bayesian networks of several depths.
 
-Networks with ReLU and AutoNormal, all layers of one width, locations drawn as He et al.
-(2015) initialize weights, standard deviations ``s / sqrt(width)``. Parameters are held
-fixed; both gradients have the analytic KL divergence. Above 1 is better::
+Networks have ReLU and AutoNormal, and all layers have one width. Locations are drawn as He et al.
+(2015) initialize weights; standard deviations are ``s / sqrt(width)``. Parameters are held
+fixed; both gradients have the analytic KL divergence. Above 1, R2G2_ELBO is better::
 
     python examples/papers/r2g2/depth.py --out depth
 """
@@ -103,8 +102,8 @@ if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--s", type=float, nargs="+", default=[0.1, 0.3], help="see above")
-    parser.add_argument("--num-nets", type=int, default=2, help="for each depth")
-    parser.add_argument("--num-samples", type=int, default=80, help="of the gradient")
+    parser.add_argument("--num-nets", type=int, default=2, help="networks for each depth")
+    parser.add_argument("--num-samples", type=int, default=80, help="draws of the gradient")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
     run(main, parser)

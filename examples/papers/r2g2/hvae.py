@@ -5,10 +5,10 @@
 Hierarchical variational autoencoders on handwritten digits, with the plain gradient and
 with R2G2_ELBO.
 
-One, two or three layers of Normal codes. Each code goes into a linear map, that of the
-network that makes the next code or the pixels; it has ``--width`` outputs. R2G2_ELBO can
-gain only if that is less than ``--code-size``: a map that is wider tells the code.
-Both gradients have the analytic KL divergence; guide and model are the same::
+There are one, two or three layers of Normal codes. Each code goes into a linear map, the first
+layer of the network that makes the next code or the pixels; it has ``--width`` outputs. R2G2_ELBO
+can gain only if that is less than ``--code-size``, because the outputs of a wider map determine the
+code. Both gradients have the analytic KL divergence; guide and model are the same::
 
     python examples/papers/r2g2/hvae.py --out hvae
 
@@ -227,14 +227,14 @@ if __name__ == "__main__":
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--data-dir", help="folder with the files of MNIST")
     parser.add_argument("--num-codes", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--code-size", type=int, nargs="+", default=[40, 10], help="as many as --width")
+    parser.add_argument("--code-size", type=int, nargs="+", default=[40, 10], help="of codes, one for each --width")
     parser.add_argument("--width", type=int, nargs="+", default=[10, 40])
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--num-steps", type=int, default=300)
     parser.add_argument("--num-seeds", type=int, default=2)
-    parser.add_argument("--num-samples", type=int, default=100, help="of the gradient, for a variance")
-    parser.add_argument("--num-draws", type=int, default=20, help="of the codes, for an ELBO")
-    parser.add_argument("--num-rounds", type=int, default=50, help="of steps that are timed")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of Adam")
+    parser.add_argument("--num-samples", type=int, default=100, help="draws of the gradient for a variance")
+    parser.add_argument("--num-draws", type=int, default=20, help="draws of the codes for an ELBO")
+    parser.add_argument("--num-rounds", type=int, default=50, help="rounds of steps that are timed")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam")
     run(main, parser)

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Autoencoders whose codes are bits, by estimators with as many evaluations of the decoder: noise, time, and training.
+Autoencoders whose codes are bits, by estimators with equally many evaluations of the decoder: noise, time, training.
 
-Codes of 200 bits and of 8, of digits of 14 x 14 pixels. Compared are REINFORCE, leave-one-out, DisARM, the unordered
-set estimator and VIMCO, by hand as in ``support/several_draws.py``, and RaoBlackwell_ELBO: as it is, with pairs,
-with independent draws, and, where there are few codes, with a budget. VIMCO has another objective, the bound of as
-many draws::
+Digits of 14 x 14 pixels have codes of 200 bits or of 8. REINFORCE, leave-one-out, DisARM, the unordered set estimator
+and VIMCO, written by hand in ``support/several_draws.py``, are compared with RaoBlackwell_ELBO: by default, with pairs,
+with independent draws, and, where there are few codes, with a budget. VIMCO has another objective, the
+importance-weighted bound of as many draws::
 
     python examples/papers/rao_blackwell/binary.py --out binary
 
@@ -252,11 +252,11 @@ if __name__ == "__main__":
     parser = make_digit_parser(__doc__)
     parser.add_argument("--num-bits", type=int, nargs="+", default=[200, 8], help="of a code")
     parser.add_argument("--num-evaluations", type=int, nargs="+", default=[2, 4, 8], help="where noise is measured")
-    parser.add_argument("--num-gradients", type=int, default=60, help="of each method in each state")
+    parser.add_argument("--num-gradients", type=int, default=60, help="gradients of each method in each state")
     parser.add_argument("--states", type=int, nargs="+", default=[50, 1000], help="steps before noise is measured")
     parser.add_argument("--seconds", type=float, nargs="+", default=[10.0, 4.0], help="of a run, for each size of code")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="to choose from")
-    parser.add_argument("--num-train", type=int, default=4000, help="digits")
-    parser.add_argument("--num-test", type=int, default=500, help="digits, and as many for validation")
-    parser.add_argument("--num-draws", type=int, default=100, help="of the test bounds")
+    parser.add_argument("--num-train", type=int, default=4000, help="digits for training")
+    parser.add_argument("--num-test", type=int, default=500, help="digits for tests, and as many for validation")
+    parser.add_argument("--num-draws", type=int, default=100, help="draws for the test bounds")
     run(main, parser)

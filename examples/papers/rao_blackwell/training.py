@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Training by RaoBlackwell_ELBO, and by losses with one treatment for all sites, for the same time.
+Training by RaoBlackwell_ELBO and by losses that treat all sites alike, for the same time.
 
 Each loss has a learning rate of its own: at the first seed it is trained at each of three, from the
-same start, and the best is taken for the other seeds. Runs take turns. The objective itself is
-noted along the CPU time of the training steps: with the same random numbers for all, and with
-discrete sites summed out. What counts is the mean of the last three values::
+same start, and the best is taken for the other seeds. Runs take turns. The objective is evaluated
+from time to time, as a function of the CPU time of the training steps: with the same random numbers
+for all losses, and with discrete sites summed out. What counts is the mean of the last three
+values::
 
     python examples/papers/rao_blackwell/training.py --out training
 
@@ -131,7 +132,7 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
     parser.add_argument("--models", nargs="+", choices=list(PROBLEMS), help="default: all")
-    parser.add_argument("--seconds", type=float, help="of a training run; default: 2 to 6, by model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training runs")
-    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the model's learning rate")
+    parser.add_argument("--seconds", type=float, help="time of a training run; default: 2 to 6, by model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of training runs")
+    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="times the model's learning rate")
     run(main, parser)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Annealed importance sampling that is differentiated, by NumPyro, for the logistic regression of ``logistic.py``."""
+"""NumPyro's differentiable annealed importance sampling, for the logistic regression of ``logistic.py``."""
 
 import math
 import sys

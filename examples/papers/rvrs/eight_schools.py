@@ -5,10 +5,10 @@
 Eight schools: means and standard deviations by a mean-field guide, by RVRSGuide around it,
 and by NUTS.
 
-The model is written in the centred way, whose posterior is a funnel in ten dimensions; NUTS
-runs on the equivalent non-centred form. Given the mean ``mu`` and the scale ``tau``, the
-effects ``theta`` of the schools are Normal, so the exact values are two-dimensional
-integrals, here sums over a grid. RVRSGuide takes over the guide after half of the steps::
+The model is in its centered form, whose posterior is a funnel in ten dimensions; NUTS runs on the
+equivalent non-centered form. Given the mean ``mu`` and the scale ``tau``, the effects ``theta`` of
+the schools are Normal, so the exact values are two-dimensional integrals, here sums over a grid.
+RVRSGuide takes over the guide after half of the steps::
 
     python examples/papers/rvrs/eight_schools.py --out eight_schools
 """
@@ -150,7 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--lr-rvrs", type=float, default=0.05)
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
-    parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
-    parser.add_argument("--num-draws", type=int, default=20_000, help="of which the moments are taken")
+    parser.add_argument("--num-samples", type=int, default=100_000, help="proposals from which the ELBO is estimated")
+    parser.add_argument("--num-draws", type=int, default=20_000, help="draws from which the moments are taken")
     parser.add_argument("--num-nuts", type=int, default=1000, help="draws of NUTS, after a third as many to warm up")
     run(main, parser)

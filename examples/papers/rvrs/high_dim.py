@@ -4,10 +4,10 @@
 """
 RVRSGuide on a posterior of 1,000 dimensions.
 
-Each of 1,000 sensors reads a source of its own, a part of the next one's, and noise. The
-posterior is Normal with correlated neighbours, so the evidence is known, and so is the
-best ELBO of a mean-field guide. RVRSGuide takes over such a guide after half of the steps;
-where the table says "cold" it trains the guide from the start::
+Each of 1,000 sensors reads the sum of its own source, a part of the next sensor's source, and
+noise. The posterior is Normal with correlated neighbors, so the evidence is known, and so is the
+best ELBO of a mean-field guide. RVRSGuide takes over such a guide after half of the steps; where
+the table says "cold", it trains the guide from the start::
 
     python examples/papers/rvrs/high_dim.py --out high_dim
 """
@@ -120,7 +120,7 @@ if __name__ == "__main__":
     parser.add_argument("--error", type=float, default=1.0)
     parser.add_argument("--num-steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--lr-warm", type=float, default=0.005, help="where RVRSGuide takes over")
+    parser.add_argument("--lr-warm", type=float, default=0.005, help="learning rate where RVRSGuide takes over")
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
-    parser.add_argument("--num-samples", type=int, default=20_000, help="of which the ELBO is estimated")
+    parser.add_argument("--num-samples", type=int, default=20_000, help="proposals from which the ELBO is estimated")
     run(main, parser)

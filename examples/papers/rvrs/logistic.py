@@ -4,17 +4,17 @@
 """
 Bayesian logistic regression by guides of Pyro, and by RVRSGuide around them.
 
-The data are 100 rows each of three tables of scikit-learn (extra ``examples``): breast cancer, one kind of wine against
-the others, and handwritten digits, 3 against 8. Features are standardized; weights have a standard normal prior. All
-guides are trained for the same number of steps. RVRSGuide takes over a guide after half of them. The flow is also
-trained by STLTrace_ELBO, with path gradients. With ``--dais 4 16`` annealed importance sampling by NumPyro's AutoDAIS
-(extra ``benchmarks``) is fitted too, for as many steps::
+The data are 100 rows from each of three tables of scikit-learn (extra ``examples``): breast cancer, one kind of wine
+against the others, and handwritten digits, 3 against 8. Features are standardized; weights have a standard normal
+prior. All guides are trained for the same number of steps. RVRSGuide takes over a guide after half of them. The flow
+is also trained by STLTrace_ELBO, with path gradients. With ``--dais 4 16`` annealed importance sampling by NumPyro's
+AutoDAIS (extra ``benchmarks``) is fitted too, for as many steps::
 
     python examples/papers/rvrs/logistic.py --dais 4 16 --out logistic
 
-Given are the ELBO (for IWAE the bound of 8 draws that it maximizes), how much of the distance of the mean-field guide
-to the log evidence is gone, the running mean of the acceptance, and the CPU time of all steps, which are replayed. The
-log evidence is that of importance sampling from RVRSGuide's full-rank normal.
+The table gives the ELBO (for IWAE the bound of 8 draws that it maximizes), the share of the mean-field guide's
+distance to the log evidence that is gone, the running mean of the acceptance, and the CPU time of all steps, which
+are replayed. The log evidence comes from importance sampling with RVRSGuide's full-rank normal.
 """
 
 import math
@@ -192,11 +192,11 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--lr-flow", type=float, default=0.005)
     parser.add_argument("--lr-rvrs", type=float, default=0.005)
-    parser.add_argument("--lr-dais", type=float, nargs="+", default=[0.01, 0.03], help="the best is taken")
+    parser.add_argument("--lr-dais", type=float, nargs="+", default=[0.01, 0.03], help="learning rates to try")
     parser.add_argument("--Z-target", type=float, nargs="+", default=[0.3, 0.1])
     parser.add_argument("--epsilon", type=float, default=0.01)
-    parser.add_argument("--small-epsilon", type=float, default=1e-4, help="for the last Z_target once more")
+    parser.add_argument("--small-epsilon", type=float, default=1e-4, help="for another run with the last Z_target")
     parser.add_argument("--dais", type=int, nargs="*", default=[], help="numbers of steps of annealing")
-    parser.add_argument("--num-samples", type=int, default=100_000, help="of which the ELBO is estimated")
+    parser.add_argument("--num-samples", type=int, default=100_000, help="proposals from which the ELBO is estimated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     run(main, parser)

@@ -5,10 +5,9 @@
 Two posteriors in two dimensions, drawn against guides and RVRSGuide around them.
 
 ``wedge`` is a logistic regression on six points that a line can almost separate: its
-posterior is skewed. ``funnel`` has a log scale, and a location of that scale with one vague
-reading. All integrals are sums over a grid, fine enough to be exact to the digits given. All
-guides are trained for the same number of steps; RVRSGuide takes over a guide after half of
-them::
+posterior is skewed. ``funnel`` has a log scale, and a location that has this scale and one vague
+reading. All integrals are sums over a grid, fine enough to be exact to the digits given. All guides
+are trained for the same number of steps; RVRSGuide takes over a guide after half of them::
 
     python examples/papers/rvrs/shapes.py --out shapes
 """
@@ -187,5 +186,5 @@ if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--num-steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--num-draws", type=int, default=500, help="shown in a panel")
+    parser.add_argument("--num-draws", type=int, default=500, help="draws shown in a panel")
     run(main, parser)

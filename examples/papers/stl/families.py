@@ -4,16 +4,16 @@
 """
 Path gradients by the family of the guide: noise at the start and after training, and what training makes of it.
 
-Roeder, Wu and Duvenaud (2017) expect more of them for flexible guides, such as flows, and for importance-weighted
-bounds. Here are two posteriors, by a mean field, a full-rank Normal and flows, and an autoencoder of digits. The
-ELBO is trained by Trace_ELBO, STLTrace_ELBO and RaoBlackwell_ELBO, the bound of 8 particles by RenyiELBO and
-DReG_ELBO::
+Roeder, Wu and Duvenaud (2017) expect more of path gradients for flexible guides, such as flows, and for
+importance-weighted bounds. Here two posteriors are fitted by a mean field, a full-rank Normal and flows, and an
+autoencoder is fitted to digits. The ELBO is maximized by Trace_ELBO, STLTrace_ELBO and RaoBlackwell_ELBO, and the
+bound of 8 particles by RenyiELBO and DReG_ELBO::
 
     python examples/papers/stl/families.py --out families
 
-All losses have the same CPU time and start, and take turns. The learning rate falls with time to a hundredth; of each
-loss it is the best of several at the first seed, by its own objective. Noise is the variance of the gradient over
-that of Trace_ELBO or RenyiELBO, with a new guide and with one that Trace_ELBO has trained.
+All losses have the same CPU time and start, and take turns. The learning rate falls with time to a hundredth. For
+each loss it is the best of several at the first seed, by the loss's own objective. Noise is the variance of the
+gradient over that of Trace_ELBO or RenyiELBO, with a new guide and with one that Trace_ELBO has trained.
 """
 
 from dataclasses import dataclass
@@ -282,13 +282,13 @@ def by_case(results):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training runs")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02], help="of Adam, to choose from")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of training runs")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02], help="learning rates to choose from")
     help = "of CPU time for a run; half as many again for flows and the autoencoder"
     parser.add_argument("--seconds", type=float, default=7.0, help=help)
-    parser.add_argument("--noise-only", action="store_true", help="no comparison of training")
-    parser.add_argument("--num-gradients", type=int, default=100, help="of each loss in each state")
+    parser.add_argument("--noise-only", action="store_true", help="do not compare training")
+    parser.add_argument("--num-gradients", type=int, default=100, help="gradients of each loss in each state")
     parser.add_argument("--num-burn-in", type=int, default=50, help="steps before, in which a scale is learned")
-    parser.add_argument("--num-draws", type=int, default=4000, help="for the bounds of a posterior")
-    parser.add_argument("--case", default="", help="a part of the name of posterior and guide")
+    parser.add_argument("--num-draws", type=int, default=4000, help="draws for the bounds of a posterior")
+    parser.add_argument("--case", default="", help="run only cases with this in the name")
     run(main, parser)

@@ -4,11 +4,11 @@
 """
 Three coins with one parameter: the simplest case of RaoBlackwellTopK_ELBO.
 
-Three coins b with a common log odds eta are one latent z with 8 values. The loss is the
-mean of the squared distance from b to (0.6, 0.51, 0.48), without an entropy; the best eta
-is +infinity. Figures 1 and 2 of Liu et al. (2019): the variance of the gradient by the
-number k of summed values, at eta = 0 and where z is nearly certain, at eta = -4; and the
-loss along gradient descent from both. Takes about a minute::
+Three coins b with common log odds eta are one latent z with 8 values. The loss is the mean squared
+distance from b to (0.6, 0.51, 0.48), without an entropy; the best eta is +infinity. As in Figures 1
+and 2 of Liu et al. (2019), the script draws the variance of the gradient against the number k of
+summed values, at eta = 0 and at eta = -4, where z is nearly certain, and the loss along gradient
+descent from both. It takes about a minute::
 
     python examples/papers/topk/bernoulli.py --out bernoulli
 """
@@ -154,7 +154,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
-    parser.add_argument("--num-samples", type=int, default=100000, help="of each gradient")
+    parser.add_argument("--num-samples", type=int, default=100000, help="draws of each gradient")
     parser.add_argument("--num-copies", type=int, default=200, help="runs of gradient descent")
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1.0)

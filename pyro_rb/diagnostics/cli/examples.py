@@ -27,7 +27,7 @@ BASEBALL_AT_BATS = 45
 
 def eight_schools(effects: Tensor, errors: Tensor) -> None:
     """
-    The non-centred hierarchical normal model of the eight schools.
+    The non-centered hierarchical normal model of the eight schools.
 
     :param ~torch.Tensor effects: Estimated effects, ``[8]``, in points of the SAT.
     :param ~torch.Tensor errors: Their standard errors, ``[8]``.
@@ -41,7 +41,7 @@ def eight_schools(effects: Tensor, errors: Tensor) -> None:
 
 def baseball(hits: Tensor, at_bats: int) -> None:
     """
-    Batting averages, partially pooled on the log-odds scale (centred).
+    Batting averages, partially pooled on the log-odds scale (centered).
 
     :param ~torch.Tensor hits: Number of hits of each player, ``[18]``.
     :param int at_bats: Number of trials of each player.

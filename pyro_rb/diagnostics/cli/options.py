@@ -20,8 +20,8 @@ from pyro_rb.diagnostics.show.plot import KINDS, check_plot_path
 PROGRAM = "python -m pyro_rb"
 
 DESCRIPTION = """\
-Gradient estimators for stochastic variational inference in Pyro, measured on your model.
-Without a command: compare, on two small models with published data if there is no --model."""
+Measures gradient estimators for stochastic variational inference in Pyro on your model.
+The default command is compare. Without --model it runs on two small models with published data."""
 
 EPILOG = """\
 examples:
@@ -35,8 +35,9 @@ examples:
   python -m pyro_rb compare --losses DReG_ELBO:num_particles=8 \\
       --reference RenyiELBO:alpha=0,num_particles=8,vectorize_particles=True
 
-Modules are looked for in the current directory first. --guide may also name an AutoGuide
-class, or a function whose only argument is called "model" and that returns the guide.
+Defaults are in parentheses. Modules are looked for in the current directory first. --guide
+may also name an AutoGuide class, or a function whose only argument is called "model" and that
+returns the guide.
 make_args() returns the arguments of model and guide: a tuple, or (tuple, dict). Without --args
 they are taken from the model's script: make_args(), args, or variables with the names of the
 model's arguments."""
@@ -62,7 +63,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
     """The options of a command line; ``options.command`` is the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(PROGRAM, None, DESCRIPTION, EPILOG, formatter_class=formatter)
-    parser.add_argument("--version", action="version", version=versions(), help="what to say in a report of a bug")
+    parser.add_argument("--version", action="version", version=versions(), help="versions, for a bug report")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (what, add_options) in COMMANDS.items():
         # Old habits: the general help of a command shows the examples, too.
@@ -78,7 +79,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
 def _add_model_options(add: Callable) -> None:
     add("--model", metavar="MODULE:NAME", help="the model; also path/to/file.py:NAME")
     add("--guide", metavar="MODULE:NAME", help="the guide (AutoNormal)")
-    add("--args", metavar="MODULE:NAME", help="function that makes the arguments (see below)")
+    add("--args", metavar="MODULE:NAME", help="function that makes the arguments of both (see below)")
     add("--batches", action="store_true", help="call that function before each step, for a new minibatch")
 
 
@@ -86,25 +87,25 @@ def _add_output_options(add: Callable) -> None:
     add("--seed", metavar="N", type=int, default=0, help="random seed (0)")
     add("--device", default="cpu", help="torch device, such as cuda (cpu)")
     add("--json", metavar="FILE", help="also write all results as JSON")
-    add("--html", metavar="FILE", help="also write a page with tables, and figures")
+    add("--html", metavar="FILE", help="also write an HTML page with tables and figures")
     add("--plot", metavar="FILE", help="also draw a figure (needs matplotlib)")
     add("--no-progress", action="store_true", help="show no progress bar")
     add("--traceback", action="store_true", help="on an error show the full traceback")
 
 
 def _add_compare_options(add: Callable) -> None:
-    add("--losses", metavar="LOSS", nargs="+", help="by name, with arguments after a colon (those that apply)")
-    add("--reference", metavar="LOSS", help="what they are compared to (Trace_ELBO; TraceEnum_ELBO if the model "
+    add("--losses", metavar="LOSS", nargs="+", help="losses by name, with arguments after a colon (those that apply)")
+    add("--reference", metavar="LOSS", help="what they are compared with (Trace_ELBO; TraceEnum_ELBO if the model "
         "enumerates a site)")  # fmt: skip
     add("--train-steps", metavar="N", nargs="+", type=int, help="measure before, halfway and after N training steps "
         "with the reference; several numbers say when to measure")  # fmt: skip
-    add("--train", metavar="SECONDS", type=float, nargs="?", const=5.0, default=0.0, help="also train with the best "
-        "losses for so long each (5), with several seeds and learning rates")  # fmt: skip
-    add("--steps", metavar="N", type=int, help="for how many steps a compilation is to pay; 0: compile nothing (10000; "
-        "0 with --losses)")  # fmt: skip
-    add("--learning-rate", metavar="RATE", type=float, help="of Adam in training (0.01)")
+    add("--train", metavar="SECONDS", type=float, nargs="?", const=5.0, default=0.0, help="also train with each of "
+        "the best losses for so long (5), with several seeds and learning rates")  # fmt: skip
+    add("--steps", metavar="N", type=int, help="how many steps you intend, over which a compilation is to "
+        "pay; 0: compile nothing (10000; 0 with --losses)")  # fmt: skip
+    add("--learning-rate", metavar="RATE", type=float, help="learning rate of Adam in training (0.01)")
     add("--num-samples", metavar="N", type=int, default=300, help="gradients of each loss (300)")
-    add("--burn-in", metavar="N", type=int, default=100, help="gradients drawn before (100)")
+    add("--burn-in", metavar="N", type=int, default=100, help="gradients drawn first and thrown away (100)")
     add("--rel-error", metavar="SHARE", type=float, help="sample until the standard error of each variance ratio "
         "is at most this share of it, such as 0.05")  # fmt: skip
     add("--max-seconds", metavar="SECONDS", type=float, help="stop sampling after this time for a model (no limit; "
@@ -119,26 +120,28 @@ def _add_loss(add: Callable) -> None:
 
 def _add_check_options(add: Callable) -> None:
     _add_loss(add)
-    add("--reference", metavar="LOSS", default="Trace_ELBO", help="what to compare it to (Trace_ELBO)")
+    add("--reference", metavar="LOSS", default="Trace_ELBO", help="what to compare it with (Trace_ELBO)")
     add("--method", choices=METHODS, help="how to compare (paired); exact: the reference has no noise")
     add("--num-samples", metavar="N", type=int, default=1000, help="gradients of each loss (1000)")
-    add("--burn-in", metavar="N", type=int, default=0, help="gradients drawn before (0)")
-    add("--failure-rate", metavar="RATE", type=float, default=1e-4, help="of an unbiased loss (0.0001)")
-    add("--detect", metavar="SHARE", type=float, help="fail if a bias of this share could not be seen")
+    add("--burn-in", metavar="N", type=int, default=0, help="gradients drawn first and thrown away (0)")
+    add("--failure-rate", metavar="RATE", type=float, default=1e-4, help="how often an unbiased loss may fail (0.0001)")
+    add("--detect", metavar="SHARE", type=float, help="also fail if a bias of this share of the gradient could not "
+        "be seen")  # fmt: skip
 
 
 def _add_noise_options(add: Callable) -> None:
     _add_loss(add)
     add("--num-samples", metavar="N", type=int, default=400, help="number of draws (400)")
-    add("--burn-in", metavar="N", type=int, default=0, help="draws made before (0)")
-    add("--rel-error", metavar="SHARE", type=float, nargs="+", default=[0.1], help="wanted of the gradient (0.1)")
+    add("--burn-in", metavar="N", type=int, default=0, help="draws made first and thrown away (0)")
+    add("--rel-error", metavar="SHARE", type=float, nargs="+", default=[0.1], help="wanted error of the "
+        "gradient, as a share of it (0.1)")  # fmt: skip
 
 
 def _add_fit_options(add: Callable) -> None:
     _add_loss(add)
-    add("--max-steps", metavar="N", type=int, default=10000, help="steps at most (10000)")
-    add("--learning-rate", metavar="RATE", type=float, default=0.01, help="of Adam (0.01)")
-    add("--tolerance", metavar="NATS", type=float, help="the gain not worth waiting for (a third of the noise)")
+    add("--max-steps", metavar="N", type=int, default=10000, help="most steps (10000)")
+    add("--learning-rate", metavar="RATE", type=float, default=0.01, help="learning rate of Adam (0.01)")
+    add("--tolerance", metavar="NATS", type=float, help="the gain that is not worth waiting for (a third of the noise)")
     add("--on-bad", choices=ON_BAD, default="raise", help="what to do when a gradient is not finite (raise)")
     add("--save", metavar="FILE", help="save the param store")
 
@@ -147,8 +150,8 @@ def _add_fit_options(add: Callable) -> None:
 COMMANDS: Dict[str, Tuple[str, Callable]] = {
     "compare": ("Compares losses: bias, variance, time and memory of their gradients.", _add_compare_options),
     "check": ("Is the gradient of a loss unbiased? Ends with status 1 if not.", _add_check_options),
-    "noise": ("How many particles does a wanted precision of the gradient take?", _add_noise_options),
-    "fit": ("Trains until the loss falls no more, guarded against NaN.", _add_fit_options),
+    "noise": ("How many particles does a given precision of the gradient take?", _add_noise_options),
+    "fit": ("Trains until the loss no longer falls, guarded against NaN.", _add_fit_options),
 }
 
 

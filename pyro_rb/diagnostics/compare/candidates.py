@@ -52,8 +52,8 @@ def choose_losses(
     reference: Optional[str] = None,
 ) -> Choice:
     """
-    Chooses losses by what the traces of model and guide show and by one evaluation of each
-    candidate, from which the world is left as it was found.
+    Chooses losses by the traces of model and guide and by one evaluation of each candidate.
+    Everything is left as it was found.
 
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide.

@@ -72,21 +72,21 @@ def compare(
     Compares losses on a model and guide: is the gradient unbiased, how large is its
     variance, what does it cost? And which loss is to be recommended?
 
-    All losses are measured in turn at the same parameters and with the same random numbers
-    draw by draw, against a reference, which is always measured:
-    :class:`~pyro.infer.trace_elbo.Trace_ELBO` unless you say otherwise. ``variance x time``
-    is the time that a loss needs to estimate the gradient as well as another;
-    ``result.recommendation`` weighs the states, by the rule in
+    All losses are measured in turn, at the same parameters and, draw by draw, with the same random
+    numbers. They are compared with a reference, which is always measured:
+    :class:`~pyro.infer.trace_elbo.Trace_ELBO` unless you say otherwise. ``variance x time`` tells
+    how long a loss takes to estimate the gradient with a given precision; ``result.recommendation``
+    weighs the states of the parameters by the rule in
     :mod:`~pyro_rb.diagnostics.compare.recommend`.
 
     Bias is tested against the exact gradient where all latent variables are discrete and
-    few enough to be enumerated, and else against the reference's, draw by draw;
+    few enough to be enumerated, and otherwise against that of the reference, draw by draw;
     ``result.settings["reference_gradient"]`` says which.
 
     The param store, the random number generators and the modules are left as they were
     found, see :func:`~pyro_rb.diagnostics.run.state.preserve_state`. A loss that cannot run on
     this model and guide gets a row that says why. If training or the reference fails after
-    something was measured, that is returned, and ``result.error`` says what has happened.
+    something was measured, the result so far is returned, and ``result.error`` says what happened.
 
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide whose sample sites match the model's.
@@ -95,62 +95,63 @@ def compare(
         name. Instances are copied. Default: those that apply, see
         :func:`~pyro_rb.diagnostics.compare.candidates.choose_losses`; ``result.left_out`` says why the
         others do not.
-    :param args: Positional arguments of model and guide; or a function without arguments that
-        returns them. It is called before each step, for a new minibatch, whose noise then counts
-        in all variances; the time that it takes counts as well. It must draw by the generators
-        of torch, numpy or random, so that all losses see the same.
+    :param args: Positional arguments of model and guide; or a function without arguments that returns
+        them. The function is called before each step, for a new minibatch. The noise of the
+        minibatches then counts in all variances, and the time of the function counts as well. It must
+        draw with the generators of torch, numpy or random, so that all losses see the same batches.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of gradients of each loss at each state, at least 2. With
-        ``rel_error``, the least number. Candidates that you have not named have no more than about a quarter, and 60,
-        if they then need twice the time of the best and are five standard errors behind it.
+        ``rel_error``, the least number. Candidates that you have not named are dropped once they need twice the time
+        of the best and are five standard errors behind it, but not before a fifth of the gradients, and at least 60,
+        are drawn.
     :param int num_burn_in: Number of gradients that are drawn first and thrown away, from
         which adaptive losses learn.
-    :param train_steps: With ``n`` steps the losses are measured before, halfway (after
-        ``n // 2`` steps) and after training by the reference. A list of steps says exactly
-        when to measure. 0 is only the parameters as they are, from which there is no advice. Default:
-        before training, and after a short training run: until a
-        :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss falls no more, or
-        2000 steps, or 20 seconds; not if there are fewer than 30 gradients, from which there is no advice.
+    :param train_steps: With ``n``, the losses are measured before, halfway through (after ``n // 2`` steps) and
+        after ``n`` steps of training with the reference. A list of steps says exactly when to measure. 0 measures
+        only at the parameters as they are, which gives no advice. Default: before and after a short training run,
+        which ends when a :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss no longer falls,
+        or after 2000 steps or 20 seconds. With fewer than 30 gradients, which give no advice, there is no training
+        run.
     :param ~pyro.optim.optim.PyroOptim optim: Optimizer for the training. Default: Adam with
         learning rate 0.01. It is copied.
     :param int seed: Seed, between 0 and 2**32 - 1.
     :param float failure_rate: Probability that any of the losses is called biased by chance.
     :param str title: Heading of the table.
     :param bool progress: Whether to show a progress bar on stderr.
-    :param str reference: Name of the loss that the others are compared to. Losses with
-        another objective than it appear as biased; so compare importance-weighted bounds
-        to ``"RenyiELBO:alpha=0,num_particles=8"`` or the like. Default:
-        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site,
-        else ``Trace_ELBO``.
+    :param str reference: Name of the loss that the others are compared with. Losses with another objective appear as
+        biased, so compare importance-weighted bounds with ``"RenyiELBO:alpha=0,num_particles=8"`` or the like.
+        Default: :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site, else
+        ``Trace_ELBO``.
     :param float rel_error: Go on sampling at each state until the standard error of each
         variance ratio is at most this share of it. Default: take ``num_samples``.
     :param float max_seconds: Stop sampling after this time, with at least two gradients at
         each state; training is not cut short. The states share the time. Results then
         depend on the speed of the machine. Default: no limit, or 600 with ``rel_error``.
-    :param train: Whether to train with the best losses, and the reference, for equal time from the
-        same start, and to see which ends lowest; a number is the time in seconds for each loss and
-        seed (True: 5). It takes about 20 times that. ``result.race`` has the curves, see
+    :param train: Whether to train with the best losses and with the reference, for equal time and from the same
+        start, to see which ends lowest. A number is the time in seconds for each loss and seed (True: 5). Together
+        they take about 20 times that. ``result.race`` has the curves, see
         :func:`~pyro_rb.diagnostics.compare.race.race`.
-    :param dict guides: Other guides by name, to be trained beside this one for equal time (that of
-        ``train``, or 5 seconds), which answers whether the guide is good enough. ``result.guides`` has
-        their ELBO and k-hat, see :func:`~pyro_rb.diagnostics.compare.guides.compare_guides`.
-    :param int steps: How many steps you intend to train for. Steps of the loss that is recommended are also timed
-        as :class:`~pyro_rb.compiled.svi.CompiledSVI` makes them, and of the second if it is close; the time for
-        compilation, 5 to 60 seconds for each, is spread over so many. 0: nothing is compiled. Default: 10000, or
-        0 if you name the losses.
-    :returns: A :class:`~pyro_rb.diagnostics.compare.report.Comparison`: prints as a table, shows as
-        one in notebooks, has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
+    :param dict guides: Other guides by name, trained for the same time as this one (that of ``train``, or 5
+        seconds), to see whether the guide is good enough. ``result.guides`` has their ELBO and k-hat, see
+        :func:`~pyro_rb.diagnostics.compare.guides.compare_guides`.
+    :param int steps: How many steps you intend to train for. The recommended loss, and the second best if it is
+        close, are also timed under :class:`~pyro_rb.compiled.svi.CompiledSVI`. The time for compilation, 5 to 60
+        seconds for each, is spread over this many steps. 0: nothing is compiled. Default: 10000, or 0 if you name
+        the losses.
+    :returns: A :class:`~pyro_rb.diagnostics.compare.report.Comparison`: it prints as a table, also in notebooks, and
+        has ``recommendation``, ``to_dict()``, ``to_html()`` and ``plot()``.
     :raises ValueError: If sites do not match, there is no parameter, a loss is unknown, an
         argument is out of range, or the reference or the training fails before anything is measured.
-    :raises ComparisonInterrupted: On Ctrl-C. It is a :class:`KeyboardInterrupt` that has
-        what was measured until then.
+    :raises ComparisonInterrupted: On Ctrl-C. It is a :class:`KeyboardInterrupt` that holds what was measured until
+        then.
 
-    Memory: beside what one step of training takes, about 50 bytes for each parameter value in single precision, and 8
-    more for each further loss that learns from its gradients; measured with ten million values and three losses.
+    Memory: in addition to that of one training step, about 50 bytes for each parameter value in single precision, and
+    8 more for each further loss that learns from its gradients. This was measured with ten million values and three
+    losses.
 
     The test of bias has little power where the gradient is very noisy; the column *bias
-    seen from* tells how large a bias would have been noticed. Variances are those at frozen
-    parameters; they tell nothing about the path of training.
+    seen from* tells how large a bias would have been noticed. Variances are measured at fixed parameters; they say
+    nothing about the path of training.
 
     **Example**
 

@@ -54,11 +54,11 @@ class CompiledTime:
     :param str name: The loss.
     :param str backend: ``"inductor"`` or ``"replay"``.
     :param float eager_seconds: Median time of a step of :class:`~pyro.infer.svi.SVI`.
-    :param float seconds: That of a step of ``CompiledSVI``.
-    :param float setup_seconds: The time until it is ready, once for a script.
-    :param float replay_seconds: Of Inductor: the time of a step until then, when the graph is replayed.
-    :param float capture_seconds: Of Inductor: the time until that is ready.
-    :param str error: Why it is not compiled; the times are then those of eager steps.
+    :param float seconds: Median time of a step of ``CompiledSVI``.
+    :param float setup_seconds: The time until the compiled step is ready, once per script.
+    :param float replay_seconds: Time of a step that is replayed while Inductor compiles.
+    :param float capture_seconds: The time until replayed steps are ready, with Inductor.
+    :param str error: Why the step is not compiled, if so; the times are then those of eager steps.
     """
 
     name: str
@@ -72,8 +72,8 @@ class CompiledTime:
 
     def share(self, num_steps: int) -> float:
         """
-        The time of so many steps, with the compilation, over that of eager steps. Steps do not wait for Inductor, but
-        are replayed meanwhile.
+        The time of this many steps, including the compilation, over that of eager steps. Steps do not wait for
+        Inductor, but are replayed meanwhile.
 
         **Example**
 
@@ -93,7 +93,7 @@ class CompiledTime:
     @property
     def pays_from(self) -> Optional[int]:
         """
-        The number of steps from which it pays; None if it never does.
+        The number of steps from which compiling pays; None if it never does.
 
         **Example**
 

@@ -36,14 +36,14 @@ class GuideResult:
     One guide after training.
 
     :param str name: The guide.
-    :param int num_values: Of its parameters and the model's.
-    :param float learning_rate: The best of those that were tried, with which it was trained.
-    :param int steps: Of training.
-    :param float elbo: In nats.
-    :param float elbo_error: Its standard error, of the draws of the guide.
+    :param int num_values: Number of values in its parameters and the model's.
+    :param float learning_rate: The best of those that were tried; the guide was trained with it.
+    :param int steps: Number of training steps.
+    :param float elbo: The ELBO in nats.
+    :param float elbo_error: Its standard error over draws of the guide.
     :param float khat: Shape of the tail of the importance weights, see [1]. None if the draws have no
         weights: those of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, or of minibatches.
-    :param str error: Why there are no numbers.
+    :param str error: Why there are no numbers, if so.
 
     [1] `Yes, but did it work? Evaluating variational inference <https://arxiv.org/abs/1802.02538>`_,
     Y. Yao, A. Vehtari, D. Simpson, A. Gelman, 2018.
@@ -64,7 +64,7 @@ class GuideComparison:
     """
     What :func:`compare_guides` has found. Prints as a sentence.
 
-    :param float seconds: Training time of each.
+    :param float seconds: Training time of each guide.
     :param list guides: A :class:`GuideResult` for each.
     """
 
@@ -99,20 +99,20 @@ def compare_guides(
     progress: bool = True,
 ) -> GuideComparison:
     """
-    Trains each guide from where it is, for equal time, and gives its ELBO and how far it is from the
-    posterior. A quarter of the time goes to each of four learning rates first, of which the best is taken.
-    All is left as it was found.
+    Trains each guide from its present state, for equal time. Gives its ELBO, and by k-hat how far it is
+    from the posterior. First each of four learning rates is tried for a quarter of the time, and the best
+    is taken. Everything is left as it was found.
 
     :param dict guides: Guides by name. They may be :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`.
     :param args: As in :func:`~pyro_rb.diagnostics.compare.compare.compare`, and so are ``kwargs``,
         ``optim``, ``seed`` and ``progress``.
     :param str loss: Name of the loss to train with, with the ELBO as its objective.
-    :param float seconds: Of training for each guide: CPU time if torch has one thread.
+    :param float seconds: Training time of each guide: CPU time if torch has one thread.
     :raises ImportError: If arviz is missing: ``pip install "pyro_rb[arviz]"``.
     :raises ValueError: If ``guides`` is empty or ``seconds`` is not positive.
 
-    A guide that cannot be trained gets a row that says why. The ELBO is that of the last step, and not
-    what the guide may reach: ``seconds`` should be long enough that more changes nothing.
+    A guide that cannot be trained gets a row that says why. The ELBO is that of the last step, not the
+    best that the guide can reach: give so many ``seconds`` that more would change nothing.
 
     **Example**
 

@@ -35,8 +35,8 @@ class Curve:
     :param list seconds: Training time at each point.
     :param list steps: Steps until then, the mean over seeds.
     :param list losses: The loss of the reference at each point, a list for each seed, in nats. NaN
-        from where a training has failed.
-    :param str error: Why it has failed.
+        from the point at which a training failed.
+    :param str error: Why a training failed, if one did.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Race:
     What :func:`race` has found. Prints as a sentence.
 
     :param list curves: A :class:`Curve` for each loss, the reference first.
-    :param float seconds: Training time of each.
-    :param str winner: The loss that is lower in the end by more than chance; None if no difference is
-        seen.
-    :param float margin: By how many nats it is lower than the reference, or the second if that is it.
+    :param float seconds: Training time of each loss and seed.
+    :param str winner: The loss that ends lower than the others by more than chance; None if no difference is seen.
+    :param float margin: By how many nats the best loss ends below the reference, or below the second if the
+        reference is the best.
     :param float margin_error: The standard error of that.
     """
 

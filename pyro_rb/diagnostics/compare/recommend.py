@@ -5,35 +5,35 @@ r"""
 Which loss to take, in a sentence: :func:`recommend`.
 
 **The rule.** With a gradient of mean :math:`G` and variance :math:`V`, and the best step
-size, a gradient method needs steps in proportion to :math:`1 + V / |G|^2` to reduce what is
-left to gain by a given factor. So a loss with the time :math:`t` for a step needs
+size, a gradient method needs a number of steps in proportion to :math:`1 + V / |G|^2` to reduce
+what is left to gain by a given factor. So a loss with the time :math:`t` for a step needs
 
 .. math::
 
     \frac{\sum_s t_s \, (1 + V_s / |G_s|^2)}{\sum_s t_{0s} \, (1 + V_{0s} / |G_s|^2)}
 
 times the time of the reference, which has :math:`t_0` and :math:`V_0`, over the states :math:`s`
-along training. Early in training the mean is large, noise matters little unless a loss has very
-much more of it, and training does not stay there for long. Late in training the mean is next to
-nothing: these states weigh most, and there the ratio is that of variance times time. How much a
+along training. Early in training the mean is large. Noise matters little there unless a loss has
+very much more of it, and training does not stay there for long. Late in training the mean is close
+to zero. These states weigh most, and there the ratio is that of variance times time. How much a
 state weighs by its noise is bounded, as if :math:`V_0 / |G|^2` were at most 99.
 
 Each coordinate counts in units of its own gradient, as in the steps of Adam
 (:func:`~pyro_rb.diagnostics.stats.progress.steps_ratio`); those that the model does not depend on do
 not count (:func:`~pyro_rb.diagnostics.run.effect.find_effect`).
 
-Out of the running is a loss that is biased at any state, or could not be measured at one. Before
-training one that needs three times the time of the reference is no loss to begin with. Of the others
-the one with the least time is recommended if it saves at least 10%, and else the reference.
-Where the best are within two standard errors or 5%, the simplest of them is taken: the one
-that comes first among the candidates.
+A loss is out of the running if it is biased at any state, or could not be measured at one. It is not
+recommended if it needs more than three times the time of the reference before training, as training
+begins there. Of the others, the one with the least time is recommended if it saves at least 10%; if
+not, the reference is. Where the best are within two standard errors or 5%, the simplest of them is
+taken: the one that comes first among the candidates.
 
 There is no advice from the state before training alone, where noise says little about what follows;
 nor if a state has fewer than 30 gradients; nor if the best loss and the reference are within two
 standard errors, and yet might differ by more than 10%.
 
 **What it predicts** is the time that noise costs near the optimum. From a cold start the gain is as
-often a loss that ends lower, in the same time.
+often another one: in the same time, the loss ends lower.
 """
 
 import math
@@ -60,16 +60,15 @@ MUCH_MEMORY = 1.5
 @dataclass
 class Ranked:
     """
-    A loss in the ranking. Times are those that training takes for the same precision, over that of
-    the reference.
+    A loss in the ranking. Times are those that training takes for the same precision, as multiples of the reference's.
 
     :param str name: The loss.
-    :param float time: Over all states.
+    :param float time: The time over all states.
     :param float error: Its standard error.
     :param float difference: ``time`` less that of the best.
-    :param float difference_error: Its standard error. Most of the errors of both is common to them, as all losses
-        see the same random numbers.
-    :param list by_state: The same at each state.
+    :param float difference_error: Its standard error. Most of the error is common to both, as all losses see the same
+        random numbers.
+    :param list by_state: The time at each state.
     :param list parts: What each block of draws adds to ``error``, and last what the time of a step adds.
     """
 
@@ -93,10 +92,9 @@ class Recommendation:
     Prints as a sentence.
 
     :param str loss: The loss to take; None if there is no advice.
-    :param str sentence: The same in a sentence, with the reason.
-    :param list caveats: What the reader should know besides, each in a sentence.
-    :param str usage: What to write for it in a script, if it is not the reference and is of
-        Pyro or pyro_rb.
+    :param str sentence: The advice in a sentence, with the reason.
+    :param list caveats: What else the reader should know, each in a sentence.
+    :param str usage: The line to write in a script, if the loss is not the reference and is one of Pyro or pyro_rb.
     :param list ranking: A :class:`Ranked` for each loss in the running, the best first.
     """
 

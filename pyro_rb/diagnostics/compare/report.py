@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a comparison has found: :class:`Comparison`, and what it consists of."""
+"""What a comparison has found: :class:`Comparison` and its parts."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ class LossResult:
 
     :param str name: The loss.
     :param bool reference: Whether this is the reference.
-    :param str error: Why the loss could not be measured; all numbers are then None.
+    :param str error: Why the loss could not be measured, if so; all numbers are then None.
     :param float bias_z: The largest absolute z-score of the difference between the mean
         gradients of the loss and the reference, see
         :func:`~pyro_rb.diagnostics.stats.bias.judge`.
@@ -29,23 +29,23 @@ class LossResult:
     :param float bias_size: The difference there, as a share of the root-mean-square norm of
         the reference's gradient.
     :param float bias_threshold: The z-score beyond which the loss is called biased.
-    :param bool biased: Whether it is.
+    :param bool biased: Whether the loss is called biased.
     :param float detectable_bias: A bias of this size in any one coordinate would have been
         seen with probability 0.95; a share of the same norm. Infinite where the draws are
         too few to tell.
     :param float variance: Variance of one gradient, summed over coordinates.
-    :param float variance_ratio: The same over that of the reference.
+    :param float variance_ratio: ``variance`` over that of the reference.
     :param float variance_ratio_error: Its standard error.
     :param dict variance_shares: The share of each parameter in ``variance``.
     :param float tail_share: The share in ``variance`` of the 1% largest gradients. None with
         fewer than 100 draws.
     :param float seconds: Median time of one gradient: CPU time if torch has one thread and
-        nothing is on CUDA, as other processes do not disturb that; else the time passed.
+        nothing is on CUDA, because other processes do not disturb that; else wall-clock time.
     :param float time_ratio: Median over draws of the time over that of the reference.
     :param float time_ratio_error: Its standard error.
     :param float cost_ratio: ``variance_ratio * time_ratio``: the ratio of the times that
         both need to estimate the gradient equally well.
-    :param float steps_ratio: The steps for the same progress over those of the reference,
+    :param float steps_ratio: The number of steps for the same progress over that of the reference,
         see :func:`~pyro_rb.diagnostics.stats.progress.steps_ratio`.
     :param float steps_ratio_error: Its standard error.
     :param list steps_ratio_blocks: What each block of draws adds to that error.
@@ -58,7 +58,7 @@ class LossResult:
         mean. The gradients were finite.
     :param int memory: Peak of the bytes that one step allocates, see
         :func:`~pyro_rb.diagnostics.run.memory.peak_memory`. None where it cannot be measured.
-    :param float memory_ratio: The same over that of the reference.
+    :param float memory_ratio: ``memory`` over that of the reference.
     """
 
     name: str
@@ -99,9 +99,8 @@ class StateResult:
     :param int step: Number of training steps before the measurement.
     :param list losses: A :class:`LossResult` for each loss, the reference first.
     :param int num_samples: Number of gradients of the reference.
-    :param str stopped: Why there are no more: ``"num_samples"`` or ``"rel_error"`` was
-        reached, ``"max_seconds"`` were spent, the user has ``"interrupted"`` it, or the reference
-        has ``"failed"``.
+    :param str stopped: Why sampling ended: ``"num_samples"`` or ``"rel_error"`` was reached,
+        ``"max_seconds"`` were spent, the user ``"interrupted"`` it, or the reference ``"failed"``.
     :param float noise_share: The share of noise in the mean square of the reference's
         gradient, see :func:`~pyro_rb.diagnostics.stats.progress.noise_share`.
     """
@@ -120,7 +119,7 @@ class StateResult:
 @dataclass
 class TrainingWindow:
     """
-    The reference's loss in a row of training steps.
+    The loss of the reference over several training steps in a row.
 
     :param int step: The last of the steps.
     :param int num_steps: Their number.
@@ -137,19 +136,18 @@ class TrainingWindow:
 @dataclass
 class Comparison:
     """
-    The result of :func:`~pyro_rb.diagnostics.compare.compare.compare`. Prints as a table, and shows
-    as one with figures in notebooks.
+    The result of :func:`~pyro_rb.diagnostics.compare.compare.compare`. It prints as a table; notebooks add figures.
 
     :param str title: Heading.
     :param list states: A :class:`StateResult` for each state.
     :param dict parameters: The shape of each parameter, by name.
     :param dict settings: How it was measured; ``reference_gradient`` says what the mean
         gradients were compared to.
-    :param list notes: Explanations, and warnings that were raised meanwhile, each once.
+    :param list notes: Explanations, and the warnings that were raised while measuring, each once.
     :param dict left_out: Why losses that might have been tried were not, by name.
     :param list training: :class:`TrainingWindow` s, in order.
-    :param bool interrupted: Whether the user has ended it early.
-    :param str error: What has ended it early, if something has failed.
+    :param bool interrupted: Whether the user ended the comparison early.
+    :param str error: What ended the comparison early, if something failed.
     :param Race race: Training with the best losses, if it was asked for.
     :param GuideComparison guides: Training of other guides, if it was asked for.
     :param list compiled: A :class:`~pyro_rb.diagnostics.compare.compiled.CompiledTime` for each loss and backend
@@ -212,11 +210,11 @@ class Comparison:
 
         :param str path: Where to save the figure, by the file's extension. Default: nowhere.
         :param str kind: ``"efficiency"``: variance against time for a step, with lines on
-            which their product is constant, one panel a state. ``"parameters"``: the
-            variance of each parameter's gradient. ``"training"``: variance, and variance
-            times time, along training. ``"elbo"``: the loss of the reference along
-            training, with its noise, and that of all losses at the states. ``"race"``: training with
-            the best losses for equal time, their mean and range over seeds.
+            which their product is constant, one panel for each state. ``"parameters"``: the
+            variance of each parameter's gradient. ``"training"``: variance, and variance times
+            time, along training. ``"elbo"``: the loss of the reference along training, with its
+            noise, and that of all losses at the states. ``"race"``: training with the best losses
+            for equal time, their mean and range over seeds.
         :returns: A :class:`matplotlib.figure.Figure`.
         :raises ImportError: If matplotlib is missing: ``pip install "pyro_rb[plot]"``.
         :raises ValueError: If there is no such kind.
@@ -243,10 +241,9 @@ class Comparison:
 
 class ComparisonInterrupted(KeyboardInterrupt):
     """
-    The user has pressed Ctrl-C in :func:`~pyro_rb.diagnostics.compare.compare.compare`.
+    Raised when the user presses Ctrl-C in :func:`~pyro_rb.diagnostics.compare.compare.compare`.
 
-    :param Comparison partial: What was measured until then, in ``partial``; None if that is
-        nothing.
+    :param Comparison partial: What was measured until then; None if nothing was.
     """
 
     def __init__(self, partial: Optional[Comparison]) -> None:

@@ -57,7 +57,7 @@ class Fit:
         return "\n".join([*lines, self.guard] if self.bad_steps else lines)
 
     def to_dict(self) -> Dict[str, Any]:
-        """All of it, ready for JSON but for numbers that are not finite."""
+        """All of it, ready for JSON except for numbers that are not finite."""
         check = None if self.check is None else self.check._asdict()
         return {**vars(self), "check": check}
 
@@ -77,8 +77,8 @@ def fit(
     """
     Trains by :class:`~pyro.infer.svi.SVI`, with a
     :class:`~pyro_rb.diagnostics.guard.guard.GradientGuard` around the loss, until a
-    :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that it is enough. Parameters stay as
-    they are in the end, also after Ctrl-C.
+    :class:`~pyro_rb.diagnostics.stats.stopping.StopRule` says that the loss no longer falls.
+    Parameters keep their last values, also after Ctrl-C.
 
     :param str loss: A name for :func:`~pyro_rb.diagnostics.run.losses.make_loss`.
     :param ~pyro.optim.optim.PyroOptim optim: The optimizer.
@@ -86,8 +86,8 @@ def fit(
         is called before each step.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int max_steps: Number of steps at most.
-    :param float tolerance: See the rule.
-    :param str on_bad: See the guard.
+    :param float tolerance: That of the rule.
+    :param str on_bad: That of the guard.
     :param bool progress: Whether to show a progress bar.
     :rtype: Fit
 

@@ -35,11 +35,11 @@ class BadNumber:
     """
     The first number of a step that was not finite. Prints as a sentence.
 
-    :param str kind: ``"parameter"``: it was one before the step. ``"argument"``: of the
-        distribution of a site; also a number out of range, such as a scale of 0.
-        ``"value"``: drawn by a guide site, or observed. ``"log_prob"``: of a site.
-        ``"matrix"``: one could not be decomposed, after the site. ``"gradient"``: the forward
-        pass is finite, a derivative is not. ``"unknown"``.
+    :param str kind: ``"parameter"``: a parameter was bad before the step. ``"argument"``: that of a
+        site's distribution; also a number out of range, such as a scale of 0. ``"value"``: drawn by
+        a guide site, or observed. ``"log_prob"``: that of a site. ``"matrix"``: a matrix could not
+        be decomposed, after the site. ``"gradient"``: the forward pass is finite, a derivative is
+        not. ``"unknown"``.
     :param str role: ``"guide"`` or ``"model"``; empty for parameters and if unknown.
     :param str site: Name of the site or parameter; empty if unknown.
     :param str text: What was found, in words.

@@ -47,7 +47,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class BadStep(NamedTuple):
-    """A step whose loss or gradient was not finite, counted from 1, and where that began."""
+    """The number of a step whose loss or gradient was not finite, counted from 1, and where it began."""
 
     step: int
     bad: BadNumber
@@ -55,16 +55,16 @@ class BadStep(NamedTuple):
 
 class GradientGuard(ELBO):
     """
-    Wraps a loss. When the loss or a gradient is NaN or infinite, it says at which site that
-    began, and keeps it away from the parameters.
+    Wraps a loss. When the loss or a gradient is NaN or infinite, it says at which site that began,
+    and keeps the bad numbers away from the parameters.
 
     With :class:`~pyro.infer.svi.SVI`, one line changes::
 
         svi = SVI(model, guide, optim, loss=GradientGuard(Trace_ELBO()))
 
-    In a loop of your own, with an optimizer of PyTorch, two: the optimizer is watched, since
-    the gradients come after the loss. Under ``DistributedDataParallel`` all processes see the
-    same gradients, so all of them skip the same steps::
+    In a loop of your own, with an optimizer of PyTorch, two lines change: the guard also watches
+    the optimizer, since the gradients come after the loss. Under ``DistributedDataParallel`` all
+    processes see the same gradients, so all of them skip the same steps::
 
         guard = GradientGuard(Trace_ELBO(), on_bad="skip")
         elbo = guard(model, guide)
@@ -82,22 +82,22 @@ class GradientGuard(ELBO):
         object with ``loss_and_grads`` or ``differentiable_loss``, or a function of model,
         guide and their arguments. Its attributes and methods, such as ``report()``, can be
         reached through the guard.
-    :param str on_bad: ``"raise"`` (default) raises, before the optimizer steps.
-        ``"skip"`` returns the loss, NaN if there is none, and takes the gradients away.
-        Parameters, moments and learning rates of the optimizer stay as they are. Buffers of
-        modules, such as those of batch normalization, do not.
-        ``"warn"`` warns at the first of several bad steps in a row, and takes them.
+    :param str on_bad: ``"raise"`` (default) raises an error before the optimizer steps. ``"skip"``
+        returns the loss, or NaN if there is none, and removes the gradients. Parameters, and
+        moments and learning rates of the optimizer, stay as they are. Buffers of modules, such as
+        those of batch normalization, do not. ``"warn"`` warns at the first of several bad steps in
+        a row, and makes them all.
     :param int max_skipped: How many steps may be skipped in a row, before an error is raised.
     :raises ValueError: If ``on_bad`` is none of these, or ``max_skipped`` is negative.
     :raises TypeError: If ``loss`` is no loss.
-    :raises NonFiniteError: At a step, a :class:`FloatingPointError`: with ``"raise"``; with
-        ``"skip"`` after ``max_skipped`` steps in a row, or if a parameter was bad already.
+    :raises NonFiniteError: A :class:`FloatingPointError`, at a bad step: with ``"raise"`` always;
+        with ``"skip"`` after ``max_skipped`` steps in a row, or if a parameter was bad already.
 
-    Skipping steps is a bias: the draws that lead to bad numbers no longer count. A few in a
-    long run do no harm; where it happens often, mend the model.
+    Skipping steps is a bias: the draws that lead to bad numbers no longer count. A few skipped
+    steps in a long run do no harm; if there are many, mend the model.
 
-    **Attributes.** ``num_steps``, ``num_skipped``: numbers of steps since it was made.
-    ``bad_steps``: the last 100 bad steps, each a :class:`BadStep`.
+    **Attributes.** ``num_steps``, ``num_skipped``: how many steps there were since the guard was
+    made, and how many it skipped. ``bad_steps``: the last 100 bad steps, each a :class:`BadStep`.
 
     **Example**
 
@@ -145,7 +145,7 @@ class GradientGuard(ELBO):
         return {**self.__dict__, "_last_call": None}
 
     def summary(self) -> str:
-        """How many steps were bad, and where that began, most frequent first."""
+        """How many steps were bad, and where they went wrong, most frequent first."""
         verb = "skipped" if self.on_bad == "skip" else "bad"
         count = self.num_skipped if self.on_bad == "skip" else len(self.bad_steps)
         lines = [f"{count} of {self.num_steps} steps {verb}"]
@@ -161,9 +161,9 @@ class GradientGuard(ELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         """
-        As the wrapped loss does, and looks at the gradients.
+        Does what the wrapped loss does, and looks at the gradients.
 
-        :returns: The loss; NaN if the step was skipped since it raised an error.
+        :returns: The loss; NaN if the step was skipped because it raised an error.
         """
         self.num_steps += 1
         call = Call("loss_and_grads", model, guide, args, kwargs, get_rng_state())
@@ -187,8 +187,7 @@ class GradientGuard(ELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         """
-        As the wrapped loss does. Whether the gradients are finite is looked at when an
-        optimizer that is watched steps.
+        Does what the wrapped loss does. Gradients are looked at when an optimizer that is watched steps.
 
         :raises RuntimeError: If ``on_bad`` is ``"skip"`` and no optimizer is watched.
         """

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How many draws does an exact gradient take? :func:`measure_noise` tells."""
+"""How many draws does a precise gradient take? :func:`measure_noise` tells."""
 
 import math
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class NoiseEstimate:
     a few sentences.
 
     :param int num_samples: Number of draws, one call of the loss each.
-    :param int num_particles: That of the loss.
-    :param float signal: Squared euclidean norm of the mean gradient; free of the bias that
-        the noise adds to it, and so possibly negative where there is hardly any signal.
+    :param int num_particles: Number of particles of the loss.
+    :param float signal: Squared euclidean norm of the mean gradient, without the bias that noise
+        would add to it. So it may be negative where there is hardly any signal.
     :param float signal_error: Its standard error.
     :param float variance: Variance of one gradient, summed over coordinates.
     :param float loss: Mean of the loss.
@@ -49,7 +49,7 @@ class NoiseEstimate:
     def noise_scale(self) -> float:
         """
         ``variance / signal``: the number of draws at which a mean gradient is as much noise
-        as signal. With fewer, twice the draws save about half of the steps; with many more,
+        as signal. With fewer draws, twice as many save about half of the steps; with many more,
         they save next to none (the simple noise scale of McCandlish, Kaplan, Amodei (2018),
         https://arxiv.org/abs/1812.06162). Infinite without signal.
         """
@@ -57,9 +57,9 @@ class NoiseEstimate:
 
     def required_draws(self, rel_error: float) -> float:
         """
-        The number of gradients to average, so that the error of the mean, a vector, has
-        ``rel_error`` times the length of the gradient (root mean square). They may be
-        particles of one step, or steps at parameters that hardly move.
+        The number of gradients to average so that the error of their mean, a vector, is
+        ``rel_error`` times as long as the gradient (root mean square). They may be particles of one
+        step, or steps at parameters that hardly move.
 
         :param float rel_error: Such as 0.1.
         :returns: An integer; infinite where the draws show no signal.
@@ -78,16 +78,16 @@ class NoiseEstimate:
 
     def required_particles(self, rel_error: float) -> float:
         """
-        The ``num_particles`` that the loss would need: :meth:`required_draws` times those
-        that it has. For losses that average their particles, as ``Trace_ELBO`` does; with
-        ``RenyiELBO`` and ``DReG_ELBO`` more particles make another objective, average draws
-        there. What a subsample adds to the noise does not fall with vectorized particles.
+        The ``num_particles`` that the loss would need: :meth:`required_draws` times the number that
+        it has. This is for losses that average their particles, as ``Trace_ELBO`` does. With
+        ``RenyiELBO`` and ``DReG_ELBO`` more particles make another objective; average draws there.
+        The noise that a subsample adds does not fall with vectorized particles.
         """
         return self.required_draws(rel_error) * self.num_particles
 
     def required_loss_draws(self, error: float) -> float:
         """
-        The number of losses to average for a standard error of ``error``, in nats.
+        The number of losses to average for a standard error of ``error`` nats.
 
         :raises ValueError: If ``error`` is not positive.
         """
@@ -133,14 +133,14 @@ def measure_noise(
     Measures how noisy a loss and its gradient are, at the parameters as they are, to say how
     many particles, or steps of averaging, a given relative error takes.
 
-    The world is left as it was found; the loss is copied.
+    Everything is left as it was found; the loss is copied.
 
     :param loss: An ELBO instance, or a name for
         :func:`~pyro_rb.diagnostics.run.losses.make_loss`.
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide.
-    :param args: Positional arguments of model and guide; or a function that returns them, which
-        is called before each draw: a new minibatch, by the seeded generators.
+    :param args: Positional arguments of model and guide; or a function that returns them, which is
+        called before each draw, for a new minibatch from the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of draws, at least 40.
     :param int num_burn_in: Number of draws that are made first and thrown away.
@@ -150,9 +150,9 @@ def measure_noise(
     :returns: A :class:`NoiseEstimate`.
     :raises ValueError: If there is no parameter, or a number of draws is out of range.
 
-    Near an optimum the gradient vanishes, its noise does not, and no number of particles
-    gives a small relative error: lower the learning rate instead. Heavy tails make all
-    numbers here too small.
+    Near an optimum the gradient vanishes but its noise does not, so no number of particles gives a
+    small relative error: lower the learning rate instead. Heavy tails make all numbers here too
+    small.
 
     **Example**
 

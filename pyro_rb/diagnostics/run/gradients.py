@@ -45,8 +45,8 @@ def sample_gradients(
         no gradient, and the loss must have a ``differentiable_loss``.
     :param callable model: A Pyro model.
     :param callable guide: A Pyro guide.
-    :param args: Positional arguments of model and guide; or a function that returns them, which
-        is called before each draw: a new minibatch, by the seeded generators.
+    :param args: Positional arguments of model and guide; or a function that returns them, which is
+        called before each draw, for a new minibatch from the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
     :param int num_samples: Number of draws ``N``.
     :param int num_burn_in: Number of draws that are made first and thrown away. Losses that
@@ -98,8 +98,8 @@ def gradient_moments(
     progress: bool = False,
 ) -> Dict[str, RunningMoments]:
     """
-    Like :func:`sample_gradients`, with the same arguments, but keeps the mean and variance
-    per coordinate only. Memory does not grow with ``num_samples``.
+    Like :func:`sample_gradients`, with the same arguments, but keeps only the mean and variance of
+    each coordinate. Memory does not grow with ``num_samples``.
 
     :returns: By name of the parameter, moments whose ``mean`` and ``variance`` have the
         shape of the parameter.

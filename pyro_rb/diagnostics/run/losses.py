@@ -32,8 +32,8 @@ ENUMERATED = "TraceEnum_ELBO+config_enumerate"
 class ConfigEnumerate_ELBO(TraceEnum_ELBO):
     """
     :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` with
-    :func:`~pyro.infer.enum.config_enumerate` around the guide: each site of it that can be
-    enumerated is, unless it says otherwise.
+    :func:`~pyro.infer.enum.config_enumerate` around the guide. Each site of the guide that can be
+    enumerated is, unless the site says otherwise.
 
     **Example**
 
@@ -69,8 +69,8 @@ def make_loss(name: str) -> ELBO:
     :param str name: The name of an ELBO class of Pyro or pyro_rb, optionally followed by a
         colon and constructor arguments separated by commas, of which those with ``=`` are
         keyword arguments: ``"Trace_ELBO:num_particles=10"``. Arguments are Python literals,
-        else strings. Without ``=``, an integer is Pyro's first argument; anything else is the
-        first option that only our class has, if it has one: ``"STLTrace_ELBO:1.0"``.
+        else strings. Without ``=``, an integer is Pyro's first argument; anything else is the first
+        option that a class of pyro_rb adds to Pyro's, if it adds one: ``"STLTrace_ELBO:1.0"``.
         ``"TraceEnum_ELBO+config_enumerate"`` also enumerates the guide.
     :raises ValueError: If there is no such class, or it does not take these arguments.
 
@@ -173,7 +173,7 @@ def has_elbo(name: str) -> bool:
 
 def make_losses(losses: Losses) -> Dict[str, ELBO]:
     """
-    Losses by the name under which they are shown, from names, ELBO instances or a dict of
+    Losses by the names under which they are shown, made from names, ELBO instances or a dict of
     either. Instances are copied, so that what a loss learns stays with the copy.
 
     :raises ValueError: If a name is unknown or occurs twice.
@@ -208,10 +208,9 @@ def make_losses(losses: Losses) -> Dict[str, ELBO]:
 
 def usage(name: str, backend: Optional[str] = None) -> Optional[str]:
     """
-    What to write in a script for a loss that is known by its name; None for one that is not
-    of Pyro or pyro_rb.
+    The line to write in a script for a loss that is given by name; None for a loss that is not of Pyro or pyro_rb.
 
-    :param str backend: How its steps are compiled. Default: not at all.
+    :param str backend: How its steps are compiled. Default: they are not.
 
     **Example**
 

@@ -21,7 +21,7 @@ _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
     """
     The largest number of bytes that ``step`` has allocated at any time and not yet freed;
-    what existed before it does not count. Runs it once, more slowly than usual.
+    what existed before does not count. Runs ``step`` once, more slowly than usual.
 
     On the CPU each tensor that an operation returns is followed until its storage is
     freed; what operations use within themselves is not seen. On CUDA it is

@@ -18,7 +18,7 @@ def find_parameters(
     kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Dict[str, Tensor]:
     """
-    The unconstrained parameters of a model and guide, each tensor once. Runs both.
+    The unconstrained parameters of a model and guide, each tensor once. Both are run.
 
     First come the ``pyro.param`` sites of guide and model, by their names in the param
     store. Then the remaining parameters of guide and model as :class:`torch.nn.Module` (or

@@ -110,7 +110,7 @@ class Snapshot:
 @contextmanager
 def preserve_state(*roots: Any) -> Iterator[Snapshot]:
     """
-    Context manager in which models and guides may run, and even be trained, without a
+    Context manager in which models and guides may run, and even be trained, without leaving a
     trace. On exit, also after an exception, these are as they were on entry:
 
     * Pyro's param store: which parameters exist, their values and constraints;
@@ -119,7 +119,7 @@ def preserve_state(*roots: Any) -> Iterator[Snapshot]:
     * each :class:`torch.nn.Module` that can be reached from ``roots``: parameters, buffers,
       training mode, attributes, and submodules that a lazy initialization has added (an
       autoguide that had not run is uninitialized again);
-    * the ``.grad`` of all these parameters, which is ``None`` at the start of the block.
+    * the ``.grad`` of all these parameters, which is set to ``None`` at the start of the block.
 
     Modules are restored in place: tensors stay the same objects, so that optimizers which
     hold them go on working. They are not deep-copied, since copies would part modules
@@ -127,9 +127,9 @@ def preserve_state(*roots: Any) -> Iterator[Snapshot]:
 
     A module is reached if it is one of ``roots``, or lies in a container, an attribute, a method,
     a :func:`functools.partial`, a Pyro handler, or a global or enclosing variable that a function
-    names. One that cannot be reached is kept if it is called, or its parameters are registered
-    with Pyro, within the ``watch()`` of the snapshot that the block is given. Other state, such as
-    a counter in a global variable or a file, is not preserved.
+    names. A module that cannot be reached is preserved too if it is called, or its parameters are
+    registered with Pyro, within the ``watch()`` of the snapshot that the block is given. Other
+    state, such as a counter in a global variable or a file, is not preserved.
 
     :param roots: Models, guides, and their arguments.
 

@@ -62,7 +62,7 @@ body {{ font-family: system-ui, sans-serif; max-width: 75em; margin: 2em auto; p
 
 def page(comparisons: Sequence[Comparison]) -> str:
     """
-    A page that needs no other file.
+    An HTML page that needs no other file.
 
     :param list comparisons: Results of :func:`~pyro_rb.diagnostics.compare.compare.compare`.
     :rtype: str

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all figures share: colours and markers that suit light and dark pages."""
+"""What all figures share: colors and markers that suit light and dark pages."""
 
 import math
 from typing import Any, Dict, List, Optional, Sequence
@@ -24,7 +24,7 @@ Handles = Dict[str, Any]
 
 
 class Styles:
-    """The colour and marker of each loss, the same in all panels. Biased losses are hollow."""
+    """The color and marker of each loss, the same in all panels. Biased losses are hollow."""
 
     def __init__(self, comparisons: Sequence[Comparison]) -> None:
         rows = [r for c in comparisons for s in c.states for r in s.losses]
@@ -45,8 +45,8 @@ class Styles:
 
 def figure_style() -> Dict[str, Any]:
     """
-    Settings with which figures of your own look as these do, on light and on dark pages:
-    a transparent background, ink and colours of a middle tone.
+    Settings that make your own figures look like these, on light and on dark pages: a transparent
+    background, and ink and colors of a middle tone.
 
     :returns: What :func:`matplotlib.rc_context` takes.
     :rtype: dict

@@ -76,8 +76,8 @@ def plot_comparisons(
     comparisons: Sequence[Comparison], path: Optional[str] = None, kind: str = "efficiency"
 ) -> Any:
     """
-    Draws a row of panels for each comparison. Biased losses are hollow; bars are two
-    standard errors. The background is transparent and the colours suit light and dark pages.
+    Draws a row of panels for each comparison. Biased losses have hollow markers; error bars are two
+    standard errors. The background is transparent, and the colors suit light and dark pages.
 
     :param list comparisons: Results of :func:`~pyro_rb.diagnostics.compare.compare.compare`.
     :param str path: Where to save the figure, by extension. Default: nowhere.

@@ -43,8 +43,8 @@ class Check(NamedTuple):
 
 class StopRule:
     """
-    Says when to stop a training run: when the loss falls no more by an amount that matters,
-    and it is not the noise that hides it.
+    Says when to stop a training run: when the loss no longer falls by an amount that matters, and
+    not when noise merely hides that it does.
 
     .. code-block:: python
 
@@ -52,44 +52,41 @@ class StopRule:
         while not rule.update(svi.step(data)):
             pass
 
-    At a number of checks, whose distances grow in proportion to the run, the mean loss of the
-    third quarter of the run is compared with that of the fourth. The run stops when an upper
-    confidence bound for the improvement is below ``tolerance``: another third of the steps
-    made so far is then expected to gain less than that. So the rule has no window to be set,
-    and slow progress counts as much as fast.
+    At checks, whose distances grow in proportion to the run, the mean loss of the third quarter of
+    the run is compared with that of the fourth. The run stops when an upper confidence bound for
+    the improvement is below ``tolerance``: another third of the steps made so far is then expected
+    to gain less than that. So the rule has no window to be set, and slow progress counts as much as fast progress.
 
-    The standard error of the improvement comes from the means of 10 blocks of either quarter,
-    by Student's t, and is raised by the correlation of neighbouring blocks; where that is
-    above 0.4, the run is too short to tell. Within a block the largest and smallest tenth are
-    left out, so that rare spikes count little. The confidence of the checks is raised from
-    one to the next, as 1 / k squared: with a probability of about ``1 - failure_rate`` the rule
-    never stops while the expected improvement exceeds the tolerance (measured: 5 to 9% failed
-    in the hardest case, where 5% were asked for; up to 20% where consecutive losses have a
-    correlation of 0.9, the tolerance is as large as their noise, and ``min_steps`` is 400).
+    The standard error of the improvement comes from the means of 10 blocks of either quarter, by Student's t. It
+    is raised for the correlation of neighboring blocks; where that is above 0.4, the run is too short to tell.
+    Within a block the largest and smallest tenth are left out, so that rare spikes count little. Checks become
+    stricter: the failure rate of the k-th falls as 1 / k squared. So with a probability of about
+    ``1 - failure_rate`` the rule never stops while the expected improvement exceeds the tolerance. (Measured:
+    where 5% were asked for, 5 to 9% failed in the hardest case; up to 20% where consecutive losses have a
+    correlation of 0.9, the tolerance is as large as their noise, and ``min_steps`` is 400.)
 
-    **Requirements.** Call it at each step, with the loss of that step. The objective must stay
-    the same: no annealing. If batches are taken in a fixed order, a block should hold some
-    epochs: use ``min_steps`` of 80 epochs or more, or give it the mean loss of each epoch.
+    **Requirements.** Call ``update`` at each step, with the loss of that step. The objective must stay the same:
+    no annealing. If batches are taken in a fixed order, a block should hold a few epochs: set ``min_steps`` to 80
+    epochs or more, or pass the mean loss of each epoch.
 
-    **When it is wrong.** Nothing can be seen in a plateau that is followed by progress. The
-    rule is not taken in if the plateau makes up less than a quarter of the run. While
-    parameters move at random at a learning rate that is too large, the loss can be flat far
-    from the optimum: then lower the learning rate, and begin with a new rule. A loss
-    that rises may be stopped as if it were flat; ``last_check.improvement`` is negative then.
+    **When it is wrong.** A plateau does not show that progress will follow. The rule is not fooled if the plateau
+    makes up less than a quarter of the run. If the learning rate is too large, parameters move at random and the
+    loss can be flat far from the optimum: then lower the learning rate, and begin with a new rule. A loss that
+    rises may be stopped as if it were flat; ``last_check.improvement`` is negative then.
 
     :param float tolerance: The improvement that is not worth waiting for, in units of the loss
         (nats). Default: ``noise_share`` times the noise of one loss.
     :param int min_steps: Number of steps before the first check, at least 80.
     :param float failure_rate: Probability of stopping too early.
     :param float noise_share: See ``tolerance``. The noise is measured by the absolute
-        differences of consecutive losses. To see that an improvement is smaller takes at
-        least ``50 / noise_share**2`` steps, more if consecutive losses are alike. A third is what stops after
+        differences of consecutive losses. To see that an improvement is below it takes at least
+        ``50 / noise_share**2`` steps, and more if consecutive losses are alike. With a third, a run stops after
         about twice the steps that are needed.
     :raises ValueError: If an argument is out of range.
 
-    **Attributes.** ``num_steps``: losses seen. ``num_ignored``: those among them that were not
-    finite, as of steps that were skipped; they do not count. ``last_check``: a :class:`Check`,
-    or None. ``stopped``: whether it has said so.
+    **Attributes.** ``num_steps``: number of losses seen. ``num_ignored``: how many of them were not finite, as at
+    skipped steps; they do not count. ``last_check``: a :class:`Check`, or None. ``stopped``: whether the rule has
+    said to stop.
 
     **Example**
 
@@ -135,7 +132,7 @@ class StopRule:
         Takes in the loss of one step.
 
         :param loss: A number or a tensor with one element.
-        :returns: Whether to stop. Once it has said so it goes on saying so.
+        :returns: Whether to stop. Once the rule has said so, it goes on saying so.
         """
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         self.num_steps += 1

@@ -5,7 +5,7 @@
 Statistics of gradient samples: tensors in, tensors and numbers out. Nothing here runs a
 model or imports Pyro.
 
-Throughout, ``samples`` is a tensor of shape ``[N, *shape]`` with one draw a row, and a
+Throughout, ``samples`` is a tensor of shape ``[N, *shape]`` with one draw per row, and a
 *coordinate* is one element of ``shape``.
 """
 
@@ -60,7 +60,7 @@ def ratio_of_means(a: Tensor, b: Tensor) -> Tuple[float, float]:
 def median_and_error(values: Tensor) -> Tuple[float, float]:
     """
     The median of ``values`` ``[N]`` and its standard error, from the order statistics one
-    binomial standard deviation either side; no assumption on the distribution.
+    binomial standard deviation to either side, without assumptions about the distribution.
 
     **Example**
 
