@@ -13,7 +13,7 @@ class R2G2_ELBO(RaoBlackwell_ELBO):
     Bayesian neural networks, coefficients of a regression, inducing values.
 
     For a draw :math:`v = \mu + V \epsilon` that enters through pre-activations
-    :math:`z = W v + c`, gradients are computed with
+    :math:`z = W v + b`, gradients are computed with
 
     .. math::
 

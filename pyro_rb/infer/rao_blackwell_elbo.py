@@ -73,8 +73,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     All sites add to one surrogate loss. Each term of the ELBO has a weight, the product of the
     weights of the values at which it was evaluated, by ``pyro.infer.util.Dice``. A site whose score
     has a baseline, or is left out, passes on its density to earlier draws only. So the gradient
-    has no noise at all where the guide is the posterior, if nothing is projected, and with
-    ``control_variate_scale=1.0`` or the learned scale after its start. Without discrete sites
+    has no noise at all where the guide is the posterior, if pre-activations are not drawn row by row,
+    with ``control_variate_scale=1.0`` or the learned scale after its start. Without discrete sites
     there are no weights, and a step costs what a step of ``STLTrace_ELBO`` costs.
 
     At a projected site the path gradient is replaced by its conditional mean given the

@@ -59,7 +59,7 @@ class RowCheck:
 
     A case is known by the functions that were called, with their flags, and by shapes. It is
     checked at its first run, in which all layers are tried; and again at the second, fourth,
-    eighth and so on. A layer that fails once is shared from then on, in this case.
+    eighth and so on, and at every 1000th. A layer that fails once is shared from then on, in this case.
 
     Example::
 
