@@ -110,6 +110,10 @@ class Graph:
             self.is_compiled = True
         return self.is_compiled
 
+    def replay(self) -> None:
+        """Calls the operations one by one from now on, as the compiled program is wrong."""
+        self._run, self.is_compiled = self._replay, False
+
     @property
     def is_due(self) -> bool:
         """Whether the next step is to be compared with the eager loss."""
@@ -134,10 +138,10 @@ def difference(
     """
     found = {id(p): (p, g) for p, g in zip(parameters, step.grads)}
     expected = {id(p): (p, g) for p, g in zip(eager.parameters, eager.grads)}
-    largest = max([_size(g) for g in eager.grads], default=0.0)
+    largest = max([size_of(g) for g in eager.grads], default=0.0)
     expected_loss = torch.as_tensor(eager.loss, dtype=step.loss.dtype, device=step.loss.device)
     if power < REPLAYED:  # weights of draws round as the log densities do that they are made of
-        largest = max(largest, _size(expected_loss))
+        largest = max(largest, size_of(expected_loss))
     pairs: List[Any] = [("the loss", 1.0, step.loss, expected_loss)]
     for key in {**expected, **found}:
         p, g = expected.get(key) or found[key]
@@ -152,13 +156,14 @@ def difference(
             return f"{name} has another shape or type"
         if not torch.equal(a.isfinite(), b.isfinite()):
             return f"{name} is not finite at the same places"
-        error = _size(a - b)
-        if error > tolerance * (_size(b) + least):
-            return f"{name} is off by {error:.3g} of {_size(b):.3g}"
+        error = size_of(a - b)
+        if error > tolerance * (size_of(b) + least):
+            return f"{name} is off by {error:.3g} of {size_of(b):.3g}"
     return ""
 
 
-def _size(x: torch.Tensor) -> float:
+def size_of(x: torch.Tensor) -> float:
+    """The largest of the finite numbers."""
     if not x.numel():
         return 0.0
     return float(x.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max())

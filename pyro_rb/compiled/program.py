@@ -112,16 +112,16 @@ class Program:
         self._graphs.clear()
         self._warn(reason)
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, treatment: str = "eager") -> None:
         if reason not in self._warned:
             self._warned.add(reason)
             name = type(self.elbo).__name__
-            warnings.warn(f"{name} is not compiled, its steps are eager: {reason}.", stacklevel=5)
+            warnings.warn(f"{name} is not compiled, its steps are {treatment}: {reason}.", stacklevel=5)
 
-    def replay_only(self, error: InductorError) -> None:
-        """Is told that Inductor failed."""
+    def replay_only(self, reason: str) -> None:
+        """From now on, as Inductor failed."""
         self.backend = "replay"
-        self._warn(f"Inductor failed, so that the graph is replayed: {error}")
+        self._warn(f"Inductor failed: {reason}", "replayed")
 
     def ready(self, num_steps: int, args: Tuple, kwargs: Dict[str, Any]) -> Optional["Ready"]:
         """
@@ -351,10 +351,14 @@ class Program:
                 return False  # such a step is eager
             parameters = graph.captured.parameters
             problem = difference(step, parameters, result, COMPILED if graph.is_compiled else REPLAYED)
-            if problem and graph.is_compiled and not difference(step, parameters, result, ROUNDED):
-                # Is it but the rounding of the compiled program? The operations one by one tell.
+            if problem and graph.is_compiled:
+                # Is it the compiled program? The operations one by one tell.
                 before.restore()
-                problem = difference(graph(tensors, is_replayed=True), parameters, result, REPLAYED)
+                if not difference(graph(tensors, is_replayed=True), parameters, result, REPLAYED):
+                    if difference(step, parameters, result, ROUNDED):
+                        graph.replay()
+                        self.replay_only(f"its program and the eager loss differ: {problem}")
+                    problem = ""
             if not problem:
                 problem = after.compare()
         except RuntimeError as e:
@@ -372,7 +376,7 @@ class Program:
         try:
             is_done = graph.compile(tensors, self.background)
         except InductorError as e:
-            self.replay_only(e)
+            self.replay_only(str(e))
             return
         if is_done:
             self._compare(graph, tensors, *results)

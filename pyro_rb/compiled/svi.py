@@ -171,7 +171,8 @@ class CompiledSVI(SVI):
     ) -> Optional[FusedSteps]:
         steps = self._steps.setdefault(graph, _Steps({}, {}))
         fused = steps.ready.get(num_steps)
-        if fused is not None and not fused.update.is_valid():
+        is_wrong = fused is not None and fused.is_compiled and not graph.is_compiled and program.backend == "replay"
+        if fused is not None and (is_wrong or not fused.update.is_valid()):
             steps.ready.clear()
             steps.coming.clear()
             fused = None
@@ -186,7 +187,7 @@ class CompiledSVI(SVI):
                     fused = steps.ready[num_steps] = steps.coming.pop(num_steps)
             except InductorError as e:
                 steps.coming.clear()
-                program.replay_only(e)
+                program.replay_only(str(e))
         if fused is None and (num_steps == 1 or program.backend == "replay"):
             is_split = num_steps == 1
             fused = FusedSteps(graph, self.optim, num_steps, tensors, is_split)

@@ -121,7 +121,7 @@ def test_failure(started):
             file.write("Traceback\nValueError: no such thing\n")
         process.kill()
         process.wait()
-    with pytest.warns(UserWarning, match="Inductor failed.*replayed.*ValueError: no such thing") as caught:
+    with pytest.warns(UserWarning, match="replayed: Inductor failed: .*ValueError: no such thing") as caught:
         second, store = steps(svi, args, 15)
     assert len(caught) == 1
     torch.testing.assert_close((first + second, store), expected)

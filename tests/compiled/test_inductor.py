@@ -54,7 +54,7 @@ def test_without_a_compiler(monkeypatch):
     model, guide, args = models.conjugate()
     loss = pyro_rb.compile(STLTrace_ELBO(control_variate_scale=1.0), background=False)
     svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss)
-    with pytest.warns(UserWarning, match="Inductor failed.*replayed.*no C\\+\\+ compiler") as caught:
+    with pytest.warns(UserWarning, match="replayed: Inductor failed: .*no C\\+\\+ compiler") as caught:
         svi.run(10, *args(0), progress_bar=False)
     assert len(caught) == 1
     assert loss.report()[-1].treatment == "replayed"

@@ -3,6 +3,9 @@
 
 """CompiledSVI makes the steps that SVI makes, with the update of the optimizer in the graph."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pyro
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.optim import Adam
 import pyro_rb
 from pyro_rb import CompiledSVI, RaoBlackwellTopK_ELBO, STLTrace_ELBO
 from pyro_rb.compiled.fused import FusedSteps
+from pyro_rb.compiled.replay import as_function
 from tests.compiled import models
 
 pytestmark = pytest.mark.slow
@@ -262,3 +266,48 @@ def test_evaluate_loss():
 def test_unroll_must_be_positive():
     with pytest.raises(ValueError, match="Invalid unroll: 0"):
         make(CompiledSVI, OPTIMIZERS["adam"](), replayed(), unroll=0)
+
+
+def compile_by(monkeypatch, module, factor):
+    """In place of Inductor: the operations one by one, with data that are multiplied by ``factor()``."""
+
+    def make(graph, inputs, *options):
+        program = as_function(graph)
+        return SimpleNamespace(
+            is_done=lambda: True, result=lambda: lambda x, *others: program(factor() * x, *others)
+        )
+
+    monkeypatch.setattr(f"pyro_rb.compiled.{module}.Compilation", make)
+
+
+@pytest.mark.parametrize("error, warning", [(1e-3, None), (0.03, "update differs from the one that is replayed")])
+def test_compiled_update_may_round(error, warning, monkeypatch):
+    """As where it solves an ill-conditioned system in single precision."""
+    compile_by(monkeypatch, "graph", lambda: 1.0)
+    compile_by(monkeypatch, "fused", lambda: 1.0 + error)
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), pyro_rb.compile(Trace_ELBO(), background=False))
+    with nullcontext() if warning is None else pytest.warns(UserWarning, match=warning):
+        for _ in range(5):
+            svi.step(*args)
+    assert bool(svi._why_loop) == bool(warning)
+    assert any(steps.ready for steps in svi._steps.values()) != bool(warning)
+
+
+def test_compiled_program_that_goes_wrong_is_replayed(monkeypatch):
+    """With its update."""
+    factor = 1.0
+    for module in ("graph", "fused"):
+        compile_by(monkeypatch, module, lambda: factor)
+    loss = pyro_rb.compile(Trace_ELBO(), background=False, check_every=5)
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), loss)
+    losses = [svi.step(*args) for _ in range(4)]
+    ((graph, steps),) = svi._steps.items()
+    assert steps.ready[1].is_compiled
+    while not graph.is_due:
+        losses.append(svi.step(*args))
+    factor = 1.1
+    with pytest.warns(UserWarning, match="steps are replayed: Inductor failed: its program .* is off by"):
+        losses += [svi.step(*args) for _ in range(10)]
+    assert not steps.ready[1].is_compiled
+    svi, args = make(SVI, OPTIMIZERS["adam"](), Trace_ELBO())
+    assert losses == pytest.approx([svi.step(*args) for _ in losses])
