@@ -74,7 +74,7 @@ def find_bad_log_prob(site: Any, infinite: bool = False) -> Optional[str]:
     text = f"log_prob of {describe(site['fn'])} is {show(log_prob, bad)}"
     value = site["value"]
     if isinstance(value, Tensor) and value.shape == bad.shape:
-        text += f", at the value {value[bad][0].item():.6g}"
+        text += f", at the value {value[bad][0].item():.6g}" + _arguments_at(site["fn"], bad)
     try:
         if not site["fn"].support.check(value).all():
             text += f", which is outside of the support, {site['fn'].support}"
@@ -105,6 +105,7 @@ def find_bad_derivative(site: Any) -> Optional[str]:
         )
         if tensor.shape == bad.shape:
             text += f", where it is {tensor[bad][0].item():.6g}"
+            text += _arguments_at(site["fn"], bad) if tensor is value else ""
         return text + _masked_hint(site)
     return None
 
@@ -153,6 +154,19 @@ def describe(distribution: Any) -> str:
     while type(distribution).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
         distribution = distribution.base_dist
     return type(distribution).__name__
+
+
+def _arguments_at(distribution: Any, bad: Tensor) -> str:
+    """The arguments at the first bad element, as it may be one of them that is too large or too small."""
+    found = []
+    for name, tensor, limit in arguments_of(distribution):
+        if not _is_checkable(limit) or limit.event_dim:  # a vector or matrix for each element
+            continue
+        try:
+            found.append(f"{name} {tensor.expand(bad.shape)[bad][0].item():.6g}")
+        except RuntimeError:  # of another shape
+            continue
+    return f" with {', '.join(found)}" if found else ""
 
 
 def _masked_hint(site: Any) -> str:

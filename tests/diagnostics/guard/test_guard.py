@@ -178,7 +178,29 @@ def test_log_prob_outside_of_the_support():
     error = failure(model, normal_guide(loc=-5.0))
     assert error.bad.kind == "log_prob" and error.bad.site == "z" and error.bad.role == "model"
     assert "log_prob of HalfNormal is -inf, at the value -" in str(error)
-    assert "which is outside of the support" in str(error)
+    assert "with loc 0, scale 1, which is outside of the support" in str(error)
+
+
+def test_log_prob_names_the_arguments():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(0 * z, torch.tensor([1.0, 1e-25, 1.0])), obs=torch.ones(3))
+
+    error = failure(model, normal_guide())
+    assert "log_prob of Normal is -inf at [1] (1 of 3), at the value 1 with loc " in str(error)
+    assert str(error).endswith(", scale 1e-25")
+
+
+def test_log_prob_does_not_take_one_weight_of_a_vector_for_that_of_an_element():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            logits = torch.tensor([0.0, 0.0, -math.inf])
+            pyro.sample("x", dist.Categorical(logits=logits + 0 * z), obs=torch.tensor([2.0, 0.0, 0.0]))
+
+    error = failure(model, normal_guide())
+    assert str(error).endswith("log_prob of Categorical is -inf at [0] (1 of 3), at the value 2")
 
 
 def test_derivative_of_a_log_prob():
@@ -190,6 +212,7 @@ def test_derivative_of_a_log_prob():
     error = failure(model, normal_guide())
     assert error.bad.kind == "gradient" and error.bad.site == "x"
     assert "the derivative of log_prob of Gamma with respect to the value is nan, where it is " in str(error)
+    assert " with concentration 1, rate 1" in str(error)
 
 
 def test_derivative_between_sites_names_the_line():
