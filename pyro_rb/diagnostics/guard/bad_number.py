@@ -7,6 +7,7 @@ with the same random numbers and looks at each site, forwards and then backwards
 """
 
 import copy
+import math
 import re
 import traceback
 import warnings
@@ -63,6 +64,7 @@ class Call(NamedTuple):
 
     :param str entrance: ``"loss_and_grads"`` or ``"differentiable_loss"``.
     :param rng_state: What :func:`get_rng_state` returned before the step.
+    :param nesting: The ``max_plate_nesting`` of the loss before the step, infinite if it is to be found.
     """
 
     entrance: str
@@ -71,6 +73,7 @@ class Call(NamedTuple):
     args: Sequence
     kwargs: Dict[str, Any]
     rng_state: Any
+    nesting: float
 
 
 def find_bad_number(loss: Any, call: Call) -> Optional[BadNumber]:
@@ -165,7 +168,19 @@ class _SiteLog(Messenger):
 def _repeat(loss: Any, call: Call) -> _SiteLog:
     log = _SiteLog()
     set_rng_state(call.rng_state)
-    run = getattr(_fresh_copy(loss), call.entrance)
+    loss = _fresh_copy(loss)
+    if call.nesting == math.inf:
+        # It is found by a run of its own, which draws random numbers.
+        uncompiled = getattr(loss, "eager", loss)
+        uncompiled.max_plate_nesting = math.inf
+        guess = uncompiled._guess_max_plate_nesting
+
+        def guess_again(*args: Any, **kwargs: Any) -> None:
+            guess(*args, **kwargs)
+            log.sites.clear()
+
+        uncompiled._guess_max_plate_nesting = guess_again
+    run = getattr(loss, call.entrance)
     model, guide = log.as_role("model", call.model), log.as_role("guide", call.guide)
     for name, tensor in module_parameters(call.model, call.guide).items():
         log.watch_parameter(name, tensor)

@@ -166,7 +166,7 @@ class GradientGuard(ELBO):
         :returns: The loss; NaN if the step was skipped because it raised an error.
         """
         self.num_steps += 1
-        call = Call("loss_and_grads", model, guide, args, kwargs, get_rng_state())
+        call = Call("loss_and_grads", model, guide, args, kwargs, get_rng_state(), self._nesting)
         seen = SeenParameters()
         loss, error = math.nan, None
         try:
@@ -180,6 +180,11 @@ class GradientGuard(ELBO):
             return loss
         self._handle(call, parameters, error)
         return loss
+
+    @property
+    def _nesting(self) -> float:
+        loss = getattr(self.wrapped, "eager", self.wrapped)  # of a compiled one
+        return loss.max_plate_nesting if isinstance(loss, ELBO) else 0
 
     def _is_finite(self, loss: Any) -> bool:
         # TraceTailAdaptive_ELBO has gradients only: the loss that it returns is always infinite.
@@ -198,7 +203,7 @@ class GradientGuard(ELBO):
             )
         if not self._is_watching:
             self.num_steps += 1
-        call = Call("differentiable_loss", model, guide, args, kwargs, get_rng_state())
+        call = Call("differentiable_loss", model, guide, args, kwargs, get_rng_state(), self._nesting)
         self._last_call = call
         seen = SeenParameters()
         error = None

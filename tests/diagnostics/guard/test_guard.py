@@ -26,7 +26,14 @@ from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import nn
 
-from pyro_rb import DReG_ELBO, GradientGuard, NonFiniteError, STLTrace_ELBO
+import pyro_rb
+from pyro_rb import (
+    DReG_ELBO,
+    GradientGuard,
+    NonFiniteError,
+    RaoBlackwell_ELBO,
+    STLTrace_ELBO,
+)
 from pyro_rb.diagnostics.guard.guarded_call import are_finite
 
 # Pyro's own, which name no cause.
@@ -179,6 +186,34 @@ def test_log_prob_outside_of_the_support():
     assert error.bad.kind == "log_prob" and error.bad.site == "z" and error.bad.role == "model"
     assert "log_prob of HalfNormal is -inf, at the value -" in str(error)
     assert "with loc 0, scale 1, which is outside of the support" in str(error)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        RaoBlackwell_ELBO,
+        lambda: TraceEnum_ELBO(strict_enumeration_warning=False),
+        lambda: Trace_ELBO(num_particles=2, vectorize_particles=True),
+        lambda: pyro_rb.compile(RaoBlackwell_ELBO(), "replay"),
+    ],
+    ids=["RaoBlackwell", "TraceEnum", "particles", "compiled"],
+)
+def test_first_step_is_repeated_with_its_random_numbers(make):
+    """Finding ``max_plate_nesting`` draws some, and is no part of the step."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(z < 0.5, 0.0, -torch.inf))
+
+    found = []
+    for seed in range(10):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        try:
+            step(model, normal_guide(), make())
+        except NonFiniteError as error:
+            found.append(error.bad.site)
+    assert 0 < len(found) < 10 and set(found) == {"f"}
 
 
 def test_log_prob_names_the_arguments():
