@@ -221,20 +221,19 @@ def make_tables(results):
                 row.update({name: f"{value:.3g} ± {error:.1g}" for name, (value, error) in ratios.items()})
             tables["_variance"].append(row)
         for i, (objective, by_loss) in enumerate(found["training"].items()):
-            first = np.array(next(iter(by_loss.values()))["bounds"])
-            for name, one in by_loss.items():
-                elbo, bound = np.array(one["bounds"]).T
-                above = (np.array(one["bounds"]) - first)[:, i]
-                tables["_training"].append({
-                    **title,
-                    "objective": objective,
-                    "loss": name,
-                    "rate": f"{one['rate']:g}",
-                    "steps": round(np.mean(one["steps"])),
-                    "ELBO": cell(*mean_and_error(elbo)),
-                    f"bound of {NUM_PARTICLES}": cell(*mean_and_error(bound)),
-                    "above the first": cell(*mean_and_error(above)) if above.any() else "",
-                })  # fmt: skip
+            (first, one), *others = by_loss.items()
+            start, steps = np.array(one["bounds"])[:, i], np.mean(one["steps"])
+            shares = [np.mean(other["steps"]) / steps for _, other in others]
+            row = {
+                **title,
+                "objective": objective,
+                "by the first": cell(*mean_and_error(start)),
+                "steps": f"{steps:.0f}",
+                "of others": f"{min(shares):.0%} to {max(shares):.0%}",
+            }
+            for name, other in others:
+                row[name] = cell(*mean_and_error(np.array(other["bounds"])[:, i] - start))
+            tables["_training"].append(row)
     return {ending: rows for ending, rows in tables.items() if rows}
 
 
