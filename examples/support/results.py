@@ -66,10 +66,11 @@ def draw_histories(histories, labels):
     """
     by_title = histories if isinstance(histories, dict) else {None: histories}
     fig, axes = make_panels(len(by_title), len(labels))
+    num_colors = len(import_pyplot().rcParams["axes.prop_cycle"])
     for ax, ((title, seeds), (key, label)) in zip(axes, itertools.product(by_title.items(), labels.items())):
-        for name in seeds[0]:
+        for i, name in enumerate(seeds[0]):
             notes = [[(note["seconds"], note[key]) for note in history[name]] for history in seeds]
-            ax.plot(*np.mean(notes, 0).T, label=name)
+            ax.plot(*np.mean(notes, 0).T, "-" if i < num_colors else "--", label=name)
         ax.set(xlabel="seconds of training", ylabel=label, title=title)
     axes[0].legend()
     return fig

@@ -18,6 +18,7 @@ or MNIST from the folder --data-dir.
 """
 
 import math
+from functools import partial
 
 import _path  # noqa: F401
 import numpy as np
@@ -51,8 +52,7 @@ class NumberedVae(Vae):
     def with_numbers(self, program):
         def numbered(images, index):
             self.index = index
-            with pyro.poutine.scale(scale=len(index) / self.num_images):
-                program(images)
+            program(images)
             self.index = None
 
         return numbered
@@ -83,6 +83,9 @@ def train(code_size, name, loss, target, thresholds, train_images, args):
         num_plain = math.ceil(args.num_epochs * args.plain)
     optim = pyro.optim.Adam({"lr": args.lr})
     plain, own = SVI(vae.model, vae.guide, optim, Trace_ELBO()), SVI(model, guide, optim, loss)
+    if is_kept:  # the plate stands for all images, others for those of a batch
+        scale = partial(pyro.poutine.scale, scale=args.batch_size / len(train_images))
+        own = SVI(scale(model), scale(guide), optim, loss)
     with Clock() as clock:
         for epoch in tqdm(range(args.num_epochs), desc=name, leave=False):
             svi = plain if epoch < num_plain else own
@@ -150,7 +153,7 @@ def main(args):
     train_images, test_images = (images.to(args.device) for images in load_digits(args.data_dir, args.seed))
     test_images = test_images[: args.num_test]
     if args.smoke_test:
-        train_images, test_images = train_images[:64], test_images[:16]
+        train_images, test_images, args.batch_size = train_images[:64], test_images[:16], 32
         args.num_epochs, args.num_test_particles, args.code_sizes = 2, 10, args.code_sizes[:1]
         args.thresholds, args.num_network_epochs, args.Z_target = THRESHOLDS, 1, args.Z_target[:1]
     rows = []
