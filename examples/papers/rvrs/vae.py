@@ -69,36 +69,37 @@ def make_methods(args):
 
 
 def train(code_size, name, loss, target, thresholds, train_images, args):
-    """A new autoencoder, its guide, and the seconds that it took."""
+    """A new autoencoder, its RVRSGuide if it has one, and the seconds that it took."""
     restart(args.seed)
     vae = NumberedVae(train_images.shape[1], code_size, args.width)
     vae.num_images, is_kept = len(train_images), thresholds == "kept"
-    model, guide, num_plain = vae.model, vae.guide, 0
+    model, guide, rvrs, num_plain = vae.model, vae.guide, None, 0
     if target is not None:
         options = {"Z_target": target, "local_plate": "images"}
         if is_kept:
             model, guide, options["local_size"] = vae.with_numbers(model), vae.with_numbers(guide), vae.num_images
-        guide = RVRSGuide(model, guide, **options)
+        rvrs = guide = RVRSGuide(model, guide, **options)
         # It starts from an encoder that has seen some epochs of the plain loss.
         num_plain = math.ceil(args.num_epochs * args.plain)
-    optim = pyro.optim.Adam({"lr": args.lr})
-    plain, own = SVI(vae.model, vae.guide, optim, Trace_ELBO()), SVI(model, guide, optim, loss)
     if is_kept:  # the plate stands for all images, others for those of a batch
         scale = partial(pyro.poutine.scale, scale=args.batch_size / len(train_images))
-        own = SVI(scale(model), scale(guide), optim, loss)
+        model, guide = scale(model), scale(guide)
+    optim = pyro.optim.Adam({"lr": args.lr})
+    plain = SVI(vae.model, vae.guide, optim, Trace_ELBO())
+    own = SVI(model, guide, optim if target is None else pyro.optim.Adam({"lr": args.lr_rvrs}), loss)
     with Clock() as clock:
         for epoch in tqdm(range(args.num_epochs), desc=name, leave=False):
             svi = plain if epoch < num_plain else own
             for index in torch.randperm(len(train_images)).split(args.batch_size):
                 svi.step(train_images[index], *([index] if is_kept and svi is own else []))
-    return vae, guide, clock.seconds
+    return vae, rvrs, clock.seconds
 
 
-def fit_thresholds(guide, images, args):
+def fit_thresholds(rvrs, images, args):
     """A network from an image to its threshold, by least squares."""
     network = Vae.network(images.shape[1], args.width, 1)
-    is_known = ~guide.T.isnan()
-    images, T = images[is_known], guide.T[is_known]
+    is_known = ~rvrs.T.isnan()
+    images, T = images[is_known], rvrs.T[is_known]
     mean, scale = T.mean(), T.std()
     optim = torch.optim.Adam(network.parameters(), args.lr)
     for _ in range(args.num_network_epochs):
@@ -126,11 +127,11 @@ def evaluate_rvrs(vae, target, network, images, args):
 
 def make_rows(code_size, name, loss, num_particles, target, thresholds, train_images, test_images, args):
     """Trains a new autoencoder. Yields rows of the table."""
-    vae, guide, seconds = train(code_size, name, loss, target, thresholds, train_images, args)
+    vae, rvrs, seconds = train(code_size, name, loss, target, thresholds, train_images, args)
     marginal = evaluate(vae, test_images, args.num_test_particles)
     networks = {"": None} if target is None else {"pilots": None}
     if thresholds == "kept":
-        networks["amortized"] = fit_thresholds(guide, train_images, args)
+        networks["amortized"] = fit_thresholds(rvrs, train_images, args)
     for way, network in networks.items():
         if target is None:
             bound, acceptance = evaluate(vae, test_images, num_particles), np.nan
@@ -169,6 +170,7 @@ if __name__ == "__main__":
     parser.add_argument("--plain", type=float, default=0.1, help="share of epochs before RVRSGuide takes over")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--lr-rvrs", type=float, default=1e-3, help="the same for RVRSGuide")
     parser.add_argument("--code-sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--width", type=int, default=100, help="of the hidden layers")
     parser.add_argument("--num-particles", type=int, default=8, help="K of IWAE")
