@@ -7,16 +7,12 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 
 from pyro_rb.compiled.background import Compilation
-from pyro_rb.compiled.graph import Graph, size_of
+from pyro_rb.compiled.graph import ROUNDED, Graph, size_of
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.simplify import simplify
 from pyro_rb.compiled.torch_private import foreach, plain_calls, trace
 from pyro_rb.compiled.update import Update
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
-
-#: Of the state of an optimizer, which has squares of the gradient, over its largest number. A compiled gradient is
-#: off by 1e-3 at most, as where an ill-conditioned system is solved in single precision.
-_ROUNDING = 4e-3
 
 
 class FusedSteps:
@@ -122,10 +118,13 @@ class FusedSteps:
         self._call(args)
         found = self._save()
         self._restore(before)
+        eps = max(torch.finfo(p.dtype).eps for p in self._parameters)
         for i, (a, b) in enumerate(zip(found[0], expected[0])):
             # Adam makes whole steps of gradients that are nothing but rounding.
-            is_parameter = i < len(self._parameters)
-            atol = 3 * self.update.largest_rate if is_parameter else max(1e-5, _ROUNDING * size_of(b))
+            if i < len(self._parameters):
+                atol = 3 * self.update.largest_rate
+            else:  # their state has squares of gradients
+                atol = max(1e-5, 2 * eps**ROUNDED * size_of(b))
             if not torch.allclose(a, b, rtol=1e-3, atol=atol, equal_nan=True):
                 self._run = replay
                 raise RuntimeError("the compiled update differs from the one that is replayed")

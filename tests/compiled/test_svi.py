@@ -283,9 +283,11 @@ def compile_by(monkeypatch, module, factor):
 @pytest.mark.parametrize("error, warning", [(1e-3, None), (0.03, "update differs from the one that is replayed")])
 def test_compiled_update_may_round(error, warning, monkeypatch):
     """As where it solves an ill-conditioned system in single precision."""
+    torch.set_default_dtype(torch.float32)
     compile_by(monkeypatch, "graph", lambda: 1.0)
     compile_by(monkeypatch, "fused", lambda: 1.0 + error)
     svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), pyro_rb.compile(Trace_ELBO(), background=False))
+    args = [x.float() for x in args]
     with nullcontext() if warning is None else pytest.warns(UserWarning, match=warning):
         for _ in range(5):
             svi.step(*args)
