@@ -171,7 +171,7 @@ def _repeat(loss: Any, call: Call) -> _SiteLog:
     loss = _fresh_copy(loss)
     if call.nesting == math.inf:
         # It is found by a run of its own, which draws random numbers.
-        uncompiled = getattr(loss, "eager", loss)
+        uncompiled = uncompiled_of(loss)
         uncompiled.max_plate_nesting = math.inf
         guess = uncompiled._guess_max_plate_nesting
 
@@ -254,6 +254,11 @@ def set_rng_state(state: Any) -> None:
     torch.set_rng_state(state[0])
     for device, cuda in enumerate(state[1]):
         torch.cuda.set_rng_state(cuda, device)
+
+
+def uncompiled_of(loss: Any) -> Any:
+    """The loss inside of one that :func:`pyro_rb.compile` made, or the loss itself."""
+    return getattr(loss, "eager", loss)
 
 
 def _fresh_copy(loss: Any) -> Any:

@@ -17,6 +17,7 @@ from pyro_rb.diagnostics.guard.bad_number import (
     Call,
     find_bad_number,
     get_rng_state,
+    uncompiled_of,
 )
 from pyro_rb.diagnostics.guard.guarded_call import (
     FunctionLoss,
@@ -183,7 +184,7 @@ class GradientGuard(ELBO):
 
     @property
     def _nesting(self) -> float:
-        loss = getattr(self.wrapped, "eager", self.wrapped)  # of a compiled one
+        loss = uncompiled_of(self.wrapped)
         return loss.max_plate_nesting if isinstance(loss, ELBO) else 0
 
     def _is_finite(self, loss: Any) -> bool:
