@@ -32,7 +32,7 @@ from support.data import load_mnist
 from support.losses import mark_for
 from support.other_estimators import GumbelVae, NvilVae, Relax
 from support.results import draw_histories, report
-from support.training import Clock, Run, end_of, set_fast_floats, take_turns
+from support.training import Run, end_of, seconds_of_steps, set_fast_floats, take_turns
 
 # Steps on labelled digits have nothing to enumerate.
 enumeration = partial(TraceEnum_ELBO, max_plate_nesting=1, strict_enumeration_warning=False)
@@ -72,21 +72,23 @@ def make_run(name, train_set, args, seed):
 
 def time_compiled(train_set, args):
     """By loss, seconds of some steps, eager and compiled, early in training."""
-    batches = make_batches(*train_set, args.batch_size, args.num_labelled)[:NUM_TIMED]
-    steps, clocks = {}, {}
-    for name in (name for name in LOSSES if name not in EAGER):
+    batches, steps = make_batches(*train_set, args.batch_size, args.num_labelled)[:NUM_TIMED], {}
+    names = [name for name in LOSSES if name not in EAGER]
+    for name in names:
         one = make_run(name, train_set, args, args.seeds[0])
         loss = pyro_rb.compile(LOSSES[name](), args.backend, background=False)
-        steps[name] = one, (one.svi, SVI(one.model, one.guide, one.svi.optim, loss))
-    for turn in range(2 * args.num_compiled_rounds):
-        if turn in (0, args.num_compiled_rounds):  # a scale has been learned then, all is compiled
-            clocks = {name: (Clock(), Clock()) for name in steps}
-        for name, (one, both) in steps.items():
-            for svi, clock in zip(both, clocks[name]):
-                with pyro.get_param_store().scope(one.store), clock:
-                    for batch in batches:
-                        svi.step(*batch)
-    return {name: [clock.seconds for clock in both] for name, both in clocks.items()}
+        compiled = SVI(one.model, one.guide, one.svi.optim, loss)
+        for kind, svi in (("eager", one.svi), ("compiled", compiled)):
+            steps[name, kind] = partial(make_steps, svi, one.store, batches)
+    seconds_of_steps(steps, args.num_compiled_rounds)  # scales are learned, and all is compiled
+    seconds = seconds_of_steps(steps, args.num_compiled_rounds)
+    return {name: [seconds[name, "eager"], seconds[name, "compiled"]] for name in names}
+
+
+def make_steps(svi, store, batches):
+    with pyro.get_param_store().scope(store):
+        for batch in batches:
+            svi.step(*batch)
 
 
 def train(seed, args):
