@@ -5,7 +5,7 @@
 Time of a step of SVI, and how many times faster compiled steps are.
 
 All kinds of steps of a model take turns, block by block, in one process. The table gives the time of a step
-of ``SVI`` with the same loss, in microseconds of process CPU time; the ratio of this time to that of each
+of ``SVI`` with the same loss, in microseconds of process CPU time (of wall time on CUDA); the ratio of this time to that of each
 other kind of step, as the median over blocks; and the seconds of wall-clock time that capturing and
 compiling took. ``replay``, ``Inductor`` and ``unrolled`` are ``CompiledSVI``; ``Inductor in SVI`` is a
 compiled loss in ``SVI``. ``RVRSGuide`` is ``Trace_ELBO`` with that guide around ``AutoNormal``::
@@ -35,6 +35,7 @@ from pyro_rb import (
     STLTrace_ELBO,
 )
 from support.command_line import restart, run, set_up
+from support.training import now
 
 VAE = "VAE 784-400-20, batch 256"
 #: Steps before a block is timed: adaptive losses learn at each of the first 50.
@@ -139,9 +140,9 @@ def measure(make_loss, model, guide, is_large, args):
             pyro.get_param_store().set_state(store)
             size = args.block_size // (10 if kind == "SVI" or is_large else 1) or 1
             make_block(svi, 1)
-            start = time.process_time()
+            start = now()
             make_block(svi, size)
-            times[kind].append((time.process_time() - start) / size)
+            times[kind].append((now() - start) / size)
     base = np.array(times["SVI"])
     row = {"SVI, us": round(1e6 * float(np.median(base)), 1)}
     plain = steps["SVI"][2]
