@@ -27,6 +27,10 @@ from tests.support.report_words import find_unexplained  # noqa: E402
 SEED = int(os.environ.get("PYRO_RB_SEED", 0))
 DEVICE = os.environ.get("PYRO_RB_TEST_DEVICE")
 
+if DEVICE:
+    # Before test modules are imported, as some make tensors then.
+    torch.set_default_device(DEVICE)
+
 if not DEVICE and not torch.cuda.is_available():
     # PyTorch keeps the seeds of absent devices for later, each with a stack trace: half a millisecond a seed.
     for name in ("cuda", "xpu", "mtia"):
@@ -44,16 +48,13 @@ def pytest_collection_finish():
 def fresh_state():
     """Empties the param store, seeds, and restores the global defaults afterwards."""
     dtype = torch.get_default_dtype()
-    if DEVICE:
-        torch.set_default_device(DEVICE)
     pyro.clear_param_store()
     pyro.set_rng_seed(SEED)
     with pyro.validation_enabled():
         yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
-    if DEVICE:
-        torch.set_default_device(None)
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)

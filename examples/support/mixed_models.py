@@ -157,7 +157,7 @@ def binary_autoencoder(num_bits=200):
 
 def mixture(num=300, size=30):
     """Learned means, and an offset of each point."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(0)
     means = 5.0 * torch.randn(size, 2, generator=generator)
     x = means[torch.arange(num) % size] + 0.8 * torch.randn(num, 2, generator=generator)
     start = means + torch.randn(size, 2, generator=generator)
@@ -184,7 +184,7 @@ def mixture(num=300, size=30):
 
 def regression(num=40, size=100, values=5):
     """Weights, a switch between offsets for each row, and the scale of the noise."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(0)
     x = torch.randn(num, size, generator=generator) / size**0.5
     offsets = torch.linspace(-4.0, 4.0, values)
     y = x @ torch.randn(size, generator=generator) + offsets[torch.arange(num) % values]
@@ -210,7 +210,7 @@ def regression(num=40, size=100, values=5):
 
 def hidden_markov(num=20, steps=5, size=5):
     """Discrete states, and emissions whose means are latent."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(0)
     means = torch.linspace(-4.0, 4.0, size)
     states = torch.randint(size, (num, steps), generator=generator).sort(1).values
     x = means[states] + torch.randn(num, steps, generator=generator)
@@ -242,7 +242,7 @@ def hidden_markov(num=20, steps=5, size=5):
 
 def network(has_norm=False, num=100, width=100):
     """A Bayesian network 1-100-1, with and without BatchNorm behind the first layer."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(0)
     x = torch.linspace(-2.0, 2.0, num).unsqueeze(-1)
     y = (3.0 * x.squeeze(-1)).sin() + 0.2 * torch.randn(num, generator=generator)
     shapes = {"w1": (width, 1), "b1": (width,), "w2": (1, width), "b2": (1,)}

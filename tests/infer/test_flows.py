@@ -501,7 +501,7 @@ def test_strong_flow_in_single_precision(dim, batch):
         layer = T.AffineAutoregressive(AutoRegressiveNN(dim, [2 * dim], permutation=torch.arange(dim)))
         start = torch.Generator().manual_seed(0)
         for p in layer.parameters():
-            p.data = 0.25 * torch.randn(p.shape, generator=start, dtype=torch.float64).to(dtype)
+            p.data = 0.25 * torch.randn(p.shape, generator=start, dtype=torch.float64, device="cpu").to(p)
         fn = dist.TransformedDistribution(normal(dim).expand(batch + (dim,)).to_event(1), [layer])
         path = find(fn)
         path._base = Fixed(noise.to(dtype))

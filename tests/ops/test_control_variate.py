@@ -12,9 +12,8 @@ from pyro_rb.ops.control_variate import AdaptiveScale, ControlVariate, Moments
 
 
 def draws(num_draws, size=3, slope=-0.4, noise=0.3, seed=0):
-    generator = torch.Generator("cpu").manual_seed(seed)
-    s = torch.randn(num_draws, size, generator=generator, dtype=torch.double)
-    e = torch.randn(num_draws, size, generator=generator, dtype=torch.double)
+    same = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.double, "device": "cpu"}
+    s, e = (torch.randn(num_draws, size, **same).to(torch.empty(0).device) for _ in range(2))
     intercept = torch.tensor([5.0, -300.0, 0.0], dtype=torch.double)[:size]
     return intercept + slope * s + noise * e, s
 

@@ -99,11 +99,11 @@ def test_share_leaves_without_leaves():
 
 
 def test_share_leaves_against_brute_force():
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         tensors = make_leaves(6)
         for _ in range(12):
-            i, j = torch.randint(len(tensors), (2,), generator=generator).tolist()
+            i, j = torch.randint(len(tensors), (2,), generator=generator, device="cpu").tolist()
             tensors.append(tensors[i] * tensors[j])
         roots = {key: [tensor] for key, tensor in enumerate(tensors) if tensor.grad_fn is not None}
         own = {key: {id(leaf) for leaf in leaves(*root)} for key, root in roots.items()}

@@ -53,7 +53,8 @@ HIDDEN = {
 
 def gaussian(seed, dtype):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(ROWS, UNITS, generator=generator, dtype=dtype, requires_grad=True)
+    eps = torch.randn(ROWS, UNITS, generator=generator, dtype=dtype, device="cpu")
+    return eps.to(torch.empty(0).device).requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -66,7 +67,8 @@ def test_derivatives(name, dtype):
 
 
 def halves(seed):
-    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed), device="cpu")
+    order = order.to(torch.empty(0).device)
     return order < ROWS // 2, order >= ROWS // 2
 
 

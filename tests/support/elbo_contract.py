@@ -31,6 +31,7 @@ from pyro.optim import ClippedAdam
 from pyro.poutine.runtime import am_i_wrapped
 
 from pyro_rb.diagnostics.run.gradients import sample_gradients
+from pyro_rb.ops.control_variate import START_UP
 from tests.support.cases import Case, positive, real
 from tests.support.common import assert_unbiased, assert_variance_ratio
 from tests.support.guides import GUIDES
@@ -330,10 +331,13 @@ class ELBOContract:
 
     @pytest.mark.parametrize("entrance", ENTRANCES)
     def test_frozen_parameter(self, dtype, entrance):
-        """Freezing one parameter leaves the gradients of the others as they were."""
+        """
+        Freezing one parameter leaves the gradients of the others as they were, before an adaptive scale is learned:
+        parameters of one distribution share it.
+        """
         case, first, second = self.fresh("pyro_module"), self.make_elbo(), self.make_elbo()
         frozen = case.guide.encoder.weight
-        for seed in range(6):
+        for seed in range(START_UP):
             expected = evaluate(first, case, entrance, seed)[1]
             frozen.requires_grad_(False)
             actual = evaluate(second, case, entrance, seed)[1]

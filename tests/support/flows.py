@@ -51,8 +51,8 @@ def stir(flow, scale=0.3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     parts = flow if isinstance(flow, list) else [flow]
     for parameter in (p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()):
-        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        parameter.data.add_(scale * noise)
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu")
+        parameter.data.add_(scale * noise.to(parameter.device))
     return flow
 
 

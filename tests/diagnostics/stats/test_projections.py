@@ -13,7 +13,7 @@ def test_projections_of_the_whole_gradient_keep_length_one():
     eye = torch.eye(6)
     directions = Projector.of_all(COORDINATES, 4)(eye)
     assert directions.shape == (6, 4)
-    torch.testing.assert_close(directions.norm(dim=0), torch.ones(4, dtype=torch.double))
+    torch.testing.assert_close(directions.norm(dim=0), torch.ones(4, dtype=torch.double, device="cpu"))
     assert torch.equal(directions, Projector.of_all(COORDINATES, 4)(eye))
     assert not torch.equal(directions, Projector.of_all(COORDINATES, 4, seed=1)(eye))
 

@@ -110,7 +110,8 @@ def test_full_covariance(make):
     guide()
     with torch.no_grad():
         for i, p in enumerate(guide.parameters()):
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i), device="cpu")
+            p.add_(0.2 * noise.to(p))
 
     def exact():
         return plane(plane_log_joint, guide.get_posterior().log_prob)

@@ -244,11 +244,12 @@ def test_baseline_of_a_reparameterised_site_changes_nothing():
 
 def gaussian_mixture(num_points=200, num_components=10):
     """The data and size of the paper's example; locations and guide part of the way."""
-    generator = torch.Generator().manual_seed(0)
-    locs = 5.0 * torch.randn(num_components, 2, generator=generator)
-    labels = torch.randint(num_components, (num_points,), generator=generator)
-    x = locs[labels] + torch.randn(num_points, 2, generator=generator)
-    start = locs + torch.randn(num_components, 2, generator=generator)
+    same = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+    locs = 5.0 * torch.randn(num_components, 2, **same)
+    labels = torch.randint(num_components, (num_points,), **same)
+    x = locs[labels] + torch.randn(num_points, 2, **same)
+    start = locs + torch.randn(num_components, 2, **same)
+    x, start = x.to(torch.empty(0)), start.to(torch.empty(0))
     logits = -0.1 * (x.unsqueeze(1) - start).square().sum(-1)
 
     def model(x):
