@@ -54,7 +54,7 @@ class Moments:
         self.hh = self.hs = self.ss = 0.0
         #: Of ``h - e s``, with the slopes ``e`` as they stood before each draw.
         self.loss = 0.0
-        self._mean_h = self._mean_s = torch.zeros(())
+        self._mean_h = self._mean_s = torch.zeros((), device="cpu")  # they follow the gradients
 
     def is_due(self) -> bool:
         """Counts one step. Returns whether an update should be made at it."""

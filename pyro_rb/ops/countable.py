@@ -39,8 +39,7 @@ def negative_binomial_window(total_count: Tensor, log_ratio: Tensor) -> Tensor:
     tensor(37.)
     """
     total_count, log_ratio = total_count.double(), log_ratio.double().clamp(max=-1e-300)
-    fractions = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.double)
-    fractions = fractions.to(log_ratio.device).reshape((-1,) + (1,) * log_ratio.dim())
+    fractions = log_ratio.new_tensor([0.1, 0.25, 0.5, 0.75, 0.9]).reshape((-1,) + (1,) * log_ratio.dim())
     s = -fractions * log_ratio
     log_mgf = total_count * (
         torch.expm1(log_ratio).neg().log() - torch.expm1(log_ratio + s).neg().log()

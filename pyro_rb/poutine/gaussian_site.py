@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Tuple, Union
 
 import torch
 
 from pyro_rb.ops.gaussian import GaussianDraw
 
 #: Some elements of a value: none, all, or those of a boolean tensor of its shape.
-Elements = Union[None, bool, torch.Tensor]
+Elements = Union[None, Literal[True], torch.Tensor]
 
 
 def _unseen(fn: Callable) -> Callable:
@@ -32,7 +32,7 @@ def join(a: Elements, b: Elements) -> Elements:
         return True
     if a is None or b is None:
         return b if a is None else a
-    return torch.as_tensor(a) | torch.as_tensor(b)
+    return a | b
 
 
 @_unseen
@@ -45,7 +45,7 @@ def overlap(a: Elements, b: Elements) -> Elements:
         return None
     if a is True or b is True:
         return b if a is True else a
-    both = torch.as_tensor(a) & torch.as_tensor(b)
+    both = a & b
     return both if both.any() else None
 
 
@@ -59,7 +59,7 @@ def without(a: Elements, b: Elements) -> Elements:
         return a
     if b is True:
         return None
-    rest = ~torch.as_tensor(b) if a is True else torch.as_tensor(a) & ~torch.as_tensor(b)
+    rest = ~b if a is True else a & ~b
     return rest if rest.any() else None
 
 
@@ -184,8 +184,8 @@ class GaussianSite:
                 continue
             index = view.replay(self.index)
             for total, part in ((mean, star), (excess, over)):
-                if free is not True:
-                    part = torch.where(torch.as_tensor(free), part, view.replay(total))
+                if isinstance(free, torch.Tensor):
+                    part = torch.where(free, part, view.replay(total))
                 total.view(-1)[index] = part
         return mean, excess
 
@@ -242,14 +242,15 @@ class View:
     @_unseen
     def _find(self) -> Tuple[Elements, bool]:
         if self._found is None:
-            self._found = (True, False)
+            found: Tuple[Elements, bool] = (True, False)
             if not self._is_whole:
                 index = self.replay(self.site.index).reshape(-1)
                 mask = torch.zeros(self.site.draw.shape, dtype=torch.bool, device=index.device)
                 mask.view(-1)[index] = True
                 has_repeats = bool(mask.sum() < index.numel())
                 is_joint = not self.site.draw.is_diagonal
-                self._found = (True if is_joint else mask, has_repeats)
+                found = (True if is_joint else mask, has_repeats)
+            self._found = found
         return self._found
 
     @property
@@ -264,7 +265,7 @@ class View:
             return True
         if taken is True or not site.draw.is_diagonal:
             return None
-        free = ~self.replay(torch.as_tensor(taken))
+        free = ~self.replay(taken)
         return free if free.any() else None
 
 

@@ -29,7 +29,7 @@ class RandomFactor(NamedTuple):
     def free_scale(self) -> torch.Tensor:
         """The scale of a diagonal one, zero where nothing is projected."""
         scale = self.view.replay(self.site.draw.scale)
-        return scale if self.free is True else scale * torch.as_tensor(self.free)
+        return scale * self.free if isinstance(self.free, torch.Tensor) else scale
 
     def spread(self, noise: torch.Tensor) -> torch.Tensor:
         """The share of the argument that free noise has."""
@@ -43,6 +43,6 @@ class RandomFactor(NamedTuple):
         draw = self.site.draw
         if not draw.is_diagonal:
             return self.view.replay(draw.loc + draw.spread(noise))
-        if self.free is not True:
-            noise = torch.where(torch.as_tensor(self.free), noise, self.noise)
+        if isinstance(self.free, torch.Tensor):
+            noise = torch.where(self.free, noise, self.noise)
         return self.view.replay(draw.loc) + self.view.replay(draw.scale) * noise

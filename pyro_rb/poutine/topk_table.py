@@ -143,7 +143,7 @@ def find_table(fn: Any) -> AnyTable:
         event_shape, fn = fn.event_shape, _unexpanded(fn)
         if hasattr(fn, "total_count"):
             # Before the values are listed.
-            _check_size(torch.as_tensor(fn.total_count).max().item() + 1, fn.batch_shape)
+            _check_size(fn.total_count.max().item() + 1, fn.batch_shape)
         try:
             support = fn.enumerate_support(expand=False)
         except NotImplementedError as e:
@@ -241,6 +241,6 @@ _WINDOWS: Dict[Any, Callable[[Any], torch.Tensor]] = {
         torch.ones_like(fn.logits), -F.softplus(fn.logits)
     ),
     dist.NegativeBinomial: lambda fn: negative_binomial_window(
-        torch.as_tensor(fn.total_count), -F.softplus(-fn.logits)
+        fn.total_count, -F.softplus(-fn.logits)
     ),
 }
