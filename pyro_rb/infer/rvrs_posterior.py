@@ -139,7 +139,7 @@ class PosteriorMixin(CallMixin):
             for i in range(num_passes):
                 one = proposer if i == 0 else self._make_proposer(args, kwargs)
                 values.append(self._estimate(one, num_samples // num_passes)[0])
-            x = torch.tensor(values, dtype=torch.float64)
+            x = torch.tensor(values, dtype=torch.float64, device="cpu")
             return x.mean().item(), (x.std() / num_passes**0.5).item()
 
         with ProposalMessenger():
@@ -212,7 +212,7 @@ class PosteriorMixin(CallMixin):
             for name, xs in rows.items():
                 for i in range(0, xs[0].shape[1], SORTED_ELEMENTS // NUM_QUANTILE_SAMPLES):
                     x = torch.cat([x[:, i : i + SORTED_ELEMENTS // NUM_QUANTILE_SAMPLES] for x in xs])
-                    q = torch.as_tensor(quantiles).to(x)
+                    q = torch.as_tensor(quantiles, dtype=x.dtype, device=x.device)
                     found[name].append(torch.quantile(x, q, dim=0))
         return {n: torch.cat(xs, -1).reshape(-1, *shapes[n]) for n, xs in found.items()}
 

@@ -117,7 +117,7 @@ class Proposer:
     def log_ratio_of_globals(self) -> torch.Tensor:
         """Log density of the model less that of the guide, outside of the local plate."""
         values = {name: value for name, (value, _) in self.globals.items()}
-        total = torch.zeros(())
+        total: Any = 0.0
         for fn, factor in ((self.guide, -1), (self.model, 1)):
             with ProposalMessenger(values=values, subsamples=self.subsamples) as run:
                 fn(*self.args, **self.kwargs)

@@ -364,7 +364,7 @@ def _check_deltas(
     for name, site in guide_run.sites.items():
         if site.log_prob is None:
             continue
-        if ((torch.as_tensor(site.scale) - 1).abs() > 1e-6).any():
+        if ((torch.as_tensor(site.scale, device=site.value.device) - 1).abs() > 1e-6).any():
             raise _scaled(name, site.scale)
         if name in tap.path.values:
             continue

@@ -276,7 +276,7 @@ def compute_baseline(
             "parameters of its own. Expected a site without it, or loss.backward()."
         )
     _, loss, baseline = _construct_baseline(name, site, downstream_cost)
-    return torch.as_tensor(baseline), loss
+    return torch.as_tensor(baseline, device=downstream_cost.device), loss
 
 
 def is_guide_messenger(guide: Any) -> bool:

@@ -221,7 +221,8 @@ def _judged(curves: List[Curve], seconds: float) -> Race:
         return found
     ranked = sorted(sound, key=lambda curve: curve.final)
     best, rival = ranked[0], (sound[0] if ranked[0] is not sound[0] else ranked[1])
-    differences = torch.tensor([b[-1] - a[-1] for a, b in zip(best.losses, rival.losses)], dtype=torch.double)
+    pairs = zip(best.losses, rival.losses)
+    differences = torch.tensor([b[-1] - a[-1] for a, b in pairs], dtype=torch.double, device="cpu")
     if len(differences) < 2:
         return found
     found.margin = differences.mean().item()

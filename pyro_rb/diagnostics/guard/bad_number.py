@@ -26,6 +26,7 @@ from pyro_rb.diagnostics.guard import site_checks
 from pyro_rb.diagnostics.run.parameters import module_parameters
 from pyro_rb.diagnostics.run.sites import unconstrained
 from pyro_rb.diagnostics.run.state import preserve_state
+from pyro_rb.infer.generators import set_torch_generators
 
 _LIBRARIES = (*torch.__path__, *pyro.__path__, *pyro_rb.__path__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
@@ -63,7 +64,7 @@ class Call(NamedTuple):
     What a step was, so that it can be repeated.
 
     :param str entrance: ``"loss_and_grads"`` or ``"differentiable_loss"``.
-    :param rng_state: What :func:`get_rng_state` returned before the step.
+    :param generators: What :func:`~pyro_rb.infer.generators.get_torch_generators` returned before the step.
     :param nesting: The ``max_plate_nesting`` of the loss before the step, infinite if it is to be found.
     """
 
@@ -72,7 +73,7 @@ class Call(NamedTuple):
     guide: Callable
     args: Sequence
     kwargs: Dict[str, Any]
-    rng_state: Any
+    generators: Any
     nesting: float
 
 
@@ -167,7 +168,7 @@ class _SiteLog(Messenger):
 
 def _repeat(loss: Any, call: Call) -> _SiteLog:
     log = _SiteLog()
-    set_rng_state(call.rng_state)
+    set_torch_generators(call.generators)
     loss = _fresh_copy(loss)
     if call.nesting == math.inf:
         # It is found by a run of its own, which draws random numbers.
@@ -241,19 +242,6 @@ def _in_matrix(log: _SiteLog) -> Optional[BadNumber]:
     frames = traceback.extract_tb(log.error.__traceback__)
     listed = [(f.filename, str(f.lineno), f.name, f.line or "") for f in frames]
     return BadNumber("matrix", role, name, text, _innermost(listed))
-
-
-def get_rng_state() -> Any:
-    """The state of torch's generators, cheap enough to be taken at each step."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
-    return torch.get_rng_state(), cuda
-
-
-def set_rng_state(state: Any) -> None:
-    """Puts a state of :func:`get_rng_state` back."""
-    torch.set_rng_state(state[0])
-    for device, cuda in enumerate(state[1]):
-        torch.cuda.set_rng_state(cuda, device)
 
 
 def uncompiled_of(loss: Any) -> Any:

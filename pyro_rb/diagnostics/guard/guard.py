@@ -16,7 +16,6 @@ from pyro_rb.diagnostics.guard.bad_number import (
     BadNumber,
     Call,
     find_bad_number,
-    get_rng_state,
     uncompiled_of,
 )
 from pyro_rb.diagnostics.guard.guarded_call import (
@@ -27,6 +26,7 @@ from pyro_rb.diagnostics.guard.guarded_call import (
     is_finite_loss,
 )
 from pyro_rb.diagnostics.run.parameters import module_parameters
+from pyro_rb.infer.generators import get_torch_generators
 from pyro_rb.infer.util import forget_parameters
 
 ON_BAD = ("raise", "skip", "warn")
@@ -167,7 +167,7 @@ class GradientGuard(ELBO):
         :returns: The loss; NaN if the step was skipped because it raised an error.
         """
         self.num_steps += 1
-        call = Call("loss_and_grads", model, guide, args, kwargs, get_rng_state(), self._nesting)
+        call = Call("loss_and_grads", model, guide, args, kwargs, get_torch_generators(), self._nesting)
         seen = SeenParameters()
         loss, error = math.nan, None
         try:
@@ -204,7 +204,7 @@ class GradientGuard(ELBO):
             )
         if not self._is_watching:
             self.num_steps += 1
-        call = Call("differentiable_loss", model, guide, args, kwargs, get_rng_state(), self._nesting)
+        call = Call("differentiable_loss", model, guide, args, kwargs, get_torch_generators(), self._nesting)
         self._last_call = call
         seen = SeenParameters()
         error = None

@@ -7,8 +7,9 @@ import operator
 from typing import Any, Callable, Sequence, Union
 
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
+
+from pyro_rb.infer.generators import get_generators, set_generators
 
 #: Positional arguments of model and guide, or a function that returns those of a step.
 Arguments = Union[Sequence, Callable[[], Sequence]]
@@ -37,11 +38,11 @@ def current_args(args: Arguments) -> Sequence:
 
 def check_batches(args: Callable[[], Sequence]) -> None:
     """Minibatches must be those of the random numbers, so that losses can be compared."""
-    state = get_rng_state()
+    states = get_generators()
     first = current_args(args)
-    set_rng_state(state)
+    set_generators(states)
     again = current_args(args)
-    set_rng_state(state)
+    set_generators(states)
     pairs = [pair for pair in zip(first, again) if isinstance(pair[0], Tensor)]
     if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
         raise ValueError(

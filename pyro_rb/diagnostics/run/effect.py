@@ -46,7 +46,7 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
 
 def _relevant_density(problem: Problem) -> Tensor:
     guide_trace, model_trace = run_traces(problem.model, problem.guide, problem.args, problem.kwargs)
-    total: Any = torch.zeros(())
+    total: Any = torch.zeros((), device=next(iter(problem.parameters.values())).device)
     for trace in (model_trace, guide_trace):
         trace.compute_log_prob()
         for site in trace.nodes.values():

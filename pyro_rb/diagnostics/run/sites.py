@@ -251,7 +251,7 @@ def _is_reparameterized(fn: Any) -> bool:
 def _has_log_density(fn: Any) -> bool:
     while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta) and bool(torch.any(torch.as_tensor(fn.log_density) != 0))
+    return isinstance(fn, dist.Delta) and bool(torch.any(torch.as_tensor(fn.log_density, device=fn.v.device) != 0))
 
 
 def _size(site: Any) -> int:

@@ -12,8 +12,9 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import pyro
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
+
+from pyro_rb.infer.generators import get_generators, set_generators
 
 #: Objects of these packages lead to no module of the user's; what their closures hold may.
 _LIBRARIES = {"numpy", "pandas", "pyro", "scipy", "torch", *sys.stdlib_module_names} - {"__main__"}
@@ -147,8 +148,7 @@ def preserve_state(*roots: Any) -> Iterator[Snapshot]:
     []
     """
     store = pyro.get_param_store()
-    rng = get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    generators = get_generators()
     store_state = _store_state()
     snapshot = Snapshot(roots)
     snapshot.add_tensors(store_state["params"].values())
@@ -159,9 +159,7 @@ def preserve_state(*roots: Any) -> Iterator[Snapshot]:
         store.clear()
         store.set_state(store_state)
         _store_state()
-        set_rng_state(rng)
-        for device, state in enumerate(cuda_rng):
-            torch.cuda.set_rng_state(state, device)
+        set_generators(generators)
 
 
 def _store_state() -> Any:

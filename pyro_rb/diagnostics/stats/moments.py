@@ -26,8 +26,9 @@ class RunningMoments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = torch.zeros(())
-        self._squares = torch.zeros(())  # sum of squared deviations from the mean
+        # Numbers of the CPU go with tensors of any device.
+        self.mean = torch.zeros((), device="cpu")
+        self._squares = torch.zeros((), device="cpu")  # sum of squared deviations from the mean
 
     @classmethod
     def of(cls, samples: Tensor) -> "RunningMoments":
@@ -113,7 +114,7 @@ class SkewedMoments(RunningMoments):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cubes = torch.zeros(())  # sum of cubed deviations from the mean
+        self._cubes = torch.zeros((), device="cpu")  # sum of cubed deviations from the mean
 
     def update(self, value: Tensor) -> Tensor:
         if self.count == 0:

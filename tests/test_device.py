@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Losses follow the device of model and guide, whatever PyTorch's default is. Here that is "meta", whose tensors have no
-numbers: what is made on the wrong device raises, or shows.
+Losses and diagnostics follow the device of model and guide, whatever PyTorch's default is. Here that is "meta", whose
+tensors have no numbers: what is made on the wrong device raises, or shows.
 """
 
+import math
 from functools import partial
 
 import pyro
@@ -13,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, config_enumerate
+from pyro.infer import SVI
 from pyro.optim import Adam
 
 import pyro_rb
@@ -22,7 +23,7 @@ tensor = partial(torch.tensor, device="cpu", dtype=torch.get_default_dtype())
 NUM_ITEMS = 6
 
 
-def observe(loc, plate="data"):
+def observe(loc):
     pyro.sample("x", dist.Normal(loc, tensor(1.0)), obs=torch.linspace(-1.0, 1.0, NUM_ITEMS, device="cpu"))
 
 
@@ -34,7 +35,7 @@ def normal(num=None):
     return dist.Normal(loc, scale) if num is None else dist.Normal(loc, scale).to_event(1)
 
 
-def continuous(num_steps=0):
+def continuous():
     def model():
         z = pyro.sample("z", dist.Normal(tensor(0.0), tensor(1.0)))
         with pyro.plate("data", NUM_ITEMS, dim=-1):
@@ -44,19 +45,23 @@ def continuous(num_steps=0):
 
 
 def local():
-    """With a mask and a scale, and locals of which each has its row."""
+    """With a mask, and locals of which each has its row."""
 
     def model():
-        with pyro.plate("data", NUM_ITEMS, dim=-1), poutine.scale(scale=2.0):
+        with pyro.plate("data", NUM_ITEMS, dim=-1):
             z = pyro.sample("z", dist.Normal(tensor(0.0), tensor(1.0)))
             with poutine.mask(mask=torch.arange(NUM_ITEMS, device="cpu") > 1):
                 observe(z)
 
     def guide():
-        with pyro.plate("data", NUM_ITEMS, dim=-1), poutine.scale(scale=2.0):
+        with pyro.plate("data", NUM_ITEMS, dim=-1):
             pyro.sample("z", normal())
 
     return model, guide
+
+
+def scaled():
+    return map(partial(poutine.scale, scale=2.0), local())
 
 
 def linear():
@@ -118,13 +123,13 @@ def mixed():
 
 CASES = {
     "stl": (continuous, lambda: pyro_rb.STLTrace_ELBO()),
-    "stl, adaptive": (local, lambda: pyro_rb.STLTrace_ELBO(control_variate_scale="adaptive")),
+    "stl, adaptive": (scaled, lambda: pyro_rb.STLTrace_ELBO(control_variate_scale="adaptive")),
     "stl, particles": (local, lambda: pyro_rb.STLTrace_ELBO(num_particles=2, vectorize_particles=True)),
     "dreg": (continuous, lambda: pyro_rb.DReG_ELBO(3)),
     "dreg, adaptive": (continuous, lambda: pyro_rb.DReG_ELBO(3, control_variate_scale="adaptive")),
     "dreg, particles": (local, lambda: pyro_rb.DReG_ELBO(3, vectorize_particles=True)),
     "r2g2": (linear, lambda: pyro_rb.R2G2_ELBO()),
-    "r2g2, local": (local, lambda: pyro_rb.R2G2_ELBO()),
+    "r2g2, local": (scaled, lambda: pyro_rb.R2G2_ELBO()),
     "topk": (categorical, lambda: pyro_rb.RaoBlackwellTopK_ELBO(k=3)),
     "topk, binomial": (binomial, lambda: pyro_rb.RaoBlackwellTopK_ELBO(k=2)),
     "topk, poisson": (poisson, lambda: pyro_rb.RaoBlackwellTopK_ELBO(k=2)),
@@ -133,6 +138,14 @@ CASES = {
     "rao_blackwell": (mixed, lambda: pyro_rb.RaoBlackwell_ELBO()),
     "rao_blackwell, bernoulli": (bernoulli, lambda: pyro_rb.RaoBlackwell_ELBO()),
     "rao_blackwell, continuous": (linear, lambda: pyro_rb.RaoBlackwell_ELBO()),
+}
+
+
+RVRS = {
+    "global": (continuous, {}),
+    "given T": (continuous, {"T": 1.0, "adaptation": "fixed"}),
+    "local": (local, {"local_plate": "data"}),
+    "local, kept": (local, {"local_plate": "data", "local_size": NUM_ITEMS}),
 }
 
 
@@ -153,3 +166,44 @@ def test_default_device_does_not_matter(name, meta):
         assert isinstance(svi.step(), float)
     for parameter in pyro.get_param_store().values():
         assert parameter.device.type == "cpu" and parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("name", RVRS)
+def test_default_device_does_not_matter_to_rejection_sampling(name, meta):
+    """Without steps, in which ``pyro.factor`` moves its argument to the default device."""
+    make, options = RVRS[name]
+    model, guide = make()
+    with torch.device("cpu"):
+        rvrs = pyro_rb.RVRSGuide(model, guide, num_samples=4, **options)
+    draws, quantiles = rvrs.sample_posterior(3), rvrs.quantiles([0.1, 0.9])
+    assert all(x.device.type == "cpu" and x.isfinite().all() for x in [*draws.values(), *quantiles.values()])
+    assert math.isfinite(rvrs.elbo(16)[0])
+
+
+@pytest.mark.parametrize("make", [linear, categorical, mixed])
+def test_compare(make, meta):
+    losses = ["STLTrace_ELBO", "TraceGraph_ELBO", "RaoBlackwell_ELBO", "RaoBlackwellTopK_ELBO", "R2G2_ELBO"]
+    result = pyro_rb.compare(*make(), losses, num_samples=10, train_steps=4, progress=False)
+    assert result.settings["device"] == "cpu" and str(result)
+    assert not [row for state in result.states for row in state.losses if row.error]
+
+
+@pytest.mark.parametrize("make", [linear, categorical, mixed])
+def test_check_unbiased(make, meta):
+    pyro_rb.check_unbiased("RaoBlackwell_ELBO", *make(), num_samples=20)
+    pyro_rb.check_unbiased("RaoBlackwell_ELBO", *make(), num_samples=20, method="independent", projections=3)
+
+
+@pytest.mark.parametrize("make", [linear, mixed])
+def test_noise(make, meta):
+    assert math.isfinite(pyro_rb.measure_noise("RaoBlackwell_ELBO", *make(), num_samples=40).loss)
+
+
+def test_guard(meta):
+    model, guide = linear()
+    loss = pyro_rb.GradientGuard(pyro_rb.STLTrace_ELBO())
+    svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
+    assert math.isfinite(svi.step())
+    pyro.param("loc").data.fill_(math.inf)
+    with pytest.raises(pyro_rb.NonFiniteError, match="parameter 'loc'"):
+        svi.step()
