@@ -183,7 +183,7 @@ def test_default_device_does_not_matter_to_rejection_sampling(name, meta):
 @pytest.mark.parametrize("make", [linear, categorical, mixed])
 def test_compare(make, meta):
     losses = ["STLTrace_ELBO", "TraceGraph_ELBO", "RaoBlackwell_ELBO", "RaoBlackwellTopK_ELBO", "R2G2_ELBO"]
-    result = pyro_rb.compare(*make(), losses, num_samples=10, train_steps=4, progress=False)
+    result = pyro_rb.compare(*make(), losses, num_samples=10, num_burn_in=2, train_steps=2, progress=False)
     assert result.settings["device"] == "cpu" and str(result)
     assert not [row for state in result.states for row in state.losses if row.error]
 

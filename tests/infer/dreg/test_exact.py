@@ -3,6 +3,8 @@
 
 """Against bounds and gradients by quadrature, and against RenyiELBO."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -54,14 +56,14 @@ def check_gradient(bound, elbo, num_particles, each_subsample=True):
 def test_quadrature():
     """One particle: the ELBO. All mass at one weight: its log. Two values: by hand."""
     nodes, weights = grid(1)
-    assert weights @ nodes[:, 0].square() == pytest.approx(1.0)
-    elbo = weights @ log_normal(nodes[:, 0], 0.3, 0.8)
-    assert -iwae_loss(log_normal(nodes[:, 0], 0.3, 0.8), weights, 1) == pytest.approx(elbo)
+    assert (weights @ nodes[:, 0].square()).item() == pytest.approx(1.0)
+    elbo = (weights @ log_normal(nodes[:, 0], 0.3, 0.8)).item()
+    assert -iwae_loss(log_normal(nodes[:, 0], 0.3, 0.8), weights, 1).item() == pytest.approx(elbo)
     same = torch.full((3,), 0.7), torch.tensor([0.2, 0.5, 0.3])
-    assert iwae_loss(*same, 8) == pytest.approx(-0.7)
+    assert iwae_loss(*same, 8).item() == pytest.approx(-0.7)
     two = torch.tensor([1.0, 3.0]).log(), torch.tensor([0.5, 0.5])
-    by_hand = 0.5 * torch.tensor(2.0).log() + 0.25 * torch.tensor(3.0).log()
-    assert -iwae_loss(*two, 2) == pytest.approx(by_hand)
+    by_hand = 0.5 * math.log(2.0) + 0.25 * math.log(3.0)
+    assert -iwae_loss(*two, 2).item() == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("num_particles", [1, 2, 8, 64])

@@ -70,7 +70,7 @@ def test_weights_of_items_are_their_own():
         case.guide = fixed(n)
         elbo = DReG_ELBO(3, 1, vectorize_particles=True)
         results.append(evaluate(elbo, case)[1]["loc"])
-    assert results[0][0] == pytest.approx(results[1][0].item())
+    assert results[0][0].item() == pytest.approx(results[1][0].item())
 
 
 def test_weights_of_nested_plates():

@@ -164,7 +164,7 @@ def saved_elsewhere(x, w):
 
 
 def autocast(x, w):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         return F.linear(x.float(), w.float()).double()
 
 
@@ -185,7 +185,7 @@ USES = {
     "data": (lambda x, w: F.linear(x, w) * w.data.norm(), r"non-linear use \(data\)"),
     "item": (lambda x, w: F.linear(x, w) * sum(v.item() for v in w.view(-1)), r"non-linear use \(item\)"),
     "tolist": (lambda x, w: F.linear(x, w) * w.tolist()[0][0], r"non-linear use \(tolist\)"),
-    "numpy": (lambda x, w: F.linear(x, w) * float(w.detach().numpy()[0, 0]), "detach"),
+    "numpy": (lambda x, w: F.linear(x, w) * float(w.detach().cpu().numpy()[0, 0]), "detach"),
     "no_grad": (no_grad_use, "used without gradient"),
     "scripted": (lambda x, w: scripted(x, w), "not seen"),
     "scripted_too": (lambda x, w: F.linear(x, w) + scripted(x, w), "not seen"),
@@ -275,7 +275,7 @@ def test_autocast(local):
 
     def use(x, w):
         decoder = pyro.param("decoder", lambda: torch.linspace(-1.0, 1.0, 30).reshape(5, 6))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(w.device.type, dtype=torch.bfloat16):
             return F.linear(w, decoder).float().tanh()
 
     case = weights(use)

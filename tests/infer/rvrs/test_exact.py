@@ -160,7 +160,7 @@ def _proposals(guide):
 
 def test_draws():
     _, guide, _ = make("one", 0.01)
-    draws = guide.sample_posterior(4000)["z"]
+    draws = guide.sample_posterior(4000)["z"].cpu()
     assert draws.shape == (4000,)
     z, T = GRID, CASES["one"][3]
     with torch.no_grad():
@@ -171,9 +171,9 @@ def test_draws():
         lq = q.log_prob(z)
         a = 0.01 + 0.99 * (lp - lq + T).sigmoid()
         cdf = (lq.exp() * a).cumsum(0)
-        cdf = (cdf / cdf[-1]).numpy()
-        assert kstest(draws.numpy(), lambda x: np.interp(x, z.numpy(), cdf)).pvalue > 1e-4
-        assert kstest(draws.numpy(), lambda x: q.cdf(torch.as_tensor(x)).numpy()).pvalue < 1e-6
+        cdf, z = (cdf / cdf[-1]).cpu().numpy(), z.cpu().numpy()
+        assert kstest(draws.numpy(), lambda x: np.interp(x, z, cdf)).pvalue > 1e-4
+        assert kstest(draws.numpy(), lambda x: q.cdf(torch.as_tensor(x)).cpu().numpy()).pvalue < 1e-6
 
 
 # -- Values -------------------------------------------------------------------

@@ -89,7 +89,7 @@ USES = {
     "item": lambda b: torch.tensor(b.sum().item()),
     "if": lambda b: torch.tensor(2.0) if b.sum() > 1 else torch.tensor(0.0),
     "list": lambda b: torch.tensor(sum(w * v for w, v in zip(WEIGHTS, b.tolist()))),
-    "numpy": lambda b: torch.tensor(float(b.numpy().sum())),
+    "numpy": lambda b: torch.tensor(float(b.cpu().numpy().sum())),
     "vmap": lambda b: torch.vmap(lambda v: 2.0 * v)(b).sum(),
     "script": lambda b: _script()(b).sum(),
     "function": lambda b: _Square.apply(b).sum(),
