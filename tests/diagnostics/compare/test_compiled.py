@@ -21,6 +21,7 @@ from pyro_rb.diagnostics.compare.compiled import (
 from pyro_rb.diagnostics.compare.recommend import Ranked, Recommendation
 from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.problem import prepared
+from tests.support.compiled import needs_compiled
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,7 @@ def times_of(model, guide, args, loss="Trace_ELBO"):
         return time_compiled(problem, loss, make_loss(loss), ADAM)
 
 
+@needs_compiled
 @pytest.mark.parametrize("loss", ["Trace_ELBO", "STLTrace_ELBO", "RaoBlackwell_ELBO", "TraceMeanField_ELBO"])
 def test_a_replayed_step_is_faster(loss, replay_only):
     (found,) = times_of(model, AutoNormal(model), (X,), loss)
@@ -55,6 +57,7 @@ def test_a_replayed_step_is_faster(loss, replay_only):
     assert found.share(10**6) < 1 < found.share(1)
 
 
+@needs_compiled
 def test_inductor_comes_after_replay():
     replayed, inductor = times_of(model, AutoNormal(model), (X,))
     assert (replayed.backend, inductor.backend) == ("replay", "inductor")
@@ -63,6 +66,7 @@ def test_inductor_comes_after_replay():
     assert inductor.setup_seconds >= replayed.setup_seconds > 0.0
 
 
+@needs_compiled
 def test_minibatches_are_drawn_anew(replay_only):
     seen = []
 
@@ -74,6 +78,7 @@ def test_minibatches_are_drawn_anew(replay_only):
     assert found.error is None and len(seen) > 20
 
 
+@needs_compiled
 def test_a_model_that_cannot_be_captured():
     def branches(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -148,6 +153,7 @@ def test_without_advice_nothing_is_added():
     assert with_compiled(thin, [CompiledTime("Trace_ELBO", "replay", 4e-3, 1e-3, 1.0)], 10000).usage is None
 
 
+@needs_compiled
 def test_compare_times_what_it_recommends(replay_only):
     guide = AutoNormal(model)
     guide(X)
@@ -164,6 +170,7 @@ def test_compare_times_what_it_recommends(replay_only):
         assert torch.equal(value, before[name])
 
 
+@needs_compiled
 def test_the_reason_why_nothing_is_compiled_is_shown():
     def branches(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -35,6 +35,7 @@ from pyro_rb import (
     STLTrace_ELBO,
 )
 from pyro_rb.diagnostics.guard.guarded_call import are_finite
+from tests.support.compiled import needs_compiled
 
 # Pyro's own, which name no cause.
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered (NaN|.?inf)")
@@ -194,7 +195,7 @@ def test_log_prob_outside_of_the_support():
         RaoBlackwell_ELBO,
         lambda: TraceEnum_ELBO(strict_enumeration_warning=False),
         lambda: Trace_ELBO(num_particles=2, vectorize_particles=True),
-        lambda: pyro_rb.compile(RaoBlackwell_ELBO(), "replay"),
+        pytest.param(lambda: pyro_rb.compile(RaoBlackwell_ELBO(), "replay"), marks=needs_compiled),
     ],
     ids=["RaoBlackwell", "TraceEnum", "particles", "compiled"],
 )

@@ -14,6 +14,7 @@ from pyro_rb import RaoBlackwell_ELBO
 from pyro_rb.poutine import topk_room
 from tests.infer.rao_blackwell.models import fixed
 from tests.support.cases import Case
+from tests.support.compiled import needs_compiled
 from tests.support.elbo_contract import assert_same, evaluate
 
 
@@ -171,6 +172,7 @@ def test_within_other_loops(vectorize, monkeypatch):
     assert "at site 'x_0'" in elbos[0].report()[-1].reason
 
 
+@needs_compiled
 def test_compiled_steps_follow():
     """A graph that was captured while a site was summed is not used once it no longer is."""
     def run(wrap):
