@@ -7,7 +7,7 @@ Two environment variables change a run:
 
 * ``PYRO_RB_SEED``: the seed of every test (default 0);
 * ``PYRO_RB_TEST_DEVICE``: the device on which tests make their tensors, for
-  example ``cuda`` (default: PyTorch's own default, the CPU).
+  example ``cuda`` (default: PyTorch's own default, the CPU). Doctests run without it only.
 """
 
 import gc
@@ -36,6 +36,13 @@ if not DEVICE and not torch.cuda.is_available():
     for name in ("cuda", "xpu", "mtia"):
         if hasattr(getattr(torch, name, None), "manual_seed_all"):
             getattr(torch, name).manual_seed_all = lambda seed: None
+
+
+def pytest_collection_modifyitems(items):
+    """Doctests print tensors of the CPU."""
+    for item in items:
+        if DEVICE and isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.skip(reason="doctests are of the CPU"))
 
 
 def pytest_collection_finish():

@@ -18,7 +18,10 @@ from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, RVRSGuide
 from tests.infer.rao_blackwell import test_ddp as mixed
 from tests.support import ddp
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.empty(0).device.type != "cpu", reason="the processes draw random numbers of the CPU"),
+]
 
 NUM_ROWS, NUM_FEATURES = 12, 3
 

@@ -95,7 +95,8 @@ def test_noise(capsys):
     import ours
 
     pyro.clear_param_store()
-    noise = measure_noise("Trace_ELBO", ours.model, ours.guide, args=ours.make_args(), num_samples=200)
+    with torch.device("cpu"):  # as the command by default
+        noise = measure_noise("Trace_ELBO", ours.model, ours.guide, args=ours.make_args(), num_samples=200)
     assert f"num_particles for a relative error of 0.01: {noise.required_particles(0.01)}" in capsys.readouterr().out
     found = written()
     assert found["required_particles"] == {"0.1": noise.required_particles(0.1), "0.01": noise.required_particles(0.01)}
