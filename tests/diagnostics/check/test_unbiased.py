@@ -117,8 +117,11 @@ def test_enumeration_as_reference():
 
 
 def concentrated(num_values=300):
-    """A guide of which most values are never drawn."""
-    logits = torch.full((num_values,), -9.0)
+    """
+    A guide of which most values are never drawn in 2,000 draws: each of them in 5 percent of the runs, but one or
+    another 17 times in each, so that projections are near normal.
+    """
+    logits = torch.full((num_values,), -7.0)
     logits[0], logits[1] = 3.0, 2.5
     reward = torch.linspace(-1, 1, num_values)
 
@@ -147,7 +150,7 @@ def test_projections_where_values_are_never_drawn():
     with pytest.raises(BiasError):  # though nothing is wrong: the reason for projections
         check_unbiased(loss, model, guide, exact, num_samples=200, projections=0)
     exact["logits"][1] += 0.5
-    with pytest.raises(BiasError, match=r"biased in projections\[\d+\].*differ most in logits\[1\], by -0.[56]"):
+    with pytest.raises(BiasError, match=r"biased in projections\[\d+\].*differ most in logits\[1\], by -0.[3-7]"):
         check_unbiased(loss, model, guide, exact, num_samples=200)
 
 
