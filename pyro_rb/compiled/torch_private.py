@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 #: The oldest version of PyTorch that this was tried with.
-FLOOR = (2, 13)
+FLOOR = (2, 11)
 
 _OPTIONS = {
     # The draws are those of the eager loss, in its order.
