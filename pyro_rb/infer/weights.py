@@ -21,7 +21,8 @@ from pyro.poutine import Trace
 from pyro_rb.infer.gaussian_kl import JointTerms
 from pyro_rb.infer.outside_plates import Dependents, Terms
 from pyro_rb.infer.particle_baseline import Draw
-from pyro_rb.infer.util import PARTICLES, Ordinal, compute_baseline, sample_sites
+from pyro_rb.infer.traces import PARTICLES, Ordinal, sample_sites
+from pyro_rb.infer.util import compute_baseline
 from pyro_rb.ops.antithetic import pair_score
 from pyro_rb.ops.topk import (
     Slots,
