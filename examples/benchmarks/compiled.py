@@ -5,9 +5,9 @@
 Time of a step of SVI, and how many times faster compiled steps are.
 
 All kinds of steps of a model take turns, block by block, in one process. The table gives the time of a step
-of ``SVI`` with the same loss, in microseconds of process CPU time (of wall time on CUDA); the ratio of this time to that of each
-other kind of step, as the median over blocks; and the seconds of wall-clock time that capturing and
-compiling took. ``replay``, ``Inductor`` and ``unrolled`` are ``CompiledSVI``; ``Inductor in SVI`` is a
+of ``SVI`` with the same loss, in microseconds of process CPU time (of wall time on CUDA); the ratio of this
+time to that of each other kind of step, as the median over blocks; and the seconds of wall-clock time that
+capturing and compiling took. ``replay``, ``Inductor`` and ``unrolled`` are ``CompiledSVI``; ``Inductor in SVI`` is a
 compiled loss in ``SVI``. ``RVRSGuide`` is ``Trace_ELBO`` with that guide around ``AutoNormal``::
 
     python examples/benchmarks/compiled.py --json compiled.json --csv compiled.csv

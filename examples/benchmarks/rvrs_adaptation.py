@@ -7,7 +7,7 @@ Rules that adapt the threshold of a rejection sampler, side by side.
 At each step eleven log weights are drawn afresh from a normal distribution that may drift, as it
 does in training; no guide is trained. The rules are
 
-* ``newton``, the rule of :func:`pyro_rb.ops.rejection.adapt_threshold`;
+* ``newton``, the rule of :func:`pyro_rb.ops.rejection_threshold.adapt_threshold`;
 * ``dual averaging`` of ``Z_target`` less the acceptance, with the constants that are
   usual for step sizes of Hamiltonian Monte Carlo;
 * ``gradient``, a step along the gradient of half of the square of ``Z - Z_target``.
@@ -25,7 +25,8 @@ import torch
 from common import make_parser, write
 from tqdm import tqdm
 
-from pyro_rb.ops.rejection import acceptance, adapt_threshold, solve_threshold
+from pyro_rb.ops.rejection import acceptance
+from pyro_rb.ops.rejection_threshold import adapt_threshold, solve_threshold
 from support.command_line import run, set_up
 
 TARGET, EPSILON, NUM_PROPOSALS = 0.33, 0.01, 11

@@ -52,7 +52,8 @@ def capture(
     def run(*inputs: torch.Tensor) -> Tuple[Any, ...]:
         with pyro.validation_enabled(False), watch, operations:
             loss = loss_and_grads(*inputs)
-            loss = torch.as_tensor(loss).detach().clone()
+            loss = loss if isinstance(loss, torch.Tensor) else torch.as_tensor(loss)
+            loss = loss.detach().clone()
             conditions = assumptions.conditions
             held = torch.stack(conditions).all() if conditions else None
         leaves = [x for x, _ in operations.leaves.values()]

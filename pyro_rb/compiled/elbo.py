@@ -60,7 +60,7 @@ def compile(
     :return: a loss for :class:`~pyro.infer.svi.SVI` or
         :class:`~pyro_rb.compiled.svi.CompiledSVI`.
     :raises ValueError: naming the argument, if its value is invalid.
-    :raises ImportError: if PyTorch is older than 2.13, the version with which this was tested.
+    :raises ImportError: if PyTorch is older than 2.11, the oldest version with which this was tested.
     :warns UserWarning: once for each reason why steps are eager.
 
     Example::

@@ -7,7 +7,8 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 
 from pyro_rb.compiled.background import Compilation
-from pyro_rb.compiled.graph import ROUNDED, Graph, size_of
+from pyro_rb.compiled.check import ROUNDED, size_of
+from pyro_rb.compiled.graph import Graph
 from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.simplify import simplify
 from pyro_rb.compiled.torch_private import foreach, plain_calls, trace

@@ -1,10 +1,9 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
-from pyro import get_param_store
 
 from pyro_rb.compiled.background import Compilation
 from pyro_rb.compiled.capture import Captured
@@ -13,10 +12,6 @@ from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.torch_private import has_hooks, plain_calls
 from pyro_rb.infer.util import announce_parameters, parameter_table
-
-#: Powers of the precision of floats: what may differ where operations are the same, where Inductor has fused them, and
-#: where the same operations show that there is nothing else but that.
-REPLAYED, COMPILED, ROUNDED = 0.75, 0.6, 0.4
 
 
 class Step(NamedTuple):
@@ -124,46 +119,3 @@ class Graph:
 
 def _kind(x: torch.Tensor) -> Any:
     return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, has_hooks(x)
-
-
-def difference(
-    step: Step, parameters: Sequence[torch.Tensor], eager: Gradient, power: float
-) -> str:
-    """
-    What is different between a step of a graph and one of the eager loss with the same random
-    numbers; empty if nothing is, but for rounding.
-
-    :param parameters: of the graph.
-    :param power: of the precision of floats, which gives the relative error that is allowed.
-    """
-    found = {id(p): (p, g) for p, g in zip(parameters, step.grads)}
-    expected = {id(p): (p, g) for p, g in zip(eager.parameters, eager.grads)}
-    largest = max([size_of(g) for g in eager.grads], default=0.0)
-    expected_loss = torch.as_tensor(eager.loss, dtype=step.loss.dtype, device=step.loss.device)
-    if power < REPLAYED:  # weights of draws round as the log densities do that they are made of
-        largest = max(largest, size_of(expected_loss))
-    pairs: List[Any] = [("the loss", 1.0, step.loss, expected_loss)]
-    for key in {**expected, **found}:
-        p, g = expected.get(key) or found[key]
-        other = torch.zeros_like(g)
-        name = get_param_store().param_name(p) or "a parameter that is not in the param store"
-        both = [pair[1] if pair else other for pair in (found.get(key), expected.get(key))]
-        pairs.append((f"the gradient of {name}", 1e-2 * largest, *both))
-    eps = max([torch.finfo(g.dtype).eps for g in eager.grads], default=1e-7)
-    tolerance = eps**power
-    for name, least, a, b in pairs:
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{name} has another shape or type"
-        if not torch.equal(a.isfinite(), b.isfinite()):
-            return f"{name} is not finite at the same places"
-        error = size_of(a - b)
-        if error > tolerance * (size_of(b) + least):
-            return f"{name} is off by {error:.3g} of {size_of(b):.3g}"
-    return ""
-
-
-def size_of(x: torch.Tensor) -> float:
-    """The largest of the finite numbers."""
-    if not x.numel():
-        return 0.0
-    return float(x.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max())

@@ -36,9 +36,9 @@ def without_tensors(module: GraphModule) -> Tuple[Graph, List[torch.Tensor]]:
         if node.op != "get_attr":
             continue
         value = getattr(module, node.target).detach()
-        if value.dim() == 0 and value.device.type == "cpu" and not value.is_complex():
+        if value.dim() == 0 and not value.is_complex():
             with graph.inserting_before(node):
-                options = {"dtype": value.dtype}
+                options = {"dtype": value.dtype, "device": value.device}
                 new = graph.call_function(torch.ops.aten.full.default, ([], value.item()), options)
         else:
             with graph.inserting_before(first):

@@ -7,24 +7,18 @@ eager loss, and when they are given up.
 """
 
 import warnings
+from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import pyro
 import torch
-from pyro import poutine
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
-from pyro_rb.compiled.graph import (
-    COMPILED,
-    REPLAYED,
-    ROUNDED,
-    Gradient,
-    Graph,
-    difference,
-)
+from pyro_rb.compiled.check import EagerStep
+from pyro_rb.compiled.graph import Gradient, Graph
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
@@ -69,13 +63,7 @@ class Program:
     """
 
     def __init__(
-        self,
-        elbo: Any,
-        model: Any,
-        guide: Any,
-        backend: str,
-        check_every: int,
-        background: bool,
+        self, elbo: Any, model: Any, guide: Any, backend: str, check_every: int, background: bool
     ) -> None:
         self.elbo, self.model, self.guide = elbo, model, guide
         self.backend, self.check_every, self.background = backend, check_every, background
@@ -185,11 +173,10 @@ class Program:
             if why is None:
                 return self._run(graph, args, kwargs, tensors)
         # An eager step makes parameters, and finds out the nesting of plates.
-        steps_left = self._pending.get(key, 1)
+        steps_left = self._pending.pop(key, 1)
         if steps_left:
             self._pending[key] = steps_left - 1
             return None
-        del self._pending[key]
         if sum(graph.learning.learns == learns for graph in self.graphs) >= MAX_GRAPHS:
             why = why or "the shape or value of an argument"
             raise NotCapturable(
@@ -210,9 +197,7 @@ class Program:
             graphs.append(graph)
         return found
 
-    def _run(
-        self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
-    ) -> Optional[Gradient]:
+    def _run(self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Optional[Gradient]:
         if graph.is_due:
             graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
@@ -252,14 +237,10 @@ class Program:
     def _reach(self) -> Reachable:
         return Reachable({"the model": self.model, "the guide": self.guide}, self.elbo)
 
-    def _capture(
-        self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool
-    ) -> Graph:
+    def _capture(self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool) -> Graph:
         if pyro.settings.get("module_local_params"):
-            raise NotCapturable(
-                "Parameters are not in the param store. Expected "
-                "pyro.settings.set(module_local_params=False)"
-            )
+            remedy = "pyro.settings.set(module_local_params=False)"
+            raise NotCapturable(f"Parameters are not in the param store. Expected {remedy}")
         reach = self._reach()
         if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
             raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
@@ -286,22 +267,15 @@ class Program:
             set_parameter_table(table)
         return Graph(captured, reach, learning)
 
-    def _check(
-        self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]
-    ) -> Tuple[Gradient, bool]:
+    def _check(self, graph: Graph, args: Tuple, kwargs: Dict, tensors: Sequence[Any]) -> Tuple[Gradient, bool]:
         """Makes an eager step, and compares the graph with it."""
-        buffers = [*graph.reach.buffers(), *graph.captured.changed]
-        before = State(buffers)
         graph.learning.take_scales()
-        table = dict(parameter_table())
-        result, named = self._eager(args, kwargs)
-        after = State(buffers)
-        graph.note_parameters(named)
-        changed = graph.why_invalid()
-        for name, parameter in named.items():
-            if table.get(name) is not parameter:
-                changed = f"the parameter {name}"
-        if before.random_python() != after.random_python():
+        step = partial(self.elbo.loss_and_grads, self.model, self.guide, *args, **kwargs)
+        buffers = [*graph.reach.buffers(), *graph.captured.changed]
+        eager = EagerStep(step, self._reach().modules, buffers)
+        graph.note_parameters(eager.named)
+        changed = f"the parameter {eager.new[-1]}" if eager.new else graph.why_invalid()
+        if eager.draws_python:
             self._give_up(
                 "model or guide draw random numbers by Python's random or by NumPy, "
                 f"which a graph does not. {ADVICE}"
@@ -311,72 +285,31 @@ class Program:
             self._unstable += 1
             if self._unstable >= MAX_UNSTABLE:
                 self._give_up(f"{changed} changes at each run. {ADVICE}")
+        elif not self._compare(graph, tensors, eager):
+            graph.next_check = graph.calls + 1
         else:
-            if not self._compare(graph, tensors, result, before, after):
-                graph.next_check = graph.calls + 1
-                return result, not self.reason
             if self.backend == "inductor" and not graph.is_compiled:
-                self._compile(graph, tensors, result, before, after)
+                try:
+                    if graph.compile(tensors, self.background):
+                        self._compare(graph, tensors, eager)
+                except InductorError as e:
+                    self.replay_only(str(e))
             graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
-        return result, changed is None and not self.reason
+        return eager.gradient, changed is None and not self.reason
 
-    def _eager(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Gradient, Dict[str, Any]]:
-        """The loss and gradient of an eager step, and the parameters that it announced."""
-        table = parameter_table()
-        modules = self._reach().modules
-        candidates = [*table.values(), *(p for m in modules for p in m.parameters())]
-        parameters = list({id(p): p for p in candidates}.values())
-        kept = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        try:
-            with poutine.trace(param_only=True) as announced:
-                loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
-            pairs = [(p, p.grad) for p in parameters if p.grad is not None]
-        finally:
-            for p, grad in zip(parameters, kept):
-                p.grad = grad
-        named = {name: table[name] for name in announced.trace.nodes}
-        return Gradient(loss, *zip(*pairs)) if pairs else Gradient(loss, (), ()), named
-
-    def _compare(
-        self, graph: Graph, tensors: Sequence[Any], result: Gradient, before: State, after: State
-    ) -> bool:
+    def _compare(self, graph: Graph, tensors: Sequence[Any], eager: EagerStep) -> bool:
         """Whether the graph did what the eager loss did."""
-        before.restore()
-        try:
-            step = graph(tensors)
-            if step.held is not None and not step.held:
-                self._count_miss(graph)
-                return False  # such a step is eager
-            parameters = graph.captured.parameters
-            problem = difference(step, parameters, result, COMPILED if graph.is_compiled else REPLAYED)
-            if problem and graph.is_compiled:
-                # Is it the compiled program? The operations one by one tell.
-                before.restore()
-                if not difference(graph(tensors, is_replayed=True), parameters, result, REPLAYED):
-                    if difference(step, parameters, result, ROUNDED):
-                        graph.replay()
-                        self.replay_only(f"its program and the eager loss differ: {problem}")
-                    problem = ""
-            if not problem:
-                problem = after.compare()
-        except RuntimeError as e:
-            problem = str(e)
-        finally:
-            after.restore()
+        found = eager.compare(graph, tensors)
+        if found is None:
+            self._count_miss(graph)
+            return False  # such a step is eager
+        problem, of_program = found
+        if of_program:
+            graph.replay()
+            self.replay_only(f"its program and the eager loss differ: {of_program}")
         if problem:
             self._give_up(
                 f"its graph and the eager loss differ for the same random numbers: {problem}. "
                 f"Something that is no argument differs from step to step. {ADVICE}"
             )
         return not problem
-
-    def _compile(self, graph: Graph, tensors: Sequence[Any], *results: Any) -> None:
-        try:
-            is_done = graph.compile(tensors, self.background)
-        except InductorError as e:
-            self.replay_only(str(e))
-            return
-        if is_done:
-            self._compare(graph, tensors, *results)

@@ -36,7 +36,7 @@ class Learning:
             if known is moments:
                 return tensor
         with outside_of_graph():
-            tensor = torch.tensor(moments.scale, dtype=torch.float64)
+            tensor = torch.tensor(moments.scale, dtype=torch.float64, device=moments.device)
         self.scales.append((moments, tensor))
         return tensor
 

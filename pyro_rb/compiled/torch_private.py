@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 #: The oldest version of PyTorch that this was tried with.
-FLOOR = (2, 13)
+FLOOR = (2, 11)
 
 _OPTIONS = {
     # The draws are those of the eager loss, in its order.
@@ -28,6 +28,8 @@ _OPTIONS = {
 #: The names that are used below, by module.
 _NEEDED = {
     "torch._C": ("DisableTorchFunction",),
+    "torch._guards": ("TracingContext", "tracing"),
+    "torch._subclasses.fake_tensor": ("FakeTensorMode",),
     "torch": ("_ops", "_foreach_add_", "_foreach_copy_", "_foreach_lerp"),
     "torch.fx.experimental.proxy_tensor": (
         "make_fx",
@@ -64,9 +66,13 @@ def check_version() -> None:
 
 def trace(fn: Callable, inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """Runs ``fn``, and returns its operations, of those of autograd too, as one graph."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(fn)(*inputs)
+    # One for all nodes, which have their shapes from it. To make one for each takes longer than all else.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(fn)(*inputs)
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:

@@ -83,10 +83,11 @@ class Update:
         self._members = [_Member.make(optim, p) for p in parameters]
         self._groups = [member.group for member in self._members]
         self._states = [member.state for member in self._members]
-        self._betas = torch.tensor([g["betas"] for g in self._groups], dtype=torch.float64).T
+        kind: Dict[str, Any] = {"dtype": torch.float64, "device": parameters[0].device}
+        self._betas = torch.tensor([g["betas"] for g in self._groups], **kind).T
         #: Learning rate and number of steps so far, by parameter, and whether all steps of the
         #: graph were good: [3, parameters].
-        self._numbers = torch.ones(3, len(parameters), dtype=torch.float64)
+        self._numbers = torch.ones(3, len(parameters), **kind)
         #: What they were made of, as far as the graph has gone on since.
         self._known: Any = None
         #: The numbers of steps that are tensors, held as they are told apart by id, and what they are views of.
@@ -121,7 +122,7 @@ class Update:
         rates = [float(group["lr"]) for group in self._groups]
         steps = [float(state["step"]) for state in self._states]
         ones = [1.0] * len(rates)
-        self._numbers.copy_(torch.tensor([rates, steps, ones], dtype=torch.float64))
+        self._numbers.copy_(self._numbers.new_tensor([rates, steps, ones]))
         self._counts = _share(self._states)
         self._steps = [s["step"] for s in self._states if isinstance(s["step"], torch.Tensor)]
 
@@ -169,8 +170,7 @@ class Update:
         lr, steps, were_good = numbers.unbind()
         steps = steps + 1
         if any("lrd" in group for group in self._groups):
-            decay = torch.tensor([g.get("lrd", 1.0) for g in self._groups], dtype=torch.float64)
-            lr = lr * decay
+            lr = lr * lr.new_tensor([g.get("lrd", 1.0) for g in self._groups])
         if is_good is not None:
             is_good = is_good & (were_good[0] == 1.0)
             were_good = were_good * is_good
@@ -184,7 +184,8 @@ class Update:
             old = [
                 [xs[i] for i in members] for xs in (parameters, moments[::2], moments[1::2])
             ]
-            rates = [x.to(old[0][0])[members].unbind() for x in (lr, lr / first, second.sqrt())]
+            all_rates = [x.to(old[0][0]).unbind() for x in (lr, lr / first, second.sqrt())]
+            rates = [[rate[i] for i in members] for rate in all_rates]
             new = self._compute(members[0], [grads[i] for i in members], *old, *rates)
             for olds, news in zip(old, new):
                 if is_good is not None:

@@ -18,7 +18,8 @@ from pyro_rb.infer.importance_checks import check_densities, check_reparameteriz
 from pyro_rb.infer.importance_surrogate import Surrogate
 from pyro_rb.infer.path_mixin import Groups, PathGradientMixin
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.infer.util import check_traces, get_traces, prune, under
+from pyro_rb.infer.traces import check_traces, get_traces, prune
+from pyro_rb.infer.util import under
 from pyro_rb.poutine import SharedSubsampleMessenger, TapMessenger
 from pyro_rb.poutine.densities import compute_score_parts
 

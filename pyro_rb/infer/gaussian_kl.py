@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from torch.distributions import Independent, Normal
 
 from pyro_rb.infer.report import SiteReport
-from pyro_rb.infer.util import sample_sites
+from pyro_rb.infer.traces import sample_sites
 from pyro_rb.ops.family import find_kl, is_exactly, strip_independent
 from pyro_rb.ops.gaussian import entropy_path, prior_path
 from pyro_rb.poutine import Projection

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 import torch
 
 from pyro_rb.infer.importance_surrogate import Surrogate
-from pyro_rb.infer.util import sample_sites
+from pyro_rb.infer.traces import sample_sites
 from pyro_rb.ops.importance import normalize, stack, sum_to
 
 Traces = Sequence[Tuple[Any, Any]]

@@ -7,7 +7,7 @@ What an importance-weighted bound and its path gradient ask of a guide.
 
 from typing import Any
 
-from pyro_rb.infer.util import sample_sites
+from pyro_rb.infer.traces import sample_sites
 
 
 def check_reparameterized(guide_trace: Any) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from pyro_rb.infer.util import find_density_scale
 from pyro_rb.ops.chain import inject, to_partial
 from pyro_rb.ops.graph import leaf_nodes
 from pyro_rb.ops.importance import unsqueeze_right, weighted_sum
 from pyro_rb.ops.quiet_grad import without_hooks
+from pyro_rb.poutine.densities import find_density_scale
 
 #: By draw, how much of its score is reparameterized: the scale of the control variate.
 Shares = Sequence[float]

@@ -31,7 +31,7 @@ import torch
 from pyro.poutine import Trace
 
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
-from pyro_rb.infer.util import PARTICLES, Cost, Ordinal, compute_costs, sample_sites
+from pyro_rb.infer.traces import PARTICLES, Cost, Ordinal, compute_costs, sample_sites
 from pyro_rb.ops.provenance import Provenance
 from pyro_rb.poutine import ProvenanceMessenger
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from pyro_rb.ops.topk import particle_baseline
+from pyro_rb.ops.topk_baseline import particle_baseline
 
 
 class Draw(NamedTuple):

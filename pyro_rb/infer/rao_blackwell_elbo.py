@@ -25,7 +25,7 @@ from pyro_rb.infer.path_mixin import Groups, check_num_particles
 from pyro_rb.infer.run import Run
 from pyro_rb.infer.run_mixin import RunMixin
 from pyro_rb.infer.surrogate import is_exactly, path_terms, rest_of
-from pyro_rb.infer.util import site_values
+from pyro_rb.infer.traces import site_values
 from pyro_rb.infer.weights import compute_elbo, weigh, without_value
 from pyro_rb.ops.projection import SOLVERS
 from pyro_rb.ops.quiet_grad import quiet_grad

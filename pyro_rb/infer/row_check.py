@@ -9,7 +9,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from pyro.poutine import Trace
 
-from pyro_rb.infer.util import sample_sites, shapes
+from pyro_rb.infer.traces import sample_sites, shapes
 from pyro_rb.ops.row_separation import find_dims, find_separable, keeps_rows
 from pyro_rb.poutine.gaussian_site import Plain, join
 from pyro_rb.poutine.local_draws import LocalDraws, LocalUse

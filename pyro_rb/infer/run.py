@@ -8,14 +8,14 @@ One run of guide and model: which strategies draw the sites, and the traces that
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 from pyro.poutine import Trace
-from torch.distributions import Independent
 
 from pyro_rb.infer.gaussian_kl import JointTerms, compute_log_prob, describe, note_uses
 from pyro_rb.infer.markov_dims import MarkovDims
 from pyro_rb.infer.report import Row, Summary
-from pyro_rb.infer.util import PARTICLES, under
+from pyro_rb.infer.traces import PARTICLES
+from pyro_rb.infer.util import under
 from pyro_rb.infer.weights import Baselines, has_own_baseline, is_single_draw
-from pyro_rb.ops.family import GAUSSIANS
+from pyro_rb.ops.family import GAUSSIANS, strip_independent
 from pyro_rb.ops.topk import Slots
 from pyro_rb.poutine import (
     DrawMessenger,
@@ -160,19 +160,13 @@ class Run:
                     reason += f"; no path gradient: {of}"
             else:
                 treatment = None  # its scale is not known yet
-                if self._is_paused and _may_be_projected(site["fn"]):
+                # At each step of a pause: without a look at what a subclass changes.
+                if self._is_paused and isinstance(strip_independent(site["fn"], also_changed=True), GAUSSIANS):
                     reason += "; linear uses are not looked for, as recent steps had none"
             if self.topk is not None and has_own_baseline(site):
                 reason = f"{reason}, infer={{'baseline': ...}}"
             rows.append(Row(name, treatment, reason))
         return Summary(rows, self.scales)
-
-
-def _may_be_projected(fn: Any) -> bool:
-    """Found at each step of a pause: without a look at what a subclass changes."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return isinstance(fn, GAUSSIANS)
 
 
 def _describe_baseline(site: Any, baselines: Baselines) -> str:

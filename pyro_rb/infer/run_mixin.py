@@ -26,7 +26,7 @@ from pyro_rb.infer.path_mixin import PathGradientMixin
 from pyro_rb.infer.pause import Pause
 from pyro_rb.infer.row_check import RowCheck
 from pyro_rb.infer.run import Run
-from pyro_rb.infer.util import (
+from pyro_rb.infer.traces import (
     check_traces,
     get_traces,
     is_guide_messenger,

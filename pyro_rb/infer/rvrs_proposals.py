@@ -11,9 +11,9 @@ import pyro
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 
-from pyro_rb.infer.rvrs_signature import Structure, StructureChanged, sign
+from pyro_rb.infer.rvrs_checks import check_reasons
+from pyro_rb.infer.rvrs_signature import Structure, StructureChanged, is_in, sign
 from pyro_rb.ops.rejection import clean_log_weights
-from pyro_rb.ops.score_identity import base_dists, flat_transforms
 from pyro_rb.poutine import ProposalMessenger, TapMessenger
 
 Values = Dict[str, torch.Tensor]
@@ -258,46 +258,6 @@ class Proposer:
 
     def log_prob_sum(self, run: ProposalMessenger) -> torch.Tensor:
         return run.log_prob_sum(self.structure.plate_dim)
-
-
-def is_in(plate: str, frames: Tuple[CondIndepStackFrame, ...]) -> bool:
-    return any(frame.name == plate for frame in frames)
-
-
-def missing_site(name: str) -> ValueError:
-    return ValueError(
-        f"The model samples '{name}', which the guide does not. Expected a guide that "
-        "samples every latent site of the model: add the site to the guide, or fix its "
-        "value by poutine.condition."
-    )
-
-
-_HARMLESS = (
-    "reparameterized draw",
-    "its value was supplied",
-    "depends on no parameter",
-    "a Delta",  # looked at once, in rvrs_structure
-)
-
-
-def check_reasons(tap: TapMessenger, run: ProposalMessenger) -> None:
-    """
-    :raises NotImplementedError: naming the guide site whose draws have no path gradient.
-    """
-    for name, reason in tap.reasons.items():
-        if not str(reason).startswith(_HARMLESS):
-            raise no_path_gradient(name, run.sites[name].fn, reason)
-
-
-def no_path_gradient(name: str, fn: Any, reason: str) -> NotImplementedError:
-    *_, base = base_dists(fn)
-    parts = [type(part).__name__ for part in (base, *flat_transforms(fn))]
-    return NotImplementedError(
-        f"Guide site '{name}', made of {', '.join(parts)}, has no path gradient: {reason}. "
-        "Expected reparameterized draws, with transforms that are known and a support that "
-        "does not depend on a parameter. Marginalize discrete sites, or choose another "
-        "distribution for the guide."
-    )
 
 
 def strip(site: Any, value: torch.Tensor) -> torch.Tensor:

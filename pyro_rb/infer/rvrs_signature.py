@@ -14,6 +14,10 @@ from pyro_rb.poutine import ProposalMessenger
 Frames = Tuple[CondIndepStackFrame, ...]
 
 
+def is_in(plate: str, frames: Frames) -> bool:
+    return any(frame.name == plate for frame in frames)
+
+
 class StructureChanged(Exception):
     """Model or guide is not what it was when it was looked at."""
 

@@ -13,7 +13,7 @@ from pyro_rb.infer.rvrs_sampler import (
     RejectionSamplingError,
     largest_round,
 )
-from pyro_rb.ops.rejection import adapt_threshold, solve_threshold
+from pyro_rb.ops.rejection_threshold import adapt_threshold, solve_threshold
 
 #: Proposals from which a threshold is solved, at least and at most: of a global guide,
 #: and of each local item; for these, as many as give the threshold this standard error,

@@ -6,7 +6,7 @@ from typing import Any, Optional
 from pyro.infer import TraceEnum_ELBO
 
 from pyro_rb.infer.rao_blackwell_elbo import RaoBlackwell_ELBO
-from pyro_rb.infer.util import is_guide_messenger
+from pyro_rb.infer.traces import is_guide_messenger
 from pyro_rb.poutine import TopKOptions
 
 

@@ -21,10 +21,11 @@ from pyro.poutine import Trace
 from pyro_rb.infer.gaussian_kl import JointTerms
 from pyro_rb.infer.outside_plates import Dependents, Terms
 from pyro_rb.infer.particle_baseline import Draw
-from pyro_rb.infer.util import PARTICLES, Ordinal, compute_baseline, sample_sites
+from pyro_rb.infer.traces import PARTICLES, Ordinal, sample_sites
+from pyro_rb.infer.util import compute_baseline
 from pyro_rb.ops.antithetic import pair_score
-from pyro_rb.ops.topk import (
-    Slots,
+from pyro_rb.ops.topk import Slots
+from pyro_rb.ops.topk_baseline import (
     leave_one_out_baseline,
     probe_baseline,
     score_coefficients,

@@ -56,6 +56,11 @@ class Moments:
         self.loss = 0.0
         self._mean_h = self._mean_s = torch.zeros((), device="cpu")  # they follow the gradients
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients of the last draw were."""
+        return self._mean_s.device
+
     def is_due(self) -> bool:
         """Counts one step. Returns whether an update should be made at it."""
         self.steps_left -= 1

@@ -76,15 +76,17 @@ def _is_gpytorch(fn: Any) -> bool:
     return isinstance(fn, family) and fn.event_shape[-1] <= limit and not find_changes(fn, family)
 
 
-def strip_independent(fn: Any) -> Any:
+def strip_independent(fn: Any, also_changed: bool = False) -> Any:
     """
     The distribution inside of any number of :class:`~torch.distributions.Independent`.
+
+    :param bool also_changed: whether to strip subclasses, too, without a look at what they change.
 
     >>> normal = Normal(torch.zeros(2), 1.0)
     >>> strip_independent(Independent(normal, 1)) is normal
     True
     """
-    while is_exactly(fn, Independent):
+    while isinstance(fn, Independent) if also_changed else is_exactly(fn, Independent):
         fn = fn.base_dist
     return fn
 

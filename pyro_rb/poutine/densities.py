@@ -1,16 +1,18 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Log densities of the sites of a trace, where they are known without ``fn.log_prob``."""
+"""Log densities of the sites of a trace: where they are known without ``fn.log_prob``, and their scale."""
 
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.score_parts import ScoreParts
 from pyro.poutine import Trace
 from pyro.poutine.util import is_validation_enabled
 from pyro.util import warn_if_inf, warn_if_nan
+
+from pyro_rb.ops.importance import unsqueeze_right
 
 
 def put_log_prob(site: Any, log_prob: torch.Tensor) -> None:
@@ -68,3 +70,46 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
         and x.stride() == y.stride()
         and x.storage_offset() == y.storage_offset()
     )
+
+
+def find_density_scale(site: Any) -> Any:
+    """
+    The factor by which ``scale`` and all masks multiply the log density of a site's draw.
+
+    :param site: of a trace, with a ``log_prob``.
+    :return: a float, or a tensor that can be broadcast to the draw, or None if the factor
+        has a gradient, or a mask is inside of a transform.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with pyro.poutine.trace() as tp, pyro.poutine.scale(scale=0.5):
+    ...     _ = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    >>> find_density_scale(tp.trace.nodes["z"])
+    0.5
+    """
+    layer = fn = site["fn"]
+    mask = 1.0 if site["mask"] is None else site["mask"]
+    factor = _sum_to(site["scale"] * mask, fn.batch_shape)
+    if isinstance(factor, torch.Tensor):
+        factor = unsqueeze_right(factor, fn.event_dim)
+    is_transformed = False
+    while layer is not None:
+        if isinstance(layer, MaskedDistribution):
+            if is_transformed:
+                return None
+            mask = layer._mask
+            if isinstance(mask, torch.Tensor):
+                mask = unsqueeze_right(mask, layer.event_dim)
+            factor = factor * mask
+        is_transformed |= isinstance(layer, torch.distributions.TransformedDistribution)
+        layer = getattr(layer, "base_dist", None)
+    if not isinstance(factor, torch.Tensor):
+        return float(factor)
+    return None if factor.requires_grad else factor
+
+
+def _sum_to(factor: Any, batch_shape: torch.Size) -> Any:
+    """A larger batch of factors than of draws multiplies each draw's density by their sum."""
+    if not isinstance(factor, torch.Tensor):
+        return factor
+    shape = torch.broadcast_shapes(factor.shape, batch_shape)
+    return factor if shape == batch_shape else factor.expand(shape).sum_to_size(batch_shape)

@@ -10,6 +10,7 @@ from pyro import distributions as dist
 from pyro.distributions.torch_distribution import MaskedDistribution
 
 from pyro_rb.ops.countable import negative_binomial_window, poisson_window
+from pyro_rb.ops.family import strip_independent
 from pyro_rb.ops.gather import compact, gather_last
 
 #: Most elements of a table, all rows together: in float32 it then takes 0.3 GB to choose
@@ -155,15 +156,13 @@ def find_table(fn: Any) -> AnyTable:
 
 def as_bits(fn: Any) -> Any:
     """The Bernoulli of each element of a vector or array of bits; None for other distributions."""
-    while isinstance(fn, dist.Independent):
-        fn = fn.base_dist
+    fn = strip_independent(fn, also_changed=True)
     return fn if type(fn) is dist.Bernoulli else None
 
 
 def _joint_table(fn: Any) -> AnyTable:
-    base, num_dims = fn, 0
-    while isinstance(base, dist.Independent):
-        base, num_dims = base.base_dist, num_dims + base.reinterpreted_batch_ndims
+    base = strip_independent(fn, also_changed=True)
+    num_dims = len(fn.event_shape) - len(base.event_shape)
     if num_dims == 0:
         return find_table(base)
     shape = torch.Size(base.batch_shape[-num_dims:])  # some distributions have a tuple

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -108,6 +109,35 @@ def test_run(unroll, name):
     losses = svi.run(97, *args, progress_bar=False)
     assert_close((losses, parameters()), expected)
     assert {n for steps in svi._steps.values() for n in steps.ready} == {1, unroll}
+
+
+@pytest.mark.parametrize(
+    "make_loss", [Trace_ELBO, lambda: STLTrace_ELBO(control_variate_scale=1.0), RaoBlackwellTopK_ELBO]
+)
+def test_parameters_on_another_device_than_new_tensors(make_loss):
+    """Nothing is made on PyTorch's default device, which has no numbers here."""
+    x, zero, one = (torch.tensor(x, device="cpu") for x in ([0.5, -1.2], [0.0, 0.0], [1.0, 1.0]))
+
+    def model():
+        z = pyro.sample("z", dist.Normal(zero, one).to_event(1))
+        pyro.sample("x", dist.Normal(z, one).to_event(1), obs=x)
+
+    def guide():
+        scale = pyro.param("scale", one.clone, constraint=dist.constraints.positive)
+        pyro.sample("z", dist.Normal(pyro.param("loc", zero.clone), scale).to_event(1))
+
+    def run(kind, loss, device):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        with torch.device(device):
+            svi = kind(model, guide, OPTIMIZERS["clipped"](), loss)
+            losses = [svi.step() for _ in range(9)]
+        return losses, parameters(), svi
+
+    *expected, _ = run(SVI, make_loss(), "cpu")
+    *actual, svi = run(CompiledSVI, replayed(make_loss()), "meta")
+    assert_close(actual, expected)
+    assert [list(steps.ready) for steps in svi._steps.values()] == [[1]]
 
 
 def test_checkpoint(tmp_path):

@@ -15,7 +15,7 @@ Trained = Tuple[List[float], Dict[str, torch.Tensor], torch.Tensor]
 
 
 def train(loss: Any, make: Callable[[], Any], num_steps: int = 12, seed: int = 0) -> Trained:
-    """Losses, parameters and the state of the random numbers after some steps.
+    """Losses, parameters and the next random numbers after some steps.
 
     :param make: returns model, guide and a function from the step to its arguments.
     """
@@ -28,7 +28,7 @@ def train(loss: Any, make: Callable[[], Any], num_steps: int = 12, seed: int = 0
     for name, fn in (("model", model), ("guide", guide)):
         for key, b in getattr(fn, "named_buffers", dict().items)():
             store[f"{name}.{key}"] = b.clone()
-    return losses, store, torch.get_rng_state()
+    return losses, store, torch.rand(4)
 
 
 def assert_equal(actual: Trained, expected: Trained) -> None:

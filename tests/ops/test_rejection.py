@@ -10,14 +10,13 @@ from torch.distributions import Normal
 
 from pyro_rb.ops.rejection import (
     acceptance,
-    adapt_threshold,
     clean_log_weights,
     estimate_bound,
     first_accepted,
     gradient_weights,
     log_normalizer,
-    solve_threshold,
 )
+from pyro_rb.ops.rejection_threshold import adapt_threshold, solve_threshold
 
 EPSILONS = (1e-4, 0.01, 0.1, 0.3)
 THRESHOLDS = (-1.0, 1.0, 4.0)

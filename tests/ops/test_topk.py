@@ -8,16 +8,12 @@ import pytest
 import torch
 
 from pyro_rb.ops import topk
-from pyro_rb.ops.topk import (
-    DEAD,
-    PROBE,
-    Slots,
+from pyro_rb.ops.topk import DEAD, PROBE, Slots, optimal_k, select_slots
+from pyro_rb.ops.topk_baseline import (
     leave_one_out_baseline,
-    optimal_k,
     particle_baseline,
     probe_baseline,
     score_coefficients,
-    select_slots,
 )
 
 SETTINGS = [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (3, 1)]

@@ -23,10 +23,12 @@ def run(function: Callable, *args: Any) -> List[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    # Forked from a process that has imported what takes seconds, and nothing else.
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyro_rb", "torch._dynamo"])
     queue = context.SimpleQueue()
     processes = torch.multiprocessing.start_processes(
-        _process, (function, port, queue, args), NUM_PROCESSES, join=False, start_method="spawn"
+        _process, (function, port, queue, args), NUM_PROCESSES, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + TIMEOUT
     # Returns at the end of each process, and raises what it raised.

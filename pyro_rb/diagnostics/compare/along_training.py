@@ -10,7 +10,6 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from pyro.optim import PyroOptim
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.chooser import Chooser
@@ -35,6 +34,7 @@ from pyro_rb.diagnostics.stats.mean_test import rounding_error, z_threshold
 from pyro_rb.diagnostics.stats.progress import noise_share, root_sum_of_squares
 from pyro_rb.diagnostics.stats.projections import Projector
 from pyro_rb.diagnostics.stats.stopping import StopRule
+from pyro_rb.infer.generators import seed_generators
 
 NUM_WINDOWS = 50
 #: How far to train, where nothing is said and the loss falls on.
@@ -88,7 +88,7 @@ class Study:
         try:
             steps = [0, MOST_STEPS] if self.steps is None else self.steps
             for index, step in enumerate(steps):
-                set_rng_seed((self.seed + len(self.training)) % 2**32)
+                seed_generators((self.seed + len(self.training)) % 2**32)
                 self.bar.start()
                 rule = StopRule() if self.steps is None else None
                 end = time.perf_counter() + MOST_SECONDS
@@ -213,7 +213,7 @@ class Study:
     def _blame(self, seed: int) -> str:
         """Where the first bad number of a gradient begins, if one can be found."""
         one = self.problem.sampler(GradientGuard(make_loss(self.reference)))
-        set_rng_seed(seed)
+        seed_generators(seed)
         try:
             one.step()
         except NonFiniteError as error:
@@ -277,7 +277,7 @@ class Study:
         found: List[Tensor] = []
         for seed in range(3):
             one = self.problem.sampler(make_loss(with_options(ENUMERATED, self.reference)))
-            set_rng_seed(seed)
+            seed_generators(seed)
             try:
                 one.step()
             except Exception as error:

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from pyro.infer import RenyiELBO
-from pyro.util import set_rng_seed
 
 from pyro_rb.diagnostics.run.losses import (
     ENUMERATED,
@@ -24,6 +23,7 @@ from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sites import beyond_particles, without_dependents
 from pyro_rb.infer import DReG_ELBO
+from pyro_rb.infer.generators import seed_generators
 
 #: Enumeration and particles are tried up to this many numbers in one tensor.
 MAX_ELEMENTS = 2**22
@@ -244,7 +244,7 @@ class Chooser:
         """
         with self._problem.preserved(), warnings.catch_warnings(record=True) as log:
             warnings.simplefilter("always")
-            set_rng_seed(0)
+            seed_generators(0)
             one = self._problem.sampler(loss)
             try:
                 with nullcontext() if limit is None else SizeLimit(limit):

@@ -8,7 +8,6 @@ import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.compare.report import LossResult
@@ -20,6 +19,7 @@ from pyro_rb.diagnostics.stats.coordinates import Coordinates
 from pyro_rb.diagnostics.stats.moments import RunningMoments
 from pyro_rb.diagnostics.stats.progress import root_sum_of_squares, steps_ratio
 from pyro_rb.diagnostics.stats.projections import Projector
+from pyro_rb.infer.generators import seed_generators
 
 
 class Draw(NamedTuple):
@@ -71,7 +71,7 @@ class Gauge:
         """
         :raises ValueError: If the gradient is not finite.
         """
-        set_rng_seed(seed)
+        seed_generators(seed)
         self._wait()
         start = self.clock()
         loss = self.sampler.step()
@@ -95,7 +95,7 @@ class Gauge:
 
     def measure_memory(self, seed: int) -> None:
         """Of one more step."""
-        set_rng_seed(seed)
+        seed_generators(seed)
         try:
             self.memory = peak_memory(self.sampler.step, self.sampler.tensors[0].device)
         except Exception:  # an operation that cannot be followed is no reason to stop

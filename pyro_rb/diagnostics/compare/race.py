@@ -10,7 +10,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from pyro.optim import PyroOptim
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.run.bar import TimedBar
@@ -19,6 +18,7 @@ from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sampler import choose_clock
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
+from pyro_rb.infer.generators import seed_generators
 
 #: From which the learning rate of each loss is chosen, with Adam.
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
@@ -101,7 +101,7 @@ class Training:
         with torch.no_grad():
             for tensor, value in zip(self.tensors, self.values):
                 tensor.copy_(value)
-        set_rng_seed((self.seed * 1000003 + self.num_steps) % 2**32)
+        seed_generators((self.seed * 1000003 + self.num_steps) % 2**32)
         clock = choose_clock(self.sampler.tensors)
         start = clock() - self.seconds
         try:
@@ -126,7 +126,7 @@ class Training:
             return [math.nan] * num_draws
         values = []
         for number in range(num_draws):
-            set_rng_seed(number)
+            seed_generators(number)
             with torch.no_grad():
                 value = judge.loss.loss(*judge.call, **judge.kwargs)
             values.append(float(value))

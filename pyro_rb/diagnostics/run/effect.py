@@ -7,11 +7,11 @@ from typing import Any, List
 
 import torch
 from pyro.poutine.util import site_is_subsample
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.run.problem import Problem
 from pyro_rb.diagnostics.run.sites import run_traces
+from pyro_rb.infer.generators import seed_generators
 
 NUM_DRAWS = 4
 
@@ -30,7 +30,7 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
     tensors = list(problem.parameters.values())
     found = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in tensors]
     for draw in range(NUM_DRAWS):
-        set_rng_seed((seed + draw) % 2**32)
+        seed_generators((seed + draw) % 2**32)
         try:
             with torch.enable_grad():
                 total = _relevant_density(problem)

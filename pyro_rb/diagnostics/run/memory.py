@@ -6,7 +6,8 @@
 import gc
 import math
 import weakref
-from typing import Any, Callable, Dict, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -47,11 +48,21 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not _TRACKS_STORAGES:
         return None
-    # Garbage of earlier steps must not be freed in this one.
-    gc.collect()
-    with _LiveStorage() as live:
+    with _LiveStorage() as live, _without_collection():
         step()
     return live.peak
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage of earlier steps is not freed within. To collect it before takes longer than many steps."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _LiveStorage(TorchDispatchMode):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 
 import torch
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from pyro_rb.diagnostics.run.arguments import Arguments
@@ -23,6 +22,7 @@ from pyro_rb.diagnostics.run.sites import (
     settle_plates,
 )
 from pyro_rb.diagnostics.run.state import Snapshot, preserve_state
+from pyro_rb.infer.generators import seed_generators
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def prepared(
     with preserve_state(model, guide, args, kwargs) as snapshot:
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu"))
-        set_rng_seed(seed)
+        seed_generators(seed)
         with snapshot.watch():
             traces = run_traces(model, guide, args, kwargs)
         snapshot.add_tensors(leaves(traces))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_rb.diagnostics.run.arguments import Arguments, check_batches, current_args
 from pyro_rb.infer.run_mixin import RunMixin
-from pyro_rb.infer.util import sample_sites
+from pyro_rb.infer.traces import sample_sites
 from pyro_rb.ops.family import strip_independent
 
 Traces = Tuple[poutine.Trace, poutine.Trace]

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_rb.infer import DReG_ELBO
-from pyro_rb.infer.util import find_density_scale
+from pyro_rb.poutine.densities import find_density_scale
 from tests.support.cases import Case, positive, real
 from tests.support.common import assert_unbiased
 from tests.support.elbo_contract import ENTRANCES, assert_same, evaluate
