@@ -4,7 +4,7 @@
 """
 Runs scripts with ``--smoke-test`` and warnings as errors, as many at a time as there are cores.
 
-Each has a process of its own, forked from one that has imported PyTorch and Pyro already: that takes as long as most of
+Each has a process of its own, forked from one that has imported the libraries already: that takes as long as most of
 them run. What a script prints comes in one piece.
 """
 
@@ -17,8 +17,11 @@ import time
 import traceback
 import warnings
 
-import pyro  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import sklearn.datasets  # noqa: F401
 import torch._dynamo  # noqa: F401  # the first optimizer imports it
+
+import pyro_rb  # noqa: F401
 
 
 def start(script, log):
