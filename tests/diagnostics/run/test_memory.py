@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import gc
+
 import pytest
 import torch
 
@@ -72,6 +74,12 @@ def test_timing_is_not_disturbed():
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     assert _get_current_dispatch_mode() is None
+
+
+def test_garbage_is_collected_again_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        peak_memory(lambda: 1 / 0, CPU)
+    assert gc.isenabled()
 
 
 def test_other_devices():
