@@ -150,7 +150,7 @@ def left_out(comparison: Comparison) -> str:
 
 
 LEGEND = """\
-draws            gradients that were measured; fewer of losses that were soon far behind.
+draws            gradients that were measured, if losses differ in it; those far behind have fewer.
 variance         of the gradient, summed over all parameters; over that of the reference, with its
                  standard error.
 time             of one step, over that of the reference.
