@@ -103,9 +103,19 @@ nitpick_ignore_regex = [
 
 
 def setup(app):
+    app.connect("env-before-read-docs", spread_notebooks)
     app.connect("env-updated", without_aliases)
     app.connect("missing-reference", resolve)
     app.connect("html-page-context", without_back_links)
+
+
+def spread_notebooks(app, env, docnames):
+    """A build with several processes gives neighbours to one of them, and notebooks are what takes time."""
+    notebooks = [name for name in docnames if env.doc2path(name).endswith(".ipynb")]
+    others = [name for name in docnames if name not in notebooks]
+    for number, name in enumerate(notebooks):
+        others.insert(number * len(docnames) // len(notebooks), name)
+    docnames[:] = others
 
 
 def without_aliases(app, env):
