@@ -19,6 +19,7 @@ from pyro.optim import Adam
 
 import pyro_rb
 
+pytestmark = pytest.mark.slow
 tensor = partial(torch.tensor, device="cpu", dtype=torch.get_default_dtype())
 NUM_ITEMS = 6
 
