@@ -58,7 +58,10 @@ def capture(
             held = torch.stack(conditions).all() if conditions else None
         leaves = [x for x, _ in operations.leaves.values()]
         parameters.extend(x for x in leaves if x.grad is not None)
-        return (loss, held, *[x.grad for x in parameters], *extra)
+        grads: Any = [x.grad for x in parameters]
+        if any(grad.is_sparse for grad in grads):
+            raise NotCapturable("A gradient is sparse, as of an Embedding. Expected sparse=False")
+        return (loss, held, *grads, *extra)
 
     try:
         # Tensors of their own, so that one that is passed twice is told apart.
@@ -73,6 +76,11 @@ def capture(
         with torch.no_grad():
             for x, value in operations.changed.values():
                 x.copy_(value)
+    if any(str(node.target).startswith("aten.mkldnn_rnn_layer") for node in module.graph.nodes):
+        raise NotCapturable(
+            "oneDNN runs an LSTM, which keeps what its backward pass needs only where autograd looks on. Expected "
+            "torch.backends.mkldnn.enabled = False, for the LSTM without oneDNN"
+        )
     if any(map(has_hooks, parameters)):
         raise NotCapturable("A parameter has hooks, which a graph does not call")
     fixed = _lift(module)

@@ -74,6 +74,44 @@ def model_of_argument(x, beta=1.0):
         observe(z, x)
 
 
+def recurrent():
+    torch.manual_seed(1)
+    net, x = torch.nn.LSTM(2, 1, batch_first=True), torch.randn(1, 3, 2)
+
+    def model():
+        pyro.module("net", net)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        observe(z + net(x)[0].reshape(3))
+
+    return model, guide, lambda i: ()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_lstm(monkeypatch):
+    assert_eager(recurrent, "oneDNN runs an LSTM.*mkldnn.enabled = False")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert_replayed(Trace_ELBO, recurrent)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_embedding(sparse):
+    def make():
+        torch.manual_seed(1)
+        net, optim = torch.nn.Embedding(3, 1, sparse=sparse), pyro.optim.SGD({"lr": 0.01})
+
+        def model():
+            pyro.module("net", net)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            observe(z + net(torch.arange(3)).reshape(3))
+
+        return model, guide, lambda i: (), optim
+
+    if sparse:
+        assert_eager(make, "gradient is sparse.*sparse=False")
+    else:
+        assert_replayed(Trace_ELBO, make)
+
+
 def test_number_as_argument():
     def make():
         return model_of_argument, guide, lambda i: (X, 0.5 if i % 2 else 1.0)

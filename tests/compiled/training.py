@@ -17,12 +17,12 @@ Trained = Tuple[List[float], Dict[str, torch.Tensor], torch.Tensor]
 def train(loss: Any, make: Callable[[], Any], num_steps: int = 12, seed: int = 0) -> Trained:
     """Losses, parameters and the next random numbers after some steps.
 
-    :param make: returns model, guide and a function from the step to its arguments.
+    :param make: returns model, guide, a function from the step to its arguments, and an optimizer if it is not Adam.
     """
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    model, guide, args = make()
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss)
+    model, guide, args, *optim = make()
+    svi = SVI(model, guide, *(optim or [pyro.optim.Adam({"lr": 0.02})]), loss)
     losses = [svi.step(*args(i)) for i in range(num_steps)]
     store = {k: p.detach().clone() for k, p in pyro.get_param_store().named_parameters()}
     for name, fn in (("model", model), ("guide", guide)):
