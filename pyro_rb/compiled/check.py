@@ -57,6 +57,7 @@ class EagerStep:
         :return: what the graph does otherwise, and what only its program by Inductor does, but for
             rounding; each empty if there is nothing. None if what the graph takes for granted was
             not so.
+        :raises RuntimeError: if an operation of the graph does.
         """
         of_program = ""
         self._before.restore()
@@ -74,8 +75,6 @@ class EagerStep:
                         of_program = problem
                     problem = ""
             return problem or self._after.compare(), of_program
-        except RuntimeError as e:
-            return str(e), of_program
         finally:
             self._after.restore()
 

@@ -299,7 +299,14 @@ class Program:
 
     def _compare(self, graph: Graph, tensors: Sequence[Any], eager: EagerStep) -> bool:
         """Whether the graph did what the eager loss did."""
-        found = eager.compare(graph, tensors)
+        try:
+            found = eager.compare(graph, tensors)
+        except RuntimeError as e:
+            self._give_up(
+                f"an operation of its graph fails where it is repeated: {' '.join(str(e).split())[:300]}. "
+                "The eager steps are right; use the loss without compile() to have no warning"
+            )
+            return False
         if found is None:
             self._count_miss(graph)
             return False  # such a step is eager

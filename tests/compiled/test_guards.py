@@ -200,6 +200,27 @@ def test_what_is_not_seen_is_noticed_by_comparison():
     assert loss.report()[-1].treatment == "eager"
 
 
+def test_an_operation_that_fails_where_it_is_repeated():
+    """Steps are those of the eager loss. Nothing in the model is to be mended."""
+    in_model = []
+
+    @torch.library.custom_op("pyro_rb_tests::only_in_the_model", mutates_args=())
+    def only_in_the_model(x: torch.Tensor) -> torch.Tensor:
+        if not in_model:
+            raise RuntimeError("not\nhere")
+        return x.clone()
+
+    only_in_the_model.register_fake(torch.empty_like)
+
+    def model(x):
+        in_model.append(True)
+        observe(pyro.sample("z", dist.Normal(0.0, 1.0)), only_in_the_model(x))
+        in_model.clear()
+
+    message = assert_eager(lambda: (model, guide, lambda i: (X,)), "fails where it is repeated: not here")
+    assert message.endswith("use the loss without compile() to have no warning.")
+
+
 def test_tensor_changed_in_place():
     def make():
         beta = torch.ones(())
