@@ -49,7 +49,7 @@ def iwae_loss(log_w: torch.Tensor, weights: torch.Tensor, num_particles: int) ->
     """
     shift = (log_w + weights.log()).logsumexp(0).detach()
     w = (log_w - shift).exp()
-    step = 0.1
+    step = 0.25
     t = torch.arange(-30.0, 50.0, step).exp()
     laplace = torch.cat([weights @ torch.exp(-w[:, None] * part) for part in t.split(100)])
     log_sum = step * ((-t).exp() - laplace**num_particles).sum()
