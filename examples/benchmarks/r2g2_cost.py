@@ -29,7 +29,7 @@ from pyro.nn import PyroModule, PyroSample
 from tqdm import tqdm
 
 from pyro_rb import R2G2_ELBO
-from pyro_rb.ops.projection import project_rows
+from pyro_rb.ops.projection import find_means
 from support.command_line import run, set_up
 from support.results import write_table
 
@@ -72,7 +72,7 @@ def layer_calls(width: int, rows: int) -> Dict[str, Callable[[], Any]]:
         torch.autograd.grad(z.sum(), [x, loc, scale])
 
     def solve(solver: str, s: torch.Tensor) -> Callable[[], Any]:
-        return lambda: project_rows(x.detach(), s.detach(), eps, solver)
+        return lambda: find_means(x.detach(), s.detach(), eps, solver)
 
     calls = {"plain": plain, "cg": solve("cg", scale), "cg, shared scale": solve("cg", shared)}
     if width * rows * rows * (width + rows) <= TOO_LONG:

@@ -11,7 +11,7 @@ solver here decides about a rank: what is too small to be told from rounding is 
 kept or has no effect on a gradient.
 """
 
-from typing import Callable, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 
@@ -24,8 +24,6 @@ SOLVERS = ("auto", "cholesky", "cg", "qr")
 _SMALL = 2**20
 #: The largest array that is made at once, in numbers.
 _CHUNK = 2**22
-#: The largest matrix of a linear map that is ever written out, in numbers.
-_MAX_DENSE = 2**26
 
 
 def jitter(dtype: torch.dtype) -> float:
@@ -84,12 +82,13 @@ def choose_solver(
     return "cholesky" if rows <= 2 or is_small else "cg"
 
 
-def project_rows(
+def find_means(
     rows: torch.Tensor,
     scale: torch.Tensor,
     eps: torch.Tensor,
     solver: str = "cholesky",
-) -> torch.Tensor:
+    with_squares: bool = False,
+) -> Means:
     """
     The mean of the noise of a linear layer, given its pre-activations.
 
@@ -101,31 +100,14 @@ def project_rows(
     :param torch.Tensor eps: of the same shape.
     :param str solver: ``"cholesky"``, ``"cg"`` or ``"qr"``. Where one fails, the next of
         cg, cholesky, qr takes over.
-    :return: of the shape of ``eps``.
-
-    >>> rows = torch.tensor([[3.0, 4.0]])
-    >>> project_rows(rows, torch.ones(1, 2), torch.tensor([[1.0, 1.0]]))
-    tensor([[0.8400, 1.1200]])
-    """
-    return find_means(rows, scale, eps, solver)[0]
-
-
-def find_means(
-    rows: torch.Tensor,
-    scale: torch.Tensor,
-    eps: torch.Tensor,
-    solver: str = "cholesky",
-    with_squares: bool = False,
-) -> Means:
-    """
-    As :func:`project_rows`, with the mean square of each element of the result: the diagonal of
-    ``P P^T``, for the matrix ``P`` by which the solver has multiplied the noise.
-
     :param bool with_squares: whether mean squares are wanted. ``"cg"`` does not find them.
+    :return: the means, of the shape of ``eps``; and the mean square of each of them, or None: the
+        diagonal of ``P P^T``, for the matrix ``P`` by which the solver has multiplied the noise.
 
     >>> rows = torch.tensor([[3.0, 4.0]])
-    >>> find_means(rows, torch.ones(1, 2), torch.tensor([[1.0, 1.0]]), with_squares=True)[1]
-    tensor([[0.3600, 0.6400]])
+    >>> mean, square = find_means(rows, torch.ones(1, 2), torch.tensor([[1.0, 1.0]]), with_squares=True)
+    >>> mean, square
+    (tensor([[0.8400, 1.1200]]), tensor([[0.3600, 0.6400]]))
     """
     if rows.shape[-2] == 0:
         return torch.zeros_like(eps), torch.zeros_like(eps)
@@ -234,101 +216,3 @@ def _solve_qr(
     q = torch.linalg.qr(a.mT).Q  # [*batch, units, k, min(m, k)]
     found = (q @ (q.mT @ eps.unsqueeze(-1))).squeeze(-1)
     return found, q.square().sum(-1) if with_squares else None
-
-
-def project_map(
-    linear_map: Callable[[torch.Tensor], torch.Tensor],
-    eps: torch.Tensor,
-    solver: str = "auto",
-) -> Optional[torch.Tensor]:
-    """
-    The mean of noise, given the value of any linear map of it.
-
-    :param linear_map: from a vector of length ``n`` to a tensor of any shape, linear, and
-        differentiable once.
-    :param torch.Tensor eps: of shape ``[n]``.
-    :param str solver: one of ``SOLVERS``. ``"auto"`` writes small maps out as a matrix,
-        and takes conjugate gradients on the normal equations for the others.
-    :return: of shape ``[n]``; or None, if conjugate gradients did not converge and
-        the matrix would be too large to be written out.
-
-    >>> project_map(lambda e: e[:2].sum(), torch.tensor([1.0, 2.0, 3.0]))
-    tensor([1.5000, 1.5000, 0.0000])
-    """
-    found = find_means_of_map(linear_map, eps, solver)
-    return None if found is None else found[0]
-
-
-def find_means_of_map(
-    linear_map: Callable[[torch.Tensor], torch.Tensor],
-    eps: torch.Tensor,
-    solver: str = "auto",
-    with_squares: bool = False,
-) -> Optional[Means]:
-    """
-    As :func:`project_map`, with the mean square of each element of the result.
-
-    :param bool with_squares: as in :func:`find_means`.
-
-    >>> rows = torch.tensor([[1.0, 1.0]])
-    >>> mean, square = find_means_of_map(lambda e: rows @ e, torch.tensor([3.0, 1.0]), with_squares=True)
-    >>> mean  # the sum is known
-    tensor([2., 2.])
-    """
-    with torch.enable_grad():
-        leaf = torch.zeros_like(eps).requires_grad_()
-        image = linear_map(leaf)
-    size = image.numel() * eps.numel()
-    if solver == "cg" or (solver == "auto" and size > 2**18):
-        found = _solve_normal_equations(linear_map, leaf, image, eps)
-        if found is not None:
-            return found, None
-    if size > _MAX_DENSE:
-        return None
-    matrix = _write_out(leaf, image)  # [m, n]
-    dense = "qr" if solver == "qr" else "cholesky"
-    ones = torch.ones_like(eps)
-    mean, square = find_means(matrix, ones[None], eps[None], dense, with_squares)
-    return mean[0], None if square is None else square[0]
-
-
-def _solve_normal_equations(
-    linear_map: Callable[[torch.Tensor], torch.Tensor],
-    leaf: torch.Tensor,
-    image: torch.Tensor,
-    eps: torch.Tensor,
-    max_steps: int = 200,
-) -> Optional[torch.Tensor]:
-    """Conjugate gradients for the shortest ``x`` with ``A x = A eps``."""
-
-    def transpose(y: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(image, leaf, y, retain_graph=True)[0]
-
-    with torch.no_grad():
-        residual = linear_map(eps)
-    found = torch.zeros_like(eps)
-    direction = gradient = transpose(residual)
-    square = gradient.square().sum()
-    enough = square * tolerance(eps.dtype) ** 2
-    for _ in range(max_steps):
-        if square <= enough:
-            return found
-        with torch.no_grad():
-            step_image = linear_map(direction)
-        curvature = step_image.square().sum()
-        if not curvature > 0:
-            return None
-        step = square / curvature
-        found = found + step * direction
-        residual = residual - step * step_image
-        gradient = transpose(residual)
-        previous, square = square, gradient.square().sum()
-        direction = gradient + square / previous * direction
-    return None
-
-
-def _write_out(leaf: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """The matrix of a linear map, a row for each element of ``image``."""
-    basis = torch.eye(image.numel(), dtype=image.dtype, device=image.device)
-    basis = basis.reshape(-1, *image.shape)
-    return torch.autograd.grad(image, leaf, basis, is_grads_batched=True)[0]

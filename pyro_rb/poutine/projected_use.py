@@ -6,13 +6,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 import torch
 
 from pyro_rb.ops.linear_call import LinearCall, find_rows
-from pyro_rb.ops.projection import (
-    Means,
-    choose_solver,
-    find_means,
-    find_means_of_map,
-    pays,
-)
+from pyro_rb.ops.projection import Means, choose_solver, find_means, pays
+from pyro_rb.ops.projection_of_map import find_means_of_map
 from pyro_rb.ops.transforms import is_inside_of_func
 from pyro_rb.poutine.gaussian_site import View, overlap
 from pyro_rb.poutine.local_draws import LocalDraws
