@@ -30,7 +30,7 @@ from tests.support.common import assert_unbiased, assert_variance_ratio
 
 pytestmark = pytest.mark.slow
 
-PARTICLES = {"num_particles": 200, "vectorize_particles": True, "max_plate_nesting": 2}
+PARTICLES = {"num_particles": 100, "vectorize_particles": True, "max_plate_nesting": 2}
 SETTINGS = {
     "k1_none": {"k": 1, "baseline": None},
     "k1_loo": {"k": 1},
@@ -163,7 +163,7 @@ def test_own_baseline_is_unbiased(kind, site):
     if kind == "decaying":
         options = {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}
     else:
-        options = {"baseline_value": torch.full((200, 1, 4), -3.0)}
+        options = {"baseline_value": torch.full((100, 1, 4), -3.0)}
     case = with_baseline(case, **options)
     if site is not None:
         guide = case.guide

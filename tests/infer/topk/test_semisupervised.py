@@ -100,7 +100,8 @@ def enumeration(**kwargs: Any) -> TraceEnum_ELBO:
 
 def draw(elbo: Any, case: Case, num_samples: int, seed: int) -> Dict[str, Tensor]:
     pyro.set_rng_seed(seed)
-    rows = [gradient(elbo, case) for _ in range(num_samples)]
+    with pyro.validation_enabled(False):
+        rows = [gradient(elbo, case) for _ in range(num_samples)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -134,8 +135,8 @@ def test_all_values_are_enumeration(options, with_labels, particles):
     ids=str,
 )
 def test_unbiased(options):
-    samples = draw(RaoBlackwellTopK_ELBO(**options, **PARTICLES), make_case(False), 120, seed=0)
-    expected = draw(enumeration(**PARTICLES), make_case(False, exact=True), 120, seed=1)
+    samples = draw(RaoBlackwellTopK_ELBO(**options, **PARTICLES), make_case(False), 40, seed=0)
+    expected = draw(enumeration(**PARTICLES), make_case(False, exact=True), 40, seed=1)
     assert_unbiased(samples, independent=expected, projections=10, detect=1.0)
 
 
