@@ -47,6 +47,7 @@ def main(args):
             args=data,
             optim=pyro.optim.Adam({"lr": 0.01}),
             num_samples=10 if args.smoke_test else 300,
+            num_burn_in=2 if args.smoke_test else 100,
             train_steps=2 if args.smoke_test else 1500,
         )
         ratios = {s.step: (s.losses[1].variance_ratio, s.losses[1].variance_ratio_error) for s in result.states}
