@@ -13,6 +13,7 @@ from pyro.poutine.util import is_validation_enabled
 from pyro.util import warn_if_inf, warn_if_nan
 
 from pyro_rb.ops.importance import unsqueeze_right
+from pyro_rb.ops.zuko import as_transformed
 
 
 def put_log_prob(site: Any, log_prob: torch.Tensor) -> None:
@@ -86,12 +87,12 @@ def find_density_scale(site: Any) -> Any:
     >>> find_density_scale(tp.trace.nodes["z"])
     0.5
     """
-    layer = fn = site["fn"]
+    fn = site["fn"]
     mask = 1.0 if site["mask"] is None else site["mask"]
     factor = _sum_to(site["scale"] * mask, fn.batch_shape)
     if isinstance(factor, torch.Tensor):
         factor = unsqueeze_right(factor, fn.event_dim)
-    is_transformed = False
+    layer, is_transformed = as_transformed(fn), False
     while layer is not None:
         if isinstance(layer, MaskedDistribution):
             if is_transformed:

@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_rb import DReG_ELBO, RaoBlackwell_ELBO, RVRSGuide, STLTrace_ELBO
 from pyro_rb.ops.zuko import as_transformed
+from pyro_rb.poutine.densities import find_density_scale
 from tests.support.common import assert_unbiased
 from tests.support.flows import exact_log_prob, stir
 
@@ -297,3 +298,13 @@ def test_wrapped_distributions_of_pytorch():
     loss = FIXED()
     loss.loss_and_grads(model, guide)
     assert loss.report()[0] == ("z", "path gradient, c = 1", "reparameterized draw")
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_mask_inside_of_a_flow(is_masked):
+    """Then no factor multiplies the whole density."""
+    flow, base = make("MAF")(), dist.Normal(torch.zeros(DIM), 1.0).to_event(1)
+    fn = zuko.distributions.NormalizingFlow(flow.transform, base.mask(False) if is_masked else base)
+    with poutine.trace() as tp, poutine.scale(scale=0.5):
+        pyro.sample("z", ZukoToPyro(fn))
+    assert find_density_scale(tp.trace.nodes["z"]) == (None if is_masked else 0.5)
