@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+from types import MethodType
 from typing import Any, Dict, Sequence, Tuple
 
 import torch
@@ -126,7 +127,7 @@ class CompiledELBO(ELBO):
 
     def program(self, model: Any, guide: Any) -> Program:
         """:return: the graphs of a model and guide."""
-        key = (model, guide)
+        key = _identity(model), _identity(guide)
         if key not in self._programs:
             self._programs[key] = Program(
                 self.eager, model, guide, self.backend, self.check_every, self.background
@@ -179,6 +180,11 @@ class CompiledELBO(ELBO):
         if found is None:
             return self.eager.differentiable_loss(model, guide, *args, **kwargs)
         return _with_gradient(found)
+
+
+def _identity(fn: Any) -> Any:
+    """Of a callable that need not be hashable, and the same for a method each time that it is taken from its object."""
+    return (id(fn.__self__), id(fn.__func__)) if isinstance(fn, MethodType) else id(fn)
 
 
 def _with_gradient(found: Gradient) -> torch.Tensor:
