@@ -19,6 +19,7 @@ from pyro.infer.util import torch_backward, torch_item
 from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 
+from pyro_rb.infer.left_out import left_out_by_trace_elbo
 from pyro_rb.infer.outside_plates import Terms
 from pyro_rb.infer.particle_baseline import Draw, compute_scores
 from pyro_rb.infer.path_mixin import Groups, check_num_particles
@@ -231,8 +232,10 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     ) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
         path, names = run.path, set(run.path_sites)
+        left_out = left_out_by_trace_elbo(model_trace, guide_trace)
         if path is None or not (names or run.joint):
-            return super()._differentiable_loss_particle(model_trace, guide_trace)
+            loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+            return loss, surrogate + left_out
         # A site with plain score parts has the log density for its entropy term.
         log_q = {n: guide_trace.nodes[n]["log_prob_sum"] for n in path.values if n in names}
         log_q.update((n, sum(x.sum() for _, x in terms)) for n, terms in run.joint.items())
@@ -248,6 +251,7 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
                     term = term + rest_of(self._scales[name], log_q[name], whole)
             guide_trace.nodes[name]["score_parts"] = parts._replace(entropy_term=term)
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        surrogate = surrogate + left_out
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
         return loss, surrogate
 

@@ -14,6 +14,7 @@ part of the gradient is made.
 from typing import Any, Collection, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import Dice
 from pyro.ops import packed
 from pyro.poutine import Trace
@@ -99,8 +100,21 @@ def set_apart(
     }
     for name, site in sample_sites(guide_trace):
         if name in tapped or baselines.any(site):
-            guide_trace.apart[name] = log_prob = site["packed"]["log_prob"]
-            site["packed"]["log_prob"] = _with_dims(log_prob.detach(), log_prob)
+            log_prob = site["packed"]["log_prob"]
+            cost, apart = log_prob.detach(), log_prob
+            if getattr(site["scale"], "requires_grad", False):  # a gradient of another mean, which stays
+                cost, apart = _split_scale(site)
+            site["packed"]["log_prob"] = _with_dims(cost, log_prob)
+            guide_trace.apart[name] = _with_dims(apart, log_prob)
+
+
+def _split_scale(site: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The packed log density of a site, with the gradient of its scale only, and with that of ``log q`` only."""
+    log_q, scale = site["unscaled_log_prob"], site["scale"]
+    pairs = ((log_q.detach(), scale), (log_q, scale.detach()))
+    dims = site["infer"]["_dim_to_symbol"]
+    cost, apart = (packed.pack(scale_and_mask(*pair, site["mask"]), dims) for pair in pairs)
+    return cost, apart
 
 
 def _with_dims(x: Any, other: Any) -> Any:

@@ -62,7 +62,8 @@ def choose_losses(
     :param str reference: The loss that they will be compared to. With an
         importance-weighted bound, such as ``"RenyiELBO:alpha=0,num_particles=8"``, the
         candidates are those with the same objective. Default:
-        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site,
+        :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site, or
+        ``Trace_ELBO`` is biased (see ``left_out`` of :class:`~pyro_rb.diagnostics.run.sites.Sites`),
         else :class:`~pyro.infer.trace_elbo.Trace_ELBO`.
     :rtype: Choice
 

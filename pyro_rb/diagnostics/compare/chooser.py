@@ -73,7 +73,7 @@ class Chooser:
 
     def reference(self) -> str:
         """The loss that others are compared to by default."""
-        return "TraceEnum_ELBO" if self.sites.summed else REFERENCE
+        return "TraceEnum_ELBO" if self.sites.summed or self.sites.left_out else REFERENCE
 
     def choose(self, candidates: Sequence[Candidate], reference: Optional[str] = None) -> Choice:
         self._reference = reference = reference or self.reference()

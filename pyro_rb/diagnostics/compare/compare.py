@@ -120,8 +120,9 @@ def compare(
     :param bool progress: Whether to show a progress bar on stderr.
     :param str reference: Name of the loss that the others are compared with. Losses with another objective appear as
         biased, so compare importance-weighted bounds with ``"RenyiELBO:alpha=0,num_particles=8"`` or the like.
-        Default: :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site, else
-        ``Trace_ELBO``.
+        Default: ``Trace_ELBO``, or :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` if the model enumerates a site,
+        or the guide has a site of its own, or one with a scale that has a gradient, without a reparameterized draw:
+        there ``Trace_ELBO`` is biased.
     :param float rel_error: Go on sampling at each state until the standard error of each
         variance ratio is at most this share of it. Default: take ``num_samples``.
     :param float max_seconds: Stop sampling after this time, with at least two gradients at

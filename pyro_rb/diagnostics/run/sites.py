@@ -53,6 +53,8 @@ class Sites(NamedTuple):
     :param list countable: Those of them that Pyro can enumerate.
     :param list annotated: Those of them for which ``infer["enumerate"]`` is set.
     :param list scored: In the guide, without a reparameterized draw.
+    :param list left_out: Those of them of whose cost ``Trace_ELBO`` leaves out a part: sites that the guide alone has,
+        and sites with a scale that has a gradient.
     :param list jacobians: In the guide: Deltas with a log density.
     :param list summed: In the model only, which it enumerates.
     :param list subsampled: Plates that subsample and hold all sites, observed ones too.
@@ -67,6 +69,7 @@ class Sites(NamedTuple):
     countable: List[str]
     annotated: List[str]
     scored: List[str]
+    left_out: List[str]
     jacobians: List[str]
     summed: List[str]
     subsampled: List[str]
@@ -82,6 +85,8 @@ def read_sites(traces: Traces) -> Sites:
     names = {name for name, _ in guide}
     discrete = [(name, site) for name, site in guide if _is_discrete(site["fn"])]
     countable = [(name, site) for name, site in discrete if getattr(site["fn"], "has_enumerate_support", False)]
+    scored = [(name, site) for name, site in guide if not _is_reparameterized(site["fn"])]
+    in_model = {name for name, _ in model}
     samples: List[Any] = [s for trace in traces for s in trace.nodes.values() if s["type"] == "sample"]
     frames = [frame for site in samples for frame in site["cond_indep_stack"]]
     return Sites(
@@ -89,7 +94,8 @@ def read_sites(traces: Traces) -> Sites:
         discrete=[name for name, _ in discrete],
         countable=[name for name, _ in countable],
         annotated=[name for name, site in countable if site["infer"].get("enumerate")],
-        scored=[name for name, site in guide if not _is_reparameterized(site["fn"])],
+        scored=[name for name, _ in scored],
+        left_out=[n for n, s in scored if n not in in_model or getattr(s["scale"], "requires_grad", False)],
         jacobians=[name for name, site in guide if _has_log_density(site["fn"])],
         summed=[n for n, site in model if n not in names and (site["infer"] or {}).get("enumerate")],
         subsampled=_enclosing_subsamples(samples),

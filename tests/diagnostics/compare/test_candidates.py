@@ -422,3 +422,29 @@ def test_bounds_of_a_subsample():
     row = compare(model, guide, [name], (4,), reference=reference, **sizes).states[0].losses[1]
     assert row.name == name and not row.biased
     assert compare(model, guide, [name], (4,), reference=usual, **sizes).states[0].losses[1].biased
+
+
+@pytest.mark.parametrize("kind", ["labels of the guide", "scale"])
+def test_reference_where_trace_elbo_is_biased(kind):
+    """``tests/infer/test_left_out.py`` shows the bias."""
+    x = torch.tensor([0.5, -0.3])
+
+    def scaling():
+        return pyro.poutine.scale(scale=pyro.param("beta", torch.tensor(0.7)) if kind == "scale" else 1.0)
+
+    def model():
+        with pyro.plate("data", 2), scaling():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0) if kind != "scale" else dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide():
+        logits = pyro.param("logits", torch.zeros(2))
+        with pyro.plate("data", 2), scaling():
+            k = pyro.sample("k" if kind != "scale" else "z", dist.Bernoulli(logits=logits),
+                            infer={"is_auxiliary": kind != "scale"})  # fmt: skip
+            if kind != "scale":
+                pyro.sample("z", dist.Normal(k, 0.7))
+
+    choice = choose_losses(model, guide)
+    assert choice.reference == "TraceEnum_ELBO"
+    assert {"STLTrace_ELBO", "RaoBlackwell_ELBO"} & set(choice.losses)
