@@ -143,8 +143,11 @@ class Program:
         return bool(self._phase(num_steps) == ready.phase == self._phase())
 
     def _phase(self, num_steps: int = 1) -> Any:
-        """What the next steps are to be alike in; None if one of them is to be eager."""
-        return self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else ()
+        """What the next steps are to be alike in; None if one of them is to be eager, or cannot be known to be alike."""
+        phase = self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else ()
+        if phase is None or num_steps > 1 and any(guide.adaptation == "fixed" for guide in self._rejecting):
+            return None
+        return (phase, *[guide._guess_acceptance() for guide in self._rejecting])
 
     def _describe(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Tuple, List[torch.Tensor]]:
         key, tensors = describe((args, kwargs))
@@ -155,7 +158,6 @@ class Program:
             torch.get_default_dtype(),
             torch.get_default_device(),
             torch.is_autocast_enabled(),
-            *[guide._guess_acceptance() for guide in self._rejecting],
         )
         return key, tensors
 
