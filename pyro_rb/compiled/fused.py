@@ -38,14 +38,17 @@ class FusedSteps:
         is_split: bool,
     ) -> None:
         self.num_steps = num_steps
+        #: Steps of the graph before.
+        self.since = graph.calls
         self._fixed, self._changed = graph.captured.fixed, graph.captured.changed
         self._parameters = graph.captured.parameters
         ours = {id(p) for p in self._parameters}
         for name, p in graph.named.items():
             if id(p) not in ours:
-                raise NotImplementedError(f"no gradient of {name}")
-        if len(graph.named) != len(ours):
-            raise NotImplementedError("a parameter that is not in the param store")
+                raise NotImplementedError(f"no gradient of {name}. Expected one of each parameter that is used")
+        # Of two names of one parameter, both are announced.
+        if len({id(p) for p in graph.named.values()}) != len(ours):
+            raise NotImplementedError("a parameter that is not in the param store. Expected pyro.param or pyro.module")
         self.update = Update(optim, self._parameters)
         self._is_split = is_split
         self._kept: List[torch.Tensor] = []

@@ -143,7 +143,7 @@ class Program:
         return bool(self._phase(num_steps) == ready.phase == self._phase())
 
     def _phase(self, num_steps: int = 1) -> Any:
-        """What the next steps are to be alike in; None if one of them is to be eager, or cannot be known to be alike."""
+        """What the next steps are to be alike in; None if one of them is to be eager, or if they may not be alike."""
         phase = self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else ()
         if phase is None or num_steps > 1 and any(guide.adaptation == "fixed" for guide in self._rejecting):
             return None
