@@ -100,6 +100,8 @@ class CompiledSVI(SVI):
         self._steps: Any = WeakKeyDictionary()
         #: Why Pyro's loop makes the update, and of which optimizer; empty if it does not.
         self._why_loop, self._looped = "", None
+        #: Times that an operation failed where a graph with the update was made.
+        self._num_failed = 0
         super().__init__(model, guide, optim, self.compiled, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -125,7 +127,7 @@ class CompiledSVI(SVI):
         :param args: arguments of model and guide; ``kwargs`` likewise.
         :param bool progress_bar: Whether to show a progress bar. Defaults to True.
         :return: the losses of the steps that were made, of shape ``[num_steps]`` unless the run was
-            ended early.
+            ended early. If a step raises an error, those before it stand, and their losses are lost.
         """
         losses: List[float] = []
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
@@ -168,7 +170,10 @@ class CompiledSVI(SVI):
             return
         try:
             fused = self._find(ready.graph, num_steps, ready.tensors, program)
-        except (NotImplementedError, RuntimeError) as e:
+        except RuntimeError as e:
+            self._num_failed += 1
+            if not isinstance(e, NotImplementedError) and self._num_failed < MAX_UNSTABLE:
+                return  # an operation failed, as it may at some draws
             self._why_loop, self._looped = str(e), self.optim
             warnings.warn(
                 f"The update of the parameters is not compiled, Pyro's loop over them makes it: {e}.",

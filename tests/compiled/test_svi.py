@@ -358,6 +358,48 @@ def test_step_that_is_not_a_number():
     assert_close(parameters(), before)
 
 
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_step_that_fails(unroll):
+    """The steps before it stand, and it raises what it raises, with the random numbers and state of SVI."""
+
+    def model():
+        m = pyro.param("m", torch.tensor(0.0))
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        scale = torch.linalg.cholesky(torch.eye(2) * (0.95 - m - 0.2 * torch.rand(())))
+        pyro.sample("x", dist.Normal(z - 5 * scale.sum(), 1.0), obs=torch.tensor(30.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    def run(kind, loss, **options):
+        svi, _ = make(kind, pyro.optim.Adam({"lr": 0.01}), loss, lambda: (model, guide, lambda i: ()), **options)
+        failed = 0
+        for _ in range(40):
+            try:
+                svi.run(5, progress_bar=False) if options else [svi.step() for _ in range(5)]
+            except torch.linalg.LinAlgError:
+                failed += 1
+        return failed, parameters(), strip(svi.optim.get_state()), torch.rand(3), svi
+
+    *expected, _ = run(SVI, Trace_ELBO())
+    *actual, svi = run(CompiledSVI, replayed(), unroll=unroll)
+    assert_close(actual, expected)
+    assert 10 < actual[0] < 40 and not svi._why_loop
+
+
+def test_error_while_the_update_is_captured(monkeypatch):
+    """As of a decomposition, for the draws of one step."""
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed(), unroll=4)
+    svi.step(*args), svi.step(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_rb.compiled.fused.trace", lambda *_: torch.linalg.cholesky(torch.zeros(1, 1)))
+        svi.step(*args)
+    losses = svi.run(20, *args, progress_bar=False)
+    assert {n for steps in svi._steps.values() for n in steps.ready} == {1, 4}
+    svi, args = make(SVI, OPTIMIZERS["adam"](), Trace_ELBO())
+    assert_close(losses, torch.tensor([svi.step(*args) for _ in range(23)][3:]))
+
+
 def test_running_means():
     def run(kind, loss):
         pyro.clear_param_store()
