@@ -5,6 +5,7 @@
 The arguments of a step: what a graph is made for, and the tensors that go into it.
 """
 
+import copy
 from typing import Any, Iterator, List, Tuple
 
 import torch
@@ -38,7 +39,7 @@ def _describe(value: Any, key: List[Any], tensors: List[torch.Tensor]) -> None:
         key.extend((value.shape, value.stride(), value.dtype, value.device))
         tensors.append(value)
     elif cls in _VALUES:
-        key.append(value)
+        key.append(value if value == value else repr(value))  # NaN is not equal to itself
     elif isinstance(value, (tuple, list)):
         key.append(len(value))
         for item in value:
@@ -55,12 +56,33 @@ def _describe(value: Any, key: List[Any], tensors: List[torch.Tensor]) -> None:
         )
 
 
+def what_changes(old: Tuple, new: Tuple) -> str:
+    """
+    :param old: what :func:`describe` returned, at its beginning.
+    :param new: another one.
+    :return: what is not the same, and what to pass instead.
+
+    >>> what_changes(describe([0.1])[0], describe([0.2])[0])
+    'a number among the arguments keeps changing, to 0.2 at last. Expected a tensor, torch.tensor(0.2)'
+    """
+    i = next(i for i, (a, b) in enumerate(zip(old, new)) if a != b)
+    cls, value = new[i - 1 : i + 1]
+    if isinstance(value, torch.Size):
+        return f"the shape of an argument keeps changing, to {tuple(value)} at last. Pad it to one of a few shapes"
+    if cls in (int, float, complex):
+        remedy = f"Expected a tensor, torch.tensor({value})"
+        return f"a number among the arguments keeps changing, to {value} at last. {remedy}"
+    return f"an argument that is no tensor keeps changing, to {value!r} at last. Expected tensors, or few values"
+
+
 def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The same arguments, with other tensors in the place of those in it."""
     if isinstance(value, torch.Tensor):
         return next(tensors)
     if isinstance(value, dict):
-        return type(value)((k, with_tensors(v, tensors)) for k, v in value.items())
+        same = copy.copy(value)  # with the default of a defaultdict
+        same.update((k, with_tensors(v, tensors)) for k, v in value.items())
+        return same
     if isinstance(value, (tuple, list)):
         items = [with_tensors(v, tensors) for v in value]
         cls: Any = type(value)

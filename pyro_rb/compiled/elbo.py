@@ -164,9 +164,12 @@ class CompiledELBO(ELBO):
         :return: an estimate of the loss. An estimate of its gradient is added to the ``.grad``
             of the parameters.
         """
-        found = self.program(model, guide).find(args, kwargs)
+        program = self.program(model, guide)
+        found = program.find(args, kwargs)
         if found is None:
-            return self.eager.loss_and_grads(model, guide, *args, **kwargs)
+            loss = self.eager.loss_and_grads(model, guide, *args, **kwargs)
+            program.finish()
+            return loss
         for parameter, grad in zip(found.parameters, found.grads):
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         return found.loss
@@ -176,9 +179,12 @@ class CompiledELBO(ELBO):
         :return: an estimate of the loss, a scalar tensor, with the gradient of
             :meth:`loss_and_grads`.
         """
-        found = self.program(model, guide).find(args, kwargs)
+        program = self.program(model, guide)
+        found = program.find(args, kwargs)
         if found is None:
-            return self.eager.differentiable_loss(model, guide, *args, **kwargs)
+            loss = self.eager.differentiable_loss(model, guide, *args, **kwargs)
+            program.finish()
+            return loss
         return _with_gradient(found)
 
 

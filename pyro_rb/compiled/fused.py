@@ -38,14 +38,17 @@ class FusedSteps:
         is_split: bool,
     ) -> None:
         self.num_steps = num_steps
+        #: Steps of the graph before.
+        self.since = graph.calls
         self._fixed, self._changed = graph.captured.fixed, graph.captured.changed
         self._parameters = graph.captured.parameters
         ours = {id(p) for p in self._parameters}
         for name, p in graph.named.items():
             if id(p) not in ours:
-                raise NotImplementedError(f"no gradient of {name}")
-        if len(graph.named) != len(ours):
-            raise NotImplementedError("a parameter that is not in the param store")
+                raise NotImplementedError(f"no gradient of {name}. Expected one of each parameter that is used")
+        # Of two names of one parameter, both are announced.
+        if len({id(p) for p in graph.named.values()}) != len(ours):
+            raise NotImplementedError("a parameter that is not in the param store. Expected pyro.param or pyro.module")
         self.update = Update(optim, self._parameters)
         self._is_split = is_split
         self._kept: List[torch.Tensor] = []
@@ -88,9 +91,11 @@ class FusedSteps:
 
         inputs = [x.detach().clone() for x in [*args, *self._fixed, *update.tensors]]
         generators = get_torch_generators()
-        with torch.no_grad():
-            module = trace(run, inputs)
-        set_torch_generators(generators)
+        try:
+            with torch.no_grad():
+                module = trace(run, inputs)
+        finally:
+            set_torch_generators(generators)
         module = _repeat(module, self.num_steps)
         simplify(module)
         return module
@@ -101,7 +106,7 @@ class FusedSteps:
 
         :return: whether it is done.
         :raises InductorError: if it failed.
-        :raises RuntimeError: if the result is not what it is without.
+        :raises NotImplementedError: if the result is not what it is without.
         """
         if self._compilation is None:
             inputs = [*args, *self._fixed, *self.update.tensors]
@@ -111,25 +116,17 @@ class FusedSteps:
             return False
         compiled, self._compilation = self._compilation.result(), None
         self.update.prepare()
-        before = self._save()
-        self._call(args)
-        expected = self._save()
-        self._restore(before)
-        self._run, replay = compiled, self._run
-        self._call(args)
-        found = self._save()
-        self._restore(before)
+        expected, found = (self._try(run, args) for run in (self._run, compiled))
         eps = max(torch.finfo(p.dtype).eps for p in self._parameters)
-        for i, (a, b) in enumerate(zip(found[0], expected[0])):
+        for i, (a, b) in enumerate(zip(found, expected)):
             # Adam makes whole steps of gradients that are nothing but rounding.
             if i < len(self._parameters):
                 atol = 3 * self.update.largest_rate
             else:  # their state has squares of gradients
                 atol = max(1e-5, 2 * eps**ROUNDED * size_of(b))
             if not torch.allclose(a, b, rtol=1e-3, atol=atol, equal_nan=True):
-                self._run = replay
-                raise RuntimeError("the compiled update differs from the one that is replayed")
-        self.is_compiled = True
+                raise NotImplementedError("the compiled update differs from the one that is replayed")
+        self._run, self.is_compiled = compiled, True
         return True
 
     def is_free(self) -> bool:
@@ -143,7 +140,7 @@ class FusedSteps:
 
     def __call__(self, graph: Graph, args: Sequence[torch.Tensor]) -> Optional[List[float]]:
         """
-        :return: the losses, or None if nothing was done, as a loss is not a number, say.
+        :return: the losses, or None if nothing was done, as a loss is not a number, say, or an operation failed.
         """
         graph.learning.take_scales()
         self.update.prepare()
@@ -152,16 +149,21 @@ class FusedSteps:
         may_change = self.num_steps > 1 or (self._is_split and self._changed)
         if may_change:
             self._keep()
-        if self._is_split:
-            losses, learned = self._make_split(graph, args)
-        else:
-            found, *learned = self._call(args)
-            losses = found.tolist()
-        if losses[-1] != losses[-1]:
-            self.update.forget()
-            if may_change:
-                self._restore((self._kept, generators))
-            set_torch_generators(generators)
+        losses, learned = [math.nan], ()
+        try:
+            if self._is_split:
+                losses, learned = self._make_split(graph, args)
+            else:
+                found, *learned = self._call(self._run, args)
+                losses = found.tolist()
+        except Exception:  # which the eager step raises, if it is no fault of the graph
+            pass
+        finally:
+            is_good = losses[-1] == losses[-1]
+            if not is_good:
+                self.update.forget()
+                self._restore(self._kept if may_change else (), generators)
+        if not is_good:
             return None
         self.update.finish(self.num_steps)
         graph.count_steps(self.num_steps, learned)
@@ -176,29 +178,38 @@ class FusedSteps:
             return [loss], step.learned
         return [math.nan], ()
 
-    def _call(self, args: Sequence[torch.Tensor]) -> Any:
+    def _call(self, run: Callable[..., Any], args: Sequence[torch.Tensor]) -> Any:
         with torch.no_grad(), plain_calls():
-            return self._run(*args, *self._fixed, *self.update.tensors)
+            return run(*args, *self._fixed, *self.update.tensors)
+
+    def _try(self, run: Callable[..., Any], args: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+        """What it makes of the tensors, which stay as they are."""
+        before, generators = self._copies(), get_torch_generators()
+        try:
+            self._call(run, args)
+            return self._copies()
+        finally:
+            self._restore(before, generators)
 
     def _tensors(self) -> List[torch.Tensor]:
         return [*self._parameters, *self._changed, *self.update.tensors]
 
-    def _save(self) -> Tuple[List[torch.Tensor], Any]:
-        return [x.detach().clone() for x in self._tensors()], get_torch_generators()
+    def _copies(self) -> List[torch.Tensor]:
+        return [x.detach().clone() for x in self._tensors()]
 
     def _keep(self) -> None:
         """Saves the tensors where they were saved before, in one operation."""
         tensors = self._tensors()
         if not self._kept:
-            self._kept = [x.detach().clone() for x in tensors]
+            self._kept = self._copies()
         with torch.no_grad():
             foreach("copy_")(self._kept, tensors)
 
-    def _restore(self, saved: Tuple[List[torch.Tensor], Any]) -> None:
+    def _restore(self, values: Sequence[torch.Tensor], generators: Any) -> None:
         with torch.no_grad():
-            for x, value in zip(self._tensors(), saved[0]):
+            for x, value in zip(self._tensors(), values):
                 x.copy_(value)
-        set_torch_generators(saved[1])
+        set_torch_generators(generators)
 
 
 def _repeat(module: torch.fx.GraphModule, num_steps: int) -> torch.fx.GraphModule:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb.compiled.background import InductorError
-from pyro_rb.compiled.call import describe, with_tensors
+from pyro_rb.compiled.call import describe, what_changes, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.check import EagerStep
 from pyro_rb.compiled.graph import Gradient, Graph
@@ -38,7 +38,9 @@ MAX_UNSTABLE = 3
 MAX_ATTEMPTS = 5
 #: Steps at which a graph was not valid, if they are more than one in so many.
 MAX_MISSES = 5
-ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
+#: Kinds of arguments that came once, if graphs make no more steps meanwhile.
+MAX_NEW = 20
+ADVICE = "Pass what changes from step to step as an argument, a number as a tensor"
 
 
 class Ready(NamedTuple):
@@ -72,7 +74,9 @@ class Program:
         self._graphs: Dict[Tuple, List[Graph]] = {}
         #: Eager steps to be made before a graph is captured.
         self._pending: Dict[Tuple, int] = {}
-        self._unstable = self._attempts = 0
+        #: For which of these a step is being made.
+        self._waiting: Optional[Tuple] = None
+        self._unstable = self._attempts = self._calls = 0
         self._warned: Set[str] = set()
         self._rejecting = [m for m in self._reach().modules if isinstance(m, RVRSGuide)]
 
@@ -82,8 +86,9 @@ class Program:
 
     def find(self, args: Tuple, kwargs: Dict[str, Any]) -> Optional[Gradient]:
         """
-        :return: the loss and its gradient, or None if the eager loss is to be called.
+        :return: the loss and its gradient, or None if the eager loss is to be called, and then :meth:`finish`.
         """
+        self._waiting = None
         if self.reason:
             return None
         if not is_plain_call():
@@ -92,12 +97,20 @@ class Program:
         try:
             return self._find(args, kwargs)
         except NotCapturable as e:
+            # An error of the model itself is raised here, as by the eager loss.
+            found = None if e.__cause__ is None else self._step_eagerly(args, kwargs).gradient
             self._give_up(str(e))
-            return None
+            return found
+
+    def finish(self) -> None:
+        """Is told that the eager loss has raised nothing."""
+        if self._waiting in self._pending:
+            self._pending[self._waiting] -= 1
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         self._graphs.clear()
+        self._pending.clear()
         self._warn(reason)
 
     def _warn(self, reason: str, treatment: str = "eager") -> None:
@@ -143,8 +156,11 @@ class Program:
         return bool(self._phase(num_steps) == ready.phase == self._phase())
 
     def _phase(self, num_steps: int = 1) -> Any:
-        """What the next steps are to be alike in; None if one of them is to be eager."""
-        return self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else ()
+        """What the next steps are to be alike in; None if one of them is to be eager, or if they may not be alike."""
+        phase = self.elbo._phase(num_steps) if hasattr(self.elbo, "_phase") else ()
+        if phase is None or num_steps > 1 and any(guide.adaptation == "fixed" for guide in self._rejecting):
+            return None
+        return (phase, *[guide._guess_acceptance() for guide in self._rejecting])
 
     def _describe(self, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Tuple, List[torch.Tensor]]:
         key, tensors = describe((args, kwargs))
@@ -155,7 +171,6 @@ class Program:
             torch.get_default_dtype(),
             torch.get_default_device(),
             torch.is_autocast_enabled(),
-            *[guide._guess_acceptance() for guide in self._rejecting],
         )
         return key, tensors
 
@@ -163,7 +178,7 @@ class Program:
         if self._phase() is None:
             return None
         key, tensors = self._describe(args, kwargs)
-        graphs = self._graphs.setdefault(key, [])
+        graphs = self._graphs.get(key, [])
         learns = any(graph.learning.is_due(1) for graph in graphs)
         why = None
         for graph in graphs:
@@ -173,16 +188,16 @@ class Program:
             if why is None:
                 return self._run(graph, args, kwargs, tensors)
         # An eager step makes parameters, and finds out the nesting of plates.
-        steps_left = self._pending.pop(key, 1)
-        if steps_left:
-            self._pending[key] = steps_left - 1
+        if key not in self._pending:
+            self._count_new(key)
+        if self._pending.setdefault(key, 1):
+            self._waiting = key
             return None
+        del self._pending[key]
         if sum(graph.learning.learns == learns for graph in self.graphs) >= MAX_GRAPHS:
-            why = why or "the shape or value of an argument"
-            raise NotCapturable(
-                f"{why} keeps changing, and there are {MAX_GRAPHS} graphs already. {ADVICE} "
-                "Pad the last minibatch or leave it out"
-            )
+            others = (other for other in reversed(self._graphs) if other != key)
+            what = f"{why} keeps changing. {ADVICE}" if why else what_changes(next(others), key)
+            raise NotCapturable(f"{what}. There are {MAX_GRAPHS} graphs already")
         try:
             graph = self._capture(args, kwargs, tensors, learns)
         except NotCapturable as e:
@@ -194,8 +209,16 @@ class Program:
         self._attempts = 0
         found, is_good = self._check(graph, args, kwargs, tensors)
         if is_good:
-            graphs.append(graph)
+            self._graphs.setdefault(key, []).append(graph)
         return found
+
+    def _count_new(self, key: Tuple) -> None:
+        """Refuses arguments that are always new."""
+        if len(self._pending) >= MAX_NEW:
+            before, self._calls = self._calls, sum(graph.calls for graph in self.graphs)
+            if self._calls < before + MAX_NEW:
+                raise NotCapturable(what_changes(next(reversed(self._pending)), key))
+            self._pending.clear()
 
     def _run(self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Optional[Gradient]:
         if graph.is_due:
@@ -267,12 +290,14 @@ class Program:
             set_parameter_table(table)
         return Graph(captured, reach, learning)
 
+    def _step_eagerly(self, args: Tuple, kwargs: Dict, buffers: Sequence[torch.Tensor] = ()) -> EagerStep:
+        step = partial(self.elbo.loss_and_grads, self.model, self.guide, *args, **kwargs)
+        return EagerStep(step, self._reach().modules, buffers)
+
     def _check(self, graph: Graph, args: Tuple, kwargs: Dict, tensors: Sequence[Any]) -> Tuple[Gradient, bool]:
         """Makes an eager step, and compares the graph with it."""
         graph.learning.take_scales()
-        step = partial(self.elbo.loss_and_grads, self.model, self.guide, *args, **kwargs)
-        buffers = [*graph.reach.buffers(), *graph.captured.changed]
-        eager = EagerStep(step, self._reach().modules, buffers)
+        eager = self._step_eagerly(args, kwargs, [*graph.reach.buffers(), *graph.captured.changed])
         graph.note_parameters(eager.named)
         changed = f"the parameter {eager.new[-1]}" if eager.new else graph.why_invalid()
         if eager.draws_python:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,16 +14,36 @@ from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.elbo import CompiledELBO, compile
 from pyro_rb.compiled.fused import FusedSteps
 from pyro_rb.compiled.graph import Graph
-from pyro_rb.compiled.program import Program
+from pyro_rb.compiled.program import MAX_UNSTABLE, Program
 
 #: Steps, or a few unrolled ones, that are made without a look at whether the graph is still valid.
 _IN_A_ROW = 100
 
 
-class _Steps(NamedTuple):
-    ready: Dict[int, FusedSteps]
+@dataclass
+class _Steps:
+    ready: Dict[int, FusedSteps] = field(default_factory=dict)
     #: What is being compiled, to take the place of it.
-    coming: Dict[int, FusedSteps]
+    coming: Dict[int, FusedSteps] = field(default_factory=dict)
+    #: How many in a row were soon of no use, as the optimizer had changed.
+    num_short: int = 0
+
+    def find_valid(self, graph: Graph, num_steps: int, optim: Any) -> Optional[FusedSteps]:
+        """
+        :raises NotImplementedError: if the optimizer keeps changing.
+        """
+        known = self.ready.get(num_steps) or self.coming.get(num_steps)
+        why = "" if known is None else known.update.why_invalid(optim)
+        if known is not None and why:
+            self.num_short = self.num_short + 1 if graph.calls - known.since < _IN_A_ROW else 0
+            self.clear()
+            if self.num_short >= MAX_UNSTABLE:
+                raise NotImplementedError(f"{why} keeps changing. Expected no change but of learning rates")
+        return self.ready.get(num_steps)
+
+    def clear(self) -> None:
+        self.ready.clear()
+        self.coming.clear()
 
 
 class CompiledSVI(SVI):
@@ -77,8 +98,10 @@ class CompiledSVI(SVI):
         self.unroll = unroll
         #: Of graphs: what makes steps, by their number.
         self._steps: Any = WeakKeyDictionary()
-        #: Why Pyro's loop makes the update; empty if it does not.
-        self._why_loop = ""
+        #: Why Pyro's loop makes the update, and of which optimizer; empty if it does not.
+        self._why_loop, self._looped = "", None
+        #: Times that an operation failed where a graph with the update was made.
+        self._num_failed = 0
         super().__init__(model, guide, optim, self.compiled, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -104,7 +127,7 @@ class CompiledSVI(SVI):
         :param args: arguments of model and guide; ``kwargs`` likewise.
         :param bool progress_bar: Whether to show a progress bar. Defaults to True.
         :return: the losses of the steps that were made, of shape ``[num_steps]`` unless the run was
-            ended early.
+            ended early. If a step raises an error, those before it stand, and their losses are lost.
         """
         losses: List[float] = []
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
@@ -143,16 +166,17 @@ class CompiledSVI(SVI):
         """
         program = self.compiled.program(self.model, self.guide)
         ready = program.ready(num_steps, args, kwargs)
-        if ready is None or self._why_loop:
+        if ready is None or self._looped is self.optim:
             return
         try:
             fused = self._find(ready.graph, num_steps, ready.tensors, program)
-        except (NotImplementedError, RuntimeError) as e:
-            self._why_loop = str(e)
+        except RuntimeError as e:
+            self._num_failed += 1
+            if not isinstance(e, NotImplementedError) and self._num_failed < MAX_UNSTABLE:
+                return  # an operation failed, as it may at some draws
+            self._why_loop, self._looped = str(e), self.optim
             warnings.warn(
-                "The update of the parameters is not compiled, Pyro's loop over them makes "
-                f"it: {e}. Expected Adam, AdamW or ClippedAdam, without clip_args, and a "
-                "gradient of all parameters that are used.",
+                f"The update of the parameters is not compiled, Pyro's loop over them makes it: {e}.",
                 stacklevel=3,
             )
             return
@@ -169,12 +193,10 @@ class CompiledSVI(SVI):
     def _find(
         self, graph: Graph, num_steps: int, tensors: List[torch.Tensor], program: Program
     ) -> Optional[FusedSteps]:
-        steps = self._steps.setdefault(graph, _Steps({}, {}))
-        fused = steps.ready.get(num_steps)
-        is_wrong = fused is not None and fused.is_compiled and not graph.is_compiled and program.backend == "replay"
-        if fused is not None and (is_wrong or not fused.update.is_valid()):
-            steps.ready.clear()
-            steps.coming.clear()
+        steps = self._steps.setdefault(graph, _Steps())
+        fused = steps.find_valid(graph, num_steps, self.optim)
+        if fused is not None and fused.is_compiled and not graph.is_compiled and program.backend == "replay":
+            steps.clear()
             fused = None
         is_new = fused is None
         if is_new and not all(p in self.optim.optim_objs for p in graph.named.values()):

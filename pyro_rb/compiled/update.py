@@ -15,7 +15,7 @@ from pyro_rb.compiled.torch_private import foreach
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, ClippedAdam)
 #: Options that have no update here.
 _OFF = ("amsgrad", "maximize", "differentiable", "capturable")
-#: Options that are constants of the graph.
+#: Options that are constants of the graph, but for betas that a scheduler moves.
 _OPTIONS = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance", *_OFF)
 
 
@@ -27,8 +27,11 @@ class _Member(NamedTuple):
     optimizer: Any
     group: Dict[str, Any]
     state: Dict[str, Any]
+    #: Whether a scheduler moves the betas with the learning rate.
+    moves_betas: bool
+    names: List[str]
     read: Callable[[Dict[str, Any]], Tuple]
-    #: What it read.
+    #: What it read, by those names.
     options: Tuple
 
     @classmethod
@@ -37,14 +40,16 @@ class _Member(NamedTuple):
         optimizer = obj.optimizer if is_scheduler(obj) else obj
         group, state, name = optimizer.param_groups[0], optimizer.state[p], type(optimizer).__name__
         if type(optimizer) not in _ADAMS:
-            raise NotImplementedError(name)
+            raise NotImplementedError(f"{name}. Expected Adam, AdamW or ClippedAdam")
         used = [option for option in _OFF if group.get(option)]
         if used or optim.grad_clip.get(p) is not None:
-            raise NotImplementedError(f"{name} with {', '.join(used) or 'clip_args'}")
+            raise NotImplementedError(f"{name} with {', '.join(used) or 'clip_args'}. Expected {name} without")
         if p.is_complex() or not state:
-            raise NotImplementedError(f"{name} without state, or of a complex parameter")
-        read: Any = operator.itemgetter(*(option for option in _OPTIONS if option in group))
-        return cls(p, obj, optimizer, group, state, read, read(group))
+            raise NotImplementedError(f"{name} without state, or of a complex parameter. Expected a real one")
+        moves_betas = getattr(obj, "cycle_momentum", False)
+        names = [x for x in _OPTIONS if x in group and not (moves_betas and x == "betas")]
+        read: Any = operator.itemgetter(*names)
+        return cls(p, obj, optimizer, group, state, moves_betas, names, read, read(group))
 
 
 def _share(states: Sequence[Dict[str, Any]]) -> List[torch.Tensor]:
@@ -84,25 +89,29 @@ class Update:
         self._groups = [member.group for member in self._members]
         self._states = [member.state for member in self._members]
         kind: Dict[str, Any] = {"dtype": torch.float64, "device": parameters[0].device}
-        self._betas = torch.tensor([g["betas"] for g in self._groups], **kind).T
-        #: Learning rate and number of steps so far, by parameter, and whether all steps of the
-        #: graph were good: [3, parameters].
-        self._numbers = torch.ones(3, len(parameters), **kind)
+        #: Learning rate and number of steps so far, by parameter, whether all steps of the
+        #: graph were good, and betas: [5, parameters].
+        self._numbers = torch.ones(5, len(parameters), **kind)
         #: What they were made of, as far as the graph has gone on since.
         self._known: Any = None
         #: The numbers of steps that are tensors, held as they are told apart by id, and what they are views of.
         self._steps: List[torch.Tensor] = []
         self._counts: List[torch.Tensor] = []
 
-    def is_valid(self) -> bool:
-        """Whether the optimizers, their options and states are those that it was made for."""
-        objects = self._optim.optim_objs
+    def why_invalid(self, optim: Any) -> str:
+        """What is no more as it was made for: the optimizers, their options or states. Empty if all is."""
+        if optim is not self._optim:
+            return "the optimizer"
+        objects = optim.optim_objs
         for m in self._members:
-            if objects.get(m.parameter) is not m.object or m.read(m.group) != m.options:
-                return False
+            if objects.get(m.parameter) is not m.object:
+                return "the optimizer of a parameter"
+            if m.read(m.group) != m.options:
+                pairs = zip(m.names, m.read(m.group), m.options)
+                return f"{next(name for name, a, b in pairs if a != b)} of {type(m.optimizer).__name__}"
             if m.optimizer.state.get(m.parameter) is not m.state:
-                return False
-        return True
+                return f"the state of {type(m.optimizer).__name__}"
+        return ""
 
     @property
     def tensors(self) -> List[torch.Tensor]:
@@ -116,13 +125,14 @@ class Update:
         return max(float(group["lr"]) for group in self._groups)
 
     def prepare(self) -> None:
-        """Tells the graph learning rates and numbers of steps, before it is run."""
+        """Tells the graph learning rates, betas and numbers of steps, before it is run."""
         if self._known is not None and self._known == self._read():
             return
         rates = [float(group["lr"]) for group in self._groups]
         steps = [float(state["step"]) for state in self._states]
         ones = [1.0] * len(rates)
-        self._numbers.copy_(self._numbers.new_tensor([rates, steps, ones]))
+        betas = zip(*[map(float, group["betas"]) for group in self._groups])
+        self._numbers.copy_(self._numbers.new_tensor([rates, steps, ones, *betas]))
         self._counts = _share(self._states)
         self._steps = [s["step"] for s in self._states if isinstance(s["step"], torch.Tensor)]
 
@@ -143,13 +153,14 @@ class Update:
         self._known = None
 
     def _read(self) -> Any:
-        """Learning rates and numbers of steps, in a form that is compared without a look at tensors."""
+        """What :meth:`prepare` tells, in a form that is compared without a look at tensors."""
         rates = [group["lr"] for group in self._groups]
         if any(isinstance(rate, torch.Tensor) for rate in rates):
             return None
         steps = [state["step"] for state in self._states]
         kept = [x if isinstance(x, int) else id(x) for x in steps]
-        return rates, kept, [x._version for x in self._counts]
+        betas = [m.group["betas"] for m in self._members if m.moves_betas]
+        return rates, kept, [x._version for x in self._counts], betas
 
     def apply(
         self,
@@ -167,15 +178,16 @@ class Update:
         :return: whether it was made.
         """
         *moments, numbers = tensors
-        lr, steps, were_good = numbers.unbind()
+        lr, steps, were_good, *betas = numbers.unbind()
         steps = steps + 1
         if any("lrd" in group for group in self._groups):
             lr = lr * lr.new_tensor([g.get("lrd", 1.0) for g in self._groups])
         if is_good is not None:
             is_good = is_good & (were_good[0] == 1.0)
             were_good = were_good * is_good
-        numbers.copy_(torch.stack([lr, steps, were_good]))
-        first, second = (1.0 - beta**steps for beta in self._betas)
+        numbers.copy_(torch.stack([lr, steps, were_good, *betas]))
+        first, second = (1.0 - beta**steps for beta in betas)
+        weights = [1.0 - betas[0], betas[1], 1.0 - betas[1]]
         kinds: Dict[Any, List[int]] = {}
         for i, p in enumerate(parameters):
             kind = type(self._members[i].optimizer), self._members[i].options, p.dtype, p.device
@@ -184,7 +196,8 @@ class Update:
             old = [
                 [xs[i] for i in members] for xs in (parameters, moments[::2], moments[1::2])
             ]
-            all_rates = [x.to(old[0][0]).unbind() for x in (lr, lr / first, second.sqrt())]
+            moved = weights if self._members[members[0]].moves_betas else []
+            all_rates = [x.to(old[0][0]).unbind() for x in (lr, lr / first, second.sqrt(), *moved)]
             rates = [[rate[i] for i in members] for rate in all_rates]
             new = self._compute(members[0], [grads[i] for i in members], *old, *rates)
             for olds, news in zip(old, new):
@@ -194,7 +207,7 @@ class Update:
         return is_good
 
     def _compute(
-        self, member: int, g: Any, p: Any, m: Any, v: Any, lr: Any, size: Any, root: Any
+        self, member: int, g: Any, p: Any, m: Any, v: Any, lr: Any, size: Any, root: Any, *weights: Any
     ) -> Tuple[Any, Any, Any]:
         """
         New parameters and moments, of parameters that have the options of a member. All are
@@ -202,6 +215,8 @@ class Update:
 
         :param size: learning rates over the corrections of the first moments.
         :param root: roots of the corrections of the second moments.
+        :param weights: of the gradients in the first moments, and of the old and the new in the
+            second; none if betas are constants.
         """
         group, kind = self._groups[member], type(self._members[member].optimizer)
         (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
@@ -213,10 +228,14 @@ class Update:
             p = foreach("sub")(p, foreach("mul")(foreach("mul")(p, decay), lr))
         elif decay:
             g = foreach("add")(g, p, alpha=decay)
-        m = foreach("lerp")(m, g, 1.0 - beta1)
+        new, kept, new_squares = weights or (1.0 - beta1, beta2, 1.0 - beta2)
+        m = foreach("lerp")(m, g, new)
         centered = foreach("sub")(g, m) if group.get("centered_variance") else g
-        v = foreach("mul")(v, beta2)
-        v = foreach("addcmul")(v, centered, centered, 1.0 - beta2)
+        v = foreach("mul")(v, kept)
+        if weights:
+            v = foreach("addcmul")(v, foreach("mul")(centered, new_squares), centered)
+        else:
+            v = foreach("addcmul")(v, centered, centered, new_squares)
         scale = foreach("sqrt")(v)
         if is_clipped:  # has eps before the correction
             size = foreach("mul")(size, root)

@@ -8,6 +8,9 @@ import gc
 import pickle
 import random
 import warnings
+from collections import OrderedDict, defaultdict
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pyro
@@ -16,6 +19,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoNormal
 
 import pyro_rb
 from pyro_rb import R2G2_ELBO, GradientGuard, NonFiniteError, STLTrace_ELBO
@@ -65,10 +69,47 @@ def test_batch_size_that_keeps_changing():
         x = torch.linspace(0.0, 1.0, 40)
         return model_of_argument, guide, lambda i: (x[: 2 + i // 2],)
 
-    assert_eager(make, "the shape or value of an argument keeps changing.*Pad the last", 30)
+    assert_eager(make, r"the shape of an argument keeps changing, to \(10,\) at last. Pad it .* 8 graphs already", 30)
 
 
-def model_of_argument(x, beta=1.0):
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        (lambda i: (X, 0.5 + i / 10), r"a number .* keeps changing, to \d.\d at last. Expected .*tensor\(\d.\d\)"),
+        (lambda i: (torch.linspace(0.0, 1.0, 5 + i),), r"shape .* keeps changing, to \(\d+,\) at last. Pad"),
+        (lambda i: (X, 1.0, str(i)), r"no tensor keeps changing, to '\d+' at last. Expected tensors"),
+    ],
+)
+def test_arguments_that_are_always_new(args, match):
+    """Also where a graph made steps before."""
+
+    def make():
+        return model_of_argument, guide, args
+
+    def make_late():
+        return model_of_argument, guide, lambda i: args(max(i - 30, 0))
+
+    assert_eager(make, match, 30)
+    assert_eager(make_late, match, 80)
+
+
+def test_arguments_that_are_new_now_and_then():
+    def make():
+        return model_of_argument, guide, lambda i: (X, 1.0 if i % 3 else 0.5 + i / 10)
+
+    loss = assert_replayed(Trace_ELBO, make, 150)
+    (program,) = loss._programs.values()
+    assert len(program._graphs) == 1 and len(program._pending) <= 20
+
+
+def test_nan_as_argument():
+    def make():
+        return model_of_argument, guide, lambda i: (X, 1.0, float("nan"))
+
+    assert_replayed(Trace_ELBO, make, num_graphs=1)
+
+
+def model_of_argument(x, beta=1.0, unused=None):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with poutine.scale(scale=beta):
         observe(z, x)
@@ -482,6 +523,42 @@ def test_model_that_raises():
         svi.step(X[:1])
     svi.step(X)
     assert loss.num_graphs == 1
+
+
+@pytest.mark.parametrize("at", [[0], [1], [2], [0, 2, 4], [9], [10], range(1, 14)], ids=str)
+@pytest.mark.filterwarnings("error:.*is not compiled")
+def test_error_now_and_then(at):
+    """It is the model's own, and later steps are compiled."""
+
+    def run(loss):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        fails = False
+
+        def model(x):
+            model_of_argument(x)
+            if fails:
+                raise ValueError("by chance")
+
+        svi = SVI(model, AutoNormal(model_of_argument), pyro.optim.Adam({"lr": 0.01}), loss)
+        losses = []
+        for i in range(20):
+            fails = i in at
+            with pytest.raises(ValueError, match="^by chance") if fails else nullcontext():
+                losses.append(svi.step(X))
+        return losses, torch.rand(4).tolist()
+
+    loss = pyro_rb.compile(Trace_ELBO(), "replay")
+    assert run(loss) == run(Trace_ELBO())
+    assert loss.report()[-1].treatment == "replayed"
+
+
+@pytest.mark.parametrize("kind", [partial(defaultdict, list), OrderedDict, dict])
+def test_dicts_as_arguments(kind):
+    def make():
+        return lambda args: model_of_argument(args["x"]), guide, lambda i: (kind(x=X),)
+
+    assert_replayed(Trace_ELBO, make)
 
 
 def test_handler_around_the_loss():

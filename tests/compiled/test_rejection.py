@@ -141,17 +141,18 @@ def test_too_few_accepted(monkeypatch):
     assert num_short + 3 <= len(calls) <= num_short + 8
 
 
+@pytest.mark.parametrize("options", [{}, {"T": 1.0, "adaptation": "fixed"}], ids=str)
 @pytest.mark.parametrize("unroll", [1, 4])
-def test_steps_with_the_optimizer(monkeypatch, unroll):
+def test_steps_with_the_optimizer(monkeypatch, unroll, options):
     """Where a step is made again, those before it stand, and it has its random numbers."""
     monkeypatch.setattr("pyro_rb.infer.rvrs_sampler.FEW_ELEMENTS", 0)
     torch.set_default_dtype(torch.float64)
 
-    def run(kind, loss, **options):
+    def run(kind, loss, **unrolled):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        model, guide, args = rejecting(learned)()
-        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, **options)
+        model, guide, args = rejecting(learned, **options)()
+        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, **unrolled)
         if kind is CompiledSVI:
             losses = svi.run(80, progress_bar=False)
         else:
@@ -163,7 +164,7 @@ def test_steps_with_the_optimizer(monkeypatch, unroll):
     found, expected = run(CompiledSVI, loss, unroll=unroll), run(SVI, Trace_ELBO())
     torch.testing.assert_close(found[:4], expected[:4], rtol=1e-9, atol=1e-9)
     assert torch.equal(found[4], expected[4])
-    assert loss.num_graphs == 1
+    assert (loss.num_graphs == 1) == (not options)
 
 
 def test_threshold_that_is_unknown_again(monkeypatch):

@@ -11,6 +11,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal
+from pyro.optim.clipped_adam import ClippedAdam
 from torch.optim import Adam
 
 import pyro_rb
@@ -33,6 +35,12 @@ OPTIMIZERS = {
     "schedule": lambda: pyro.optim.ExponentialLR(
         {"optimizer": Adam, "optim_args": {"lr": 0.03}, "gamma": 0.5}
     ),
+    **{
+        f"cycle of {kind.__name__}": lambda kind=kind: pyro.optim.OneCycleLR(
+            {"optimizer": kind, "optim_args": {"lr": 0.03}, "max_lr": 0.1, "total_steps": 200}
+        )
+        for kind in (Adam, ClippedAdam)
+    },
 }
 
 
@@ -69,7 +77,7 @@ def test_equal_to_svi(name):
         losses = []
         for i in range(100):
             losses.append(svi.step(*args))
-            if name == "schedule" and i % 30 == 29:
+            if "cycle" in name or name == "schedule" and i % 30 == 29:
                 optim.step()
         state = optim.get_state()
         return losses, parameters(), state, svi
@@ -77,14 +85,18 @@ def test_equal_to_svi(name):
     expected, actual = run(SVI, Trace_ELBO()), run(CompiledSVI, replayed())
     assert_close(actual[:2], expected[:2])
     assert_close(strip(actual[2]), strip(expected[2]))
-    assert actual[3]._steps
+    ((_, steps),) = actual[3]._steps.items()
+    assert steps.ready[1].since < 10 and not actual[3]._why_loop
 
 
 def strip(state):
     """Without what does not compare: parameter groups hold options."""
     states = [s.get("optimizer", s) for s in state.values()]
     return [
-        ({k: float(v) if k == "step" else v for k, v in s["state"][0].items()}, s["param_groups"][0]["lr"])
+        (
+            {k: float(v) if k == "step" else v for k, v in s["state"][0].items()},
+            [s["param_groups"][0][k] for k in ("lr", "betas")],
+        )
         for s in states
     ]
 
@@ -252,6 +264,82 @@ def test_options_that_are_changed():
     assert_close(run(CompiledSVI, replayed()), run(SVI, Trace_ELBO()))
 
 
+def change_eps(svi, i):
+    for torch_optim in svi.optim.optim_objs.values():
+        torch_optim.param_groups[0]["eps"] = 0.01 * (1 + i)
+
+
+def replace(svi, i):
+    if i in (5, 10):
+        svi.optim = [OPTIMIZERS["clipped"], lambda: pyro.optim.SGD({"lr": 0.01})][i // 10]()
+    elif i == 15:
+        svi.optim = pyro.optim.Adam({"lr": 0.0})
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [(change_eps, "eps of Adam keeps changing. Expected no change but of learning rates"), (replace, "makes it: SGD")],
+)
+def test_optimizer_that_is_changed(change, match):
+    def run(kind, loss):
+        svi, args = make(kind, OPTIMIZERS["adam"](), loss)
+        losses = []
+        for i in range(25):
+            losses.append(svi.step(*args))
+            change(svi, i)
+        return losses, parameters(), svi
+
+    *expected, _ = run(SVI, Trace_ELBO())
+    with pytest.warns(UserWarning, match=match) as caught:
+        *actual, svi = run(CompiledSVI, replayed())
+    assert_close(actual, expected)
+    assert len(caught) == 1
+    assert (svi._looped is svi.optim) == (change is change_eps)
+
+
+def test_optimizer_that_is_changed_now_and_then():
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed())
+    for i in range(5):
+        svi.run(120, *args, progress_bar=False)
+        change_eps(svi, i)
+    assert not svi._why_loop
+
+
+def two_names():
+    net, x = torch.nn.Linear(1, 1), torch.linspace(-1.0, 1.0, 5)
+
+    def model(x):
+        pyro.module("decoder", net)
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(net(x[:, None])[:, 0] + z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", net)
+        pyro.sample("z", dist.Normal(net(x[:, None]).mean(), 1.0))
+
+    return model, guide, lambda i: (x,)
+
+
+def flow():
+    model, _, args = models.schools()
+    return model, AutoIAFNormal(model), args
+
+
+@pytest.mark.parametrize("case", [two_names, flow])
+@pytest.mark.filterwarnings("error")
+def test_one_parameter_under_two_names(case):
+    """As the flow of AutoIAFNormal has its first weight as a prototype."""
+
+    def run(kind, loss):
+        svi, args = make(kind, OPTIMIZERS["adam"](), loss, case)
+        return [svi.step(*args) for _ in range(20)], parameters(), svi
+
+    *expected, _ = run(SVI, Trace_ELBO())
+    *actual, svi = run(CompiledSVI, replayed())
+    assert_close(actual, expected)
+    assert any(steps.ready for steps in svi._steps.values())
+
+
 def test_step_that_is_not_a_number():
     """Nothing is updated by it, and the eager loss raises what it raises."""
 
@@ -268,6 +356,48 @@ def test_step_that_is_not_a_number():
     with pytest.raises(ValueError, match="invalid values"):
         svi.step(-torch.ones(4))
     assert_close(parameters(), before)
+
+
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_step_that_fails(unroll):
+    """The steps before it stand, and it raises what it raises, with the random numbers and state of SVI."""
+
+    def model():
+        m = pyro.param("m", torch.tensor(0.0))
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        scale = torch.linalg.cholesky(torch.eye(2) * (0.95 - m - 0.2 * torch.rand(())))
+        pyro.sample("x", dist.Normal(z - 5 * scale.sum(), 1.0), obs=torch.tensor(30.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    def run(kind, loss, **options):
+        svi, _ = make(kind, pyro.optim.Adam({"lr": 0.01}), loss, lambda: (model, guide, lambda i: ()), **options)
+        failed = 0
+        for _ in range(40):
+            try:
+                svi.run(5, progress_bar=False) if options else [svi.step() for _ in range(5)]
+            except torch.linalg.LinAlgError:
+                failed += 1
+        return failed, parameters(), strip(svi.optim.get_state()), torch.rand(3), svi
+
+    *expected, _ = run(SVI, Trace_ELBO())
+    *actual, svi = run(CompiledSVI, replayed(), unroll=unroll)
+    assert_close(actual, expected)
+    assert 10 < actual[0] < 40 and not svi._why_loop
+
+
+def test_error_while_the_update_is_captured(monkeypatch):
+    """As of a decomposition, for the draws of one step."""
+    svi, args = make(CompiledSVI, OPTIMIZERS["adam"](), replayed(), unroll=4)
+    svi.step(*args), svi.step(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_rb.compiled.fused.trace", lambda *_: torch.linalg.cholesky(torch.zeros(1, 1)))
+        svi.step(*args)
+    losses = svi.run(20, *args, progress_bar=False)
+    assert {n for steps in svi._steps.values() for n in steps.ready} == {1, 4}
+    svi, args = make(SVI, OPTIMIZERS["adam"](), Trace_ELBO())
+    assert_close(losses, torch.tensor([svi.step(*args) for _ in range(23)][3:]))
 
 
 def test_running_means():
