@@ -152,11 +152,14 @@ class FusedSteps:
         may_change = self.num_steps > 1 or (self._is_split and self._changed)
         if may_change:
             self._keep()
-        if self._is_split:
-            losses, learned = self._make_split(graph, args)
-        else:
-            found, *learned = self._call(args)
-            losses = found.tolist()
+        try:
+            if self._is_split:
+                losses, learned = self._make_split(graph, args)
+            else:
+                found, *learned = self._call(args)
+                losses = found.tolist()
+        except RuntimeError:  # which the step of the loss looks into
+            losses, learned = [math.nan], ()
         if losses[-1] != losses[-1]:
             self.update.forget()
             if may_change:

@@ -18,7 +18,7 @@ from pyro_rb.compiled.background import InductorError
 from pyro_rb.compiled.call import describe, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.check import EagerStep
-from pyro_rb.compiled.graph import Gradient, Graph
+from pyro_rb.compiled.graph import Gradient, Graph, Step
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.state import State
@@ -125,6 +125,8 @@ class Program:
         learns = any(graph.learning.is_due(num_steps) for graph in graphs)
         for graph in graphs:
             if graph.learning.learns == learns and graph.why_invalid() is None:
+                if graph.has_new(tensors):
+                    return None
                 ready = Ready(graph, tensors, graphs, self._phase())
                 return ready if self.goes_on(ready, num_steps) else None
         return None
@@ -198,22 +200,30 @@ class Program:
         return found
 
     def _run(self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Optional[Gradient]:
-        if graph.is_due:
+        if graph.is_due or graph.has_new(tensors):
             graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
         graph.learning.take_scales()
         generators = get_torch_generators()
         changed = [(x, x.clone()) for x in graph.captured.changed]
-        step = graph(tensors)
-        loss = step.loss.item()
-        held = step.held is None or bool(step.held)
-        if loss != loss or not held:
+        step: Optional[Step] = None
+        try:
+            step = graph(tensors)
+            loss = step.loss.item()
+            held = step.held is None or bool(step.held)
+        except RuntimeError:
+            step, loss, held = None, 0.0, True
+        if step is None or loss != loss or not held:
             if not held:
                 self._count_miss(graph)
             # The eager loss says where, or does without what was taken for granted.
             set_torch_generators(generators)
-            for x, value in changed:
-                x.copy_(value)
+            with torch.no_grad():
+                for x, value in changed:
+                    x.copy_(value)
+            if step is None:  # unless the eager step raises, too, it is the graph
+                graph.calls += 1
+                return self._check(graph, args, kwargs, tensors)[0]
             return None
         graph.count_steps(1, step.learned)
         graph.announce()
@@ -286,7 +296,7 @@ class Program:
             if self._unstable >= MAX_UNSTABLE:
                 self._give_up(f"{changed} changes at each run. {ADVICE}")
         elif not self._compare(graph, tensors, eager):
-            graph.next_check = graph.calls + 1
+            graph.next_check = max(graph.next_check, graph.calls + 1)
         else:
             if self.backend == "inductor" and not graph.is_compiled:
                 try:
@@ -294,7 +304,10 @@ class Program:
                         self._compare(graph, tensors, eager)
                 except InductorError as e:
                     self.replay_only(str(e))
-            graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
+            graph.note_values(tensors)
+            # The second time with other parameters and draws, and after that less and less often.
+            later = 10 * graph.calls + 10 if graph.calls > 1 else 9 * graph.calls + 1
+            graph.next_check = min(later, graph.calls + self.check_every)
         return eager.gradient, changed is None and not self.reason
 
     def _compare(self, graph: Graph, tensors: Sequence[Any], eager: EagerStep) -> bool:
@@ -302,6 +315,9 @@ class Program:
         try:
             found = eager.compare(graph, tensors)
         except RuntimeError as e:
+            if graph.captured.places:  # as what it takes for granted was not so
+                self._count_miss(graph)
+                return False
             self._give_up(
                 f"an operation of its graph fails where it is repeated: {' '.join(str(e).split())[:300]}. "
                 "The eager steps are right; use the loss without compile() to have no warning"
@@ -317,6 +333,7 @@ class Program:
         if problem:
             self._give_up(
                 f"its graph and the eager loss differ for the same random numbers: {problem}. "
-                f"Something that is no argument differs from step to step. {ADVICE}"
+                "Something that is no argument differs from step to step, or code that is not Python reads the "
+                f"value of a tensor, other than by its operations. {ADVICE}"
             )
         return not problem

@@ -9,7 +9,7 @@ from step to step.
 import linecache
 import os
 import sys
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import pyro
 import torch
@@ -20,10 +20,13 @@ from pyro_rb.compiled.torch_private import (
     DRAWS,
     INPUTS,
     NOTHING,
+    PACK,
     TorchDispatchMode,
     is_tracked,
+    is_unwritten,
     memory,
     origin,
+    outside_copy,
     outside_of_graph,
     written,
 )
@@ -40,9 +43,13 @@ _LOOKS = {
     getattr(torch.Tensor, name)
     for name in (
         *("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__"),
-        *("__index__", "__complex__", "__contains__"),
+        *("__index__", "__complex__", "__contains__", "__repr__", "__dlpack__", "__deepcopy__"),
     )
 }
+#: Functions that copy numbers without an operation.
+_COPY = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
+#: Methods that only need the shape or type of their arguments.
+_LIKE = {getattr(torch.Tensor, name) for name in ("expand_as", "view_as", "reshape_as", "type_as", "to")}
 
 
 class NotCapturable(Exception):
@@ -92,6 +99,8 @@ class Assumptions:
         self.conditions: List[torch.Tensor] = []
         #: Where code that is no library's looks at a value.
         self.places: List[str] = []
+        #: Tensors that were in an operation since it was emptied, by their id.
+        self.used: Set[int] = set()
 
     def decide(self, tensor: torch.Tensor, what: str = "") -> bool:
         """
@@ -119,6 +128,8 @@ class Assumptions:
         same = tensor.detach() == value
         if value.is_floating_point():
             same = same | (tensor.detach().isnan() & value.isnan())
+        if not is_tracked(same):  # in torch.FloatTensor(), where operations are not recorded
+            _refuse(what, caller)
         self.conditions.append(same.all())
         return value
 
@@ -143,7 +154,32 @@ class Watch(TorchFunctionMode):
                 return self._look(func, args, kwargs or {}, code)
             if not code.co_filename.startswith(_LIBRARIES):
                 return self._look_at_others(func, args, kwargs or {}, code)
-        return func(*args, **(kwargs or {}))
+        return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Tuple, kwargs: Dict[str, Any]) -> Any:
+        """
+        Calls a function, and finds arguments whose numbers it took for itself, as lengths or sections: those that were
+        in none of its operations.
+        """
+        tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
+        if not tensors:
+            return func(*args, **kwargs)
+        outer, self._assumptions.used = self._assumptions.used, set()
+        found = func(*args, **kwargs)
+        used, self._assumptions.used = self._assumptions.used, outer
+        outer |= used
+        is_new = any(isinstance(y, torch.Tensor) and all(y is not x for x in tensors) for y in _flat(found))
+        name = getattr(func, "__name__", "")
+        if not is_new or name == "__get__" or func in _LIKE:
+            return found
+        for x in tensors[name.startswith("new_") :]:
+            is_number = func in _COPY or not (x.is_floating_point() or x.is_complex())
+            is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)  # others wrap what is in the operations
+            if is_number and is_plain and id(x) not in used:
+                self._assumptions.find(x, f"It looks at the value of a tensor, by {name}(),", _find_caller())
+                if isinstance(found, tuple):  # of numbers which it wrote without an operation, too
+                    found = tuple(outside_copy(y) if is_unwritten(y) else y for y in found)
+        return found
 
     def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], code: Any) -> Any:
         tensor = args[0]
@@ -214,6 +250,7 @@ class Operations(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             _refuse("It draws random numbers from a generator of its own")
         tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
+        self._assumptions.used.update(map(id, tensors))
         for x in tensors:
             if not is_tracked(x):
                 self._others.setdefault(memory(x), x)
@@ -221,6 +258,8 @@ class Operations(TorchDispatchMode):
                     self.leaves[id(x)] = x, x.grad
                     x.grad = None
         self._save(written(func, args))
+        if func is PACK:
+            return self._pack(func, *args)
         if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
             if func is not torch.ops.aten.index.Tensor:
                 return self._known(func, args, kwargs, "A shape depends on values")
@@ -247,6 +286,13 @@ class Operations(TorchDispatchMode):
         )
         with outside_of_graph():
             return func(*args, **kwargs)
+
+    def _pack(self, func: Any, x: torch.Tensor, lengths: torch.Tensor, *options: Any) -> Tuple:
+        """Sequences of known lengths. Their number at each time is what others look at."""
+        lengths = self._assumptions.find(lengths, "It looks at the lengths of sequences", _find_caller())
+        with outside_of_graph():
+            sizes = func(x.detach(), lengths, *options)[1]
+        return func(x, lengths, *options)[0], sizes
 
     def _without_masks(self, indices: Any) -> List[Any]:
         """Indices, with numbers in the place of masks."""
