@@ -5,6 +5,7 @@
 The arguments of a step: what a graph is made for, and the tensors that go into it.
 """
 
+import copy
 from typing import Any, Iterator, List, Tuple
 
 import torch
@@ -55,12 +56,25 @@ def _describe(value: Any, key: List[Any], tensors: List[torch.Tensor]) -> None:
         )
 
 
+def parts(value: Any) -> Iterator[Any]:
+    """All that is in arguments: tuples, lists and dicts, and what they hold."""
+    yield value
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from parts(item)
+
+
 def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The same arguments, with other tensors in the place of those in it."""
     if isinstance(value, torch.Tensor):
         return next(tensors)
     if isinstance(value, dict):
-        return type(value)((k, with_tensors(v, tensors)) for k, v in value.items())
+        found = copy.copy(value)  # with what subclasses have besides
+        found.update((k, with_tensors(v, tensors)) for k, v in value.items())
+        return found
     if isinstance(value, (tuple, list)):
         items = [with_tensors(v, tensors) for v in value]
         cls: Any = type(value)

@@ -11,7 +11,7 @@ import pyro
 import torch
 
 from pyro_rb.compiled.simplify import simplify
-from pyro_rb.compiled.torch_private import has_hooks, trace
+from pyro_rb.compiled.torch_private import has_hooks, memory, trace
 from pyro_rb.compiled.watch import Assumptions, NotCapturable, Operations, Watch
 
 
@@ -65,7 +65,9 @@ def capture(
 
     try:
         # Tensors of their own, so that one that is passed twice is told apart.
-        module = trace(run, [x.detach() for x in args])
+        inputs = [x.detach() for x in args]
+        operations.given.update(map(memory, inputs))
+        module = trace(run, inputs)
     except NotCapturable:
         raise
     except Exception as e:

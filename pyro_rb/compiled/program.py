@@ -6,6 +6,7 @@ The graphs of one loss, model and guide: when they are made, when they are compa
 eager loss, and when they are given up.
 """
 
+import operator
 import warnings
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -15,13 +16,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb.compiled.background import InductorError
-from pyro_rb.compiled.call import describe, with_tensors
+from pyro_rb.compiled.call import describe, parts, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.check import EagerStep
 from pyro_rb.compiled.graph import Gradient, Graph, Step
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
-from pyro_rb.compiled.state import State
+from pyro_rb.compiled.state import Contents, State
 from pyro_rb.compiled.watch import NotCapturable
 from pyro_rb.infer import RVRSGuide
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
@@ -38,6 +39,7 @@ MAX_UNSTABLE = 3
 MAX_ATTEMPTS = 5
 #: Steps at which a graph was not valid, if they are more than one in so many.
 MAX_MISSES = 5
+KEEP = "Expected a tensor that is no argument, such as a buffer, and is changed in place"
 ADVICE = "Pass what changes from step to step as an argument, a number as a tensor."
 
 
@@ -260,7 +262,7 @@ class Program:
                     f"RVRSGuide with local_plate={guide.local_plate!r} proposes until enough is "
                     "accepted for each item, in a number of rounds that depends on values"
                 )
-        state = State(reach.buffers())
+        state, contents = State(reach.buffers()), Contents(reach.slots)
         table = dict(parameter_table())
         learning = Learning(self.elbo, learns)
         elbo = learning.settle(self.elbo)
@@ -273,6 +275,7 @@ class Program:
             with without_handlers():
                 captured = capture(run, tensors, learning.outputs)
         finally:
+            contents.put_back()
             state.restore()
             set_parameter_table(table)
         return Graph(captured, reach, learning)
@@ -282,13 +285,21 @@ class Program:
         graph.learning.take_scales()
         step = partial(self.elbo.loss_and_grads, self.model, self.guide, *args, **kwargs)
         buffers = [*graph.reach.buffers(), *graph.captured.changed]
+        call = args, kwargs
+        given = list(parts(call))
         eager = EagerStep(step, self._reach().modules, buffers)
+        left = list(parts(call))
         graph.note_parameters(eager.named)
         changed = f"the parameter {eager.new[-1]}" if eager.new else graph.why_invalid()
         if eager.draws_python:
             self._give_up(
                 "model or guide draw random numbers by Python's random or by NumPy, "
                 f"which a graph does not. {ADVICE}"
+            )
+        elif len(left) != len(given) or any(map(operator.is_not, left, given)):
+            self._give_up(
+                "model or guide replace an item of a list or dict that is an argument, which a graph does not. "
+                f"{KEEP}"
             )
         elif changed is not None:
             # A guide that is set up at its first run is done with that.

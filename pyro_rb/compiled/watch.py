@@ -236,6 +236,8 @@ class Operations(TorchDispatchMode):
     def __init__(self, assumptions: Assumptions) -> None:
         super().__init__()
         self._assumptions = assumptions
+        #: The memory of arguments.
+        self.given: Set[int] = set()
         #: Tensors that are changed in place, and copies of what they were.
         self.changed: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
         #: Tensors of others, by their memory.
@@ -311,6 +313,11 @@ class Operations(TorchDispatchMode):
         for x in _flat(values):
             if not isinstance(x, torch.Tensor):
                 continue
+            if memory(x) in self.given:
+                raise NotCapturable(
+                    f"It changes an argument in place{find_user_line()}. A graph only reads them. Expected a copy of it, "
+                    "or a tensor that is no argument, such as a buffer"
+                )
             other = self._others.get(memory(x))
             if other is not None and id(other) not in self.changed:
                 with outside_of_graph():
