@@ -54,6 +54,7 @@ def capture(
             loss = loss_and_grads(*inputs)
             loss = loss if isinstance(loss, torch.Tensor) else torch.as_tensor(loss)
             loss = loss.detach().clone()
+            operations.check_generators()
             conditions = assumptions.conditions
             held = torch.stack(conditions).all() if conditions else None
         leaves = [x for x, _ in operations.leaves.values()]

@@ -17,6 +17,7 @@ FLOOR = (2, 11)
 
 #: Whose shapes depend on values, which its tags do not say.
 PACK = torch.ops.aten._pack_padded_sequence.default
+ASSERTS = (torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg)
 
 _OPTIONS = {
     # The draws are those of the eager loss, in its order.

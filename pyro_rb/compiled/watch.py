@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import pyro_rb
 from pyro_rb.compiled.torch_private import (
+    ASSERTS,
     DRAWS,
     INPUTS,
     NOTHING,
@@ -30,6 +31,7 @@ from pyro_rb.compiled.torch_private import (
     outside_of_graph,
     written,
 )
+from pyro_rb.infer.generators import get_torch_generators
 
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
@@ -46,6 +48,8 @@ _LOOKS = {
         *("__index__", "__complex__", "__contains__", "__repr__", "__dlpack__", "__deepcopy__"),
     )
 }
+#: Of Pyro, which look whether something is not finite.
+_WARNERS = ("warn_if_nan", "warn_if_inf", "torch_isinf")
 #: Functions that copy numbers without an operation.
 _COPY = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 #: Methods that only need the shape or type of their arguments.
@@ -187,7 +191,7 @@ class Watch(TorchFunctionMode):
             with outside_of_graph():
                 return func(*args, **kwargs)
         if code.co_filename.startswith(_LIBRARIES):
-            if code.co_name in ("warn_if_nan", "warn_if_inf"):
+            if code.co_name in _WARNERS:
                 return False  # the value of the graph is looked at
             if func is torch.Tensor.__bool__ and code.co_filename == _DISTRIBUTION:
                 return True  # a draw is valid, which eager steps look at
@@ -214,13 +218,17 @@ class Watch(TorchFunctionMode):
 
 def _find_caller() -> str:
     """The file of the code, other than PyTorch's, that called an operation."""
+    return getattr(_find_code(), "co_filename", "")
+
+
+def _find_code() -> Any:
     frame: Any = sys._getframe(1)
     while frame is not None:
         filename: str = frame.f_code.co_filename
         if not filename.startswith((_LIBRARIES[0], _OWN, _PYRO_RB + "ops" + os.sep, "<")):
-            return filename
+            return frame.f_code
         frame = frame.f_back
-    return ""
+    return None
 
 
 def _is_loss(code: Any) -> bool:
@@ -236,6 +244,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, assumptions: Assumptions) -> None:
         super().__init__()
         self._assumptions = assumptions
+        self._generators = get_torch_generators()
         #: The memory of arguments.
         self.given: Set[int] = set()
         #: Tensors that are changed in place, and copies of what they were.
@@ -268,10 +277,33 @@ class Operations(TorchDispatchMode):
             args = (args[0], self._without_masks(args[1]))
         if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
             return self._look(func, args, kwargs, tensors)
-        return func(*args, **kwargs)
+        if func in ASSERTS:  # the eager loss says it, where it is not so
+            self._assumptions.conditions.append(args[0].detach().bool().reshape(()))
+            return None
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        self.check_generators()
+        found = func(*args, **kwargs)
+        with outside_of_graph():
+            self._generators = get_torch_generators()
+        return found
+
+    def check_generators(self) -> None:
+        """Refuses generators whose state was set since the last draw."""
+        with outside_of_graph():
+            now = get_torch_generators()
+            pairs = zip([self._generators[0], *(self._generators[1] or ())], [now[0], *(now[1] or ())])
+            is_same = all(torch.equal(a, b) for a, b in pairs)
+        if not is_same:
+            raise NotCapturable(
+                f"The state of a random number generator is set{find_user_line()}, as by torch.manual_seed, fork_rng or "
+                "torch.utils.checkpoint, which a graph does not. Expected draws one after the other"
+            )
 
     def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], tensors: List[Any]) -> Any:
         is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
+        if is_condition and getattr(_find_code(), "co_name", "") in _WARNERS:
+            return False  # as in the hook by which Pyro looks at a gradient
         if is_condition and _find_caller().startswith(_PYRO_RB):
             return self._assumptions.decide(tensors[0])
         what = "It looks at the value of a tensor"
@@ -315,8 +347,8 @@ class Operations(TorchDispatchMode):
                 continue
             if memory(x) in self.given:
                 raise NotCapturable(
-                    f"It changes an argument in place{find_user_line()}. A graph only reads them. Expected a copy of it, "
-                    "or a tensor that is no argument, such as a buffer"
+                    f"It changes an argument in place{find_user_line()}. Expected a copy of the argument, or a tensor "
+                    "that is no argument, such as a buffer"
                 )
             other = self._others.get(memory(x))
             if other is not None and id(other) not in self.changed:

@@ -8,15 +8,19 @@ import itertools
 import warnings
 
 import pyro
+import pyro.contrib.gp
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from pyro.infer import SVI, Trace_ELBO, Trace_MMD, TraceTMC_ELBO
+from pyro.util import warn_if_inf, warn_if_nan
 
 import pyro_rb
 from pyro_rb import CompiledSVI
 from tests.compiled.test_guards import X, assert_eager, guide, observe
-from tests.compiled.training import assert_equal, train
+from tests.compiled.training import assert_equal, assert_replayed, train
 
 pytestmark = pytest.mark.slow
 
@@ -134,3 +138,76 @@ def test_error_of_plain_steps(kind):
         assert torch.equal(torch.get_rng_state(), after)
         svi.step(torch.tensor(1.0))
     assert loss.report()[-1].treatment == "replayed"
+
+
+def dropout(z):
+    return torch.utils.checkpoint.checkpoint(lambda y: F.dropout(y * X).sum(), z, use_reentrant=False)
+
+
+def seeded(z):
+    torch.manual_seed(1)
+    return torch.rand(())
+
+
+def forked(z):
+    with torch.random.fork_rng():
+        return torch.rand(())
+
+
+@pytest.mark.parametrize("draw", [dropout, seeded, forked])
+def test_generator_that_is_set(draw):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        observe(z + draw(z))
+
+    assert_eager(lambda: (model, guide, lambda i: ()), "state of a random number generator is set")
+
+
+def test_checkpoint_without_draws():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        observe(torch.utils.checkpoint.checkpoint(torch.sin, z, use_reentrant=False))
+
+    assert_replayed(Trace_ELBO, lambda: (model, guide, lambda i: ()))
+
+
+@pytest.mark.parametrize("message", [(), ("too small",)])
+def test_assertion(message):
+    """Is part of the graph, and its error that of the eager loss."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        torch._assert_async(x.sum() > 0.0, *message)
+        observe(z, x)
+
+    make = lambda: (model, lambda x: guide(), lambda i: (X,))  # noqa: E731
+    loss = assert_replayed(Trace_ELBO, make, 20)
+    svi = SVI(model, lambda x: guide(), pyro.optim.Adam({"lr": 0.02}), loss)
+    for i in range(20):
+        svi.step((1.0 + i) * X)
+    with pytest.raises(RuntimeError, match="too small" if message else "xpected"):
+        svi.step(-X)
+    svi.step(X)
+    assert loss.report()[-1].treatment == "replayed"
+
+
+@pytest.mark.parametrize("warn", [warn_if_nan, warn_if_inf])
+def test_gradient_that_is_looked_at(warn):
+    def model():
+        observe(warn(pyro.sample("z", dist.Normal(0.0, 1.0)) * 2.0))
+
+    assert_replayed(Trace_ELBO, lambda: (model, guide, lambda i: ()))
+
+
+def test_losses_that_look_at_gradients():
+    kernel = pyro.contrib.gp.kernels.RBF(1)
+
+    def model():
+        observe(pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+    def make_mmd():
+        return Trace_MMD(kernel, num_particles=4, vectorize_particles=True)
+
+    summed = pyro.infer.config_enumerate(guide, "parallel", num_samples=3)
+    assert_replayed(TraceTMC_ELBO, lambda: (model, summed, lambda i: ()))
+    assert_replayed(make_mmd, lambda: (model, guide, lambda i: ()))
