@@ -10,9 +10,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 import pyro
 import torch
 
+from pyro_rb.compiled.operations import Operations
 from pyro_rb.compiled.simplify import simplify
 from pyro_rb.compiled.torch_private import has_hooks, memory, trace
-from pyro_rb.compiled.watch import Assumptions, NotCapturable, Operations, Watch
+from pyro_rb.compiled.watch import Assumptions, NotCapturable, Watch
 
 
 class Captured(NamedTuple):

@@ -69,7 +69,7 @@ def test_argument_in_place(is_fresh):
         x = 4.0 * X
         return scaled, lambda x: guide(), lambda i: (x.clone() if is_fresh else x,)
 
-    assert "# here" in assert_eager(make, "changes an argument in place.*Expected a copy of it")
+    assert "# here" in assert_eager(make, "changes an argument in place.*Expected a copy of the argument")
 
 
 def test_copy_of_argument_in_place():
