@@ -158,7 +158,7 @@ class FusedSteps:
             else:
                 found, *learned = self._call(args)
                 losses = found.tolist()
-        except RuntimeError:  # which the step of the loss looks into
+        except Exception:  # which the step of the loss looks into
             losses, learned = [math.nan], ()
         if losses[-1] != losses[-1]:
             self.update.forget()

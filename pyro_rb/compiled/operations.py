@@ -93,8 +93,9 @@ class Operations(TorchDispatchMode):
             is_same = all(torch.equal(a, b) for a, b in pairs)
         if not is_same:
             raise NotCapturable(
-                f"The state of a random number generator is set{find_user_line()}, as by torch.manual_seed, fork_rng "
-                "or torch.utils.checkpoint, which a graph does not. Expected draws one after the other"
+                f"The state of a random number generator is set{find_user_line()}, which a graph does not, as by "
+                "torch.manual_seed, fork_rng, torch.utils.checkpoint, or an RVRSGuide where shapes of arguments "
+                "alternate. Expected draws one after the other"
             )
 
     def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], tensors: List[Any]) -> Any:
