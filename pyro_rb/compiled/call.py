@@ -75,6 +75,17 @@ def what_changes(old: Tuple, new: Tuple) -> str:
     return f"an argument that is no tensor keeps changing, to {value!r} at last. Expected tensors, or few values"
 
 
+def parts(value: Any) -> Iterator[Any]:
+    """All that is in arguments: tuples, lists and dicts, and what they hold."""
+    yield value
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from parts(item)
+
+
 def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The same arguments, with other tensors in the place of those in it."""
     if isinstance(value, torch.Tensor):

@@ -10,9 +10,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 import pyro
 import torch
 
+from pyro_rb.compiled.operations import Operations
 from pyro_rb.compiled.simplify import simplify
-from pyro_rb.compiled.torch_private import has_hooks, trace
-from pyro_rb.compiled.watch import Assumptions, NotCapturable, Operations, Watch
+from pyro_rb.compiled.torch_private import has_hooks, memory, trace
+from pyro_rb.compiled.watch import Assumptions, NotCapturable, Watch
 
 
 class Captured(NamedTuple):
@@ -54,6 +55,7 @@ def capture(
             loss = loss_and_grads(*inputs)
             loss = loss if isinstance(loss, torch.Tensor) else torch.as_tensor(loss)
             loss = loss.detach().clone()
+            operations.check_generators()
             conditions = assumptions.conditions
             held = torch.stack(conditions).all() if conditions else None
         leaves = [x for x, _ in operations.leaves.values()]
@@ -65,7 +67,9 @@ def capture(
 
     try:
         # Tensors of their own, so that one that is passed twice is told apart.
-        module = trace(run, [x.detach() for x in args])
+        inputs = [x.detach() for x in args]
+        operations.given.update(map(memory, inputs))
+        module = trace(run, inputs)
     except NotCapturable:
         raise
     except Exception as e:

@@ -57,7 +57,7 @@ class EagerStep:
         :return: what the graph does otherwise, and what only its program by Inductor does, but for
             rounding; each empty if there is nothing. None if what the graph takes for granted was
             not so.
-        :raises RuntimeError: if an operation of the graph does.
+        :raises Exception: if an operation of the graph does.
         """
         of_program = ""
         self._before.restore()

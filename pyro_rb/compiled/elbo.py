@@ -30,9 +30,10 @@ def compile(
 
     The first step for each shape of the arguments is eager, that is as Pyro does it. At the second,
     the graph is captured. It is compared with the eager loss at the same random numbers: the loss,
-    gradients, buffers and random number generators. Steps 10, 110 and so on, and later every
-    ``check_every``-th, are eager and are compared again. What could not be captured, or
-    differs, is eager from then on, with one warning that says why.
+    gradients, buffers and random number generators. The next step, steps 10, 110 and so on, and later
+    every ``check_every``-th, are eager and are compared again, and so is the first step at which an
+    argument has another value. What could not be captured, or differs, is eager from then on, with
+    one warning that says why.
 
     **Rejection sampling.** A step through :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide` is a graph
     of one round of proposals. The step is eager, with the same proposals, where the round accepts

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -12,6 +12,9 @@ from pyro_rb.compiled.replay import as_function
 from pyro_rb.compiled.settle import Learning
 from pyro_rb.compiled.torch_private import has_hooks, plain_calls
 from pyro_rb.infer.util import announce_parameters, parameter_table
+
+#: Arguments of so many numbers are remembered by value.
+_SMALL = 4096
 
 
 class Step(NamedTuple):
@@ -58,6 +61,8 @@ class Graph:
         #: In the param store, by name; all that were announced by a step.
         self.named: Mapping[str, torch.Tensor] = {}
         self._kinds = [_kind(x) for x in captured.fixed]
+        #: Arguments, by place, that had one value only where the graph was right.
+        self._single: Optional[Dict[int, _Value]] = None
 
     def note_parameters(self, named: Mapping[str, torch.Tensor]) -> None:
         """Is told the parameters that the eager loss announced."""
@@ -73,6 +78,21 @@ class Graph:
             if _kind(tensor) != kind:
                 return "the shape, type, device, hooks or requires_grad of a tensor"
         return self.reach.changed()
+
+    def note_values(self, args: Sequence[torch.Tensor]) -> None:
+        """Is told the tensors among the arguments where it was right."""
+        if self._single is None:
+            self._single = {i: _Value.make(x) for i, x in enumerate(args)}
+        else:
+            self._single = {i: old for i, old in self._single.items() if old.is_of(args[i])}
+
+    def has_new(self, args: Sequence[torch.Tensor]) -> bool:
+        """Whether an argument has a second value for the first time, which the graph may not look at."""
+        for i, old in (self._single or {}).items():
+            x = args[i]
+            if not (x is old.tensor and _version(x) == old.version) and not old.is_of(x):
+                return True
+        return False
 
     def count_steps(self, num_steps: int, learned: Sequence[torch.Tensor] = ()) -> None:
         """Counts steps at which nothing was compared."""
@@ -115,6 +135,27 @@ class Graph:
         return self.calls + 1 >= self.next_check or (
             self._compilation is not None and self._compilation.is_done()
         )
+
+
+class _Value(NamedTuple):
+    """Of an argument: the tensor, its version, and a copy if it is small."""
+
+    tensor: torch.Tensor
+    version: int
+    copy: Optional[torch.Tensor]
+
+    @classmethod
+    def make(cls, x: torch.Tensor) -> "_Value":
+        return cls(x, _version(x), x.clone() if x.numel() <= _SMALL else None)
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        if self.copy is not None:
+            return torch.equal(self.copy, x)
+        return x is self.tensor and _version(x) == self.version
+
+
+def _version(x: torch.Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 def _kind(x: torch.Tensor) -> Any:

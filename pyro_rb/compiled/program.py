@@ -6,6 +6,7 @@ The graphs of one loss, model and guide: when they are made, when they are compa
 eager loss, and when they are given up.
 """
 
+import operator
 import warnings
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -15,13 +16,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb.compiled.background import InductorError
-from pyro_rb.compiled.call import describe, what_changes, with_tensors
+from pyro_rb.compiled.call import describe, parts, what_changes, with_tensors
 from pyro_rb.compiled.capture import capture
 from pyro_rb.compiled.check import EagerStep
-from pyro_rb.compiled.graph import Gradient, Graph
+from pyro_rb.compiled.graph import Gradient, Graph, Step
 from pyro_rb.compiled.reach import Reachable
 from pyro_rb.compiled.settle import Learning
-from pyro_rb.compiled.state import State
+from pyro_rb.compiled.state import Contents, State
 from pyro_rb.compiled.watch import NotCapturable
 from pyro_rb.infer import RVRSGuide
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
@@ -40,6 +41,7 @@ MAX_ATTEMPTS = 5
 MAX_MISSES = 5
 #: Kinds of arguments that came once, if graphs make no more steps meanwhile.
 MAX_NEW = 20
+KEEP = "Expected a tensor that is no argument, such as a buffer, and is changed in place"
 ADVICE = "Pass what changes from step to step as an argument, a number as a tensor"
 
 
@@ -138,6 +140,8 @@ class Program:
         learns = any(graph.learning.is_due(num_steps) for graph in graphs)
         for graph in graphs:
             if graph.learning.learns == learns and graph.why_invalid() is None:
+                if graph.has_new(tensors):
+                    return None
                 ready = Ready(graph, tensors, graphs, self._phase())
                 return ready if self.goes_on(ready, num_steps) else None
         return None
@@ -221,22 +225,30 @@ class Program:
             self._pending.clear()
 
     def _run(self, graph: Graph, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any]) -> Optional[Gradient]:
-        if graph.is_due:
+        if graph.is_due or graph.has_new(tensors):
             graph.calls += 1
             return self._check(graph, args, kwargs, tensors)[0]
         graph.learning.take_scales()
         generators = get_torch_generators()
         changed = [(x, x.clone()) for x in graph.captured.changed]
-        step = graph(tensors)
-        loss = step.loss.item()
-        held = step.held is None or bool(step.held)
-        if loss != loss or not held:
+        step: Optional[Step] = None
+        try:
+            step = graph(tensors)
+            loss = step.loss.item()
+            held = step.held is None or bool(step.held)
+        except Exception:
+            step, loss, held = None, 0.0, True
+        if step is None or loss != loss or not held:
             if not held:
                 self._count_miss(graph)
             # The eager loss says where, or does without what was taken for granted.
             set_torch_generators(generators)
-            for x, value in changed:
-                x.copy_(value)
+            with torch.no_grad():
+                for x, value in changed:
+                    x.copy_(value)
+            if step is None:  # unless the eager step raises, too, it is the graph
+                graph.calls += 1
+                return self._check(graph, args, kwargs, tensors)[0]
             return None
         graph.count_steps(1, step.learned)
         graph.announce()
@@ -273,7 +285,7 @@ class Program:
                     f"RVRSGuide with local_plate={guide.local_plate!r} proposes until enough is "
                     "accepted for each item, in a number of rounds that depends on values"
                 )
-        state = State(reach.buffers())
+        state, contents = State(reach.buffers()), Contents(reach.slots)
         table = dict(parameter_table())
         learning = Learning(self.elbo, learns)
         elbo = learning.settle(self.elbo)
@@ -286,6 +298,7 @@ class Program:
             with without_handlers():
                 captured = capture(run, tensors, learning.outputs)
         finally:
+            contents.put_back()
             state.restore()
             set_parameter_table(table)
         return Graph(captured, reach, learning)
@@ -297,7 +310,10 @@ class Program:
     def _check(self, graph: Graph, args: Tuple, kwargs: Dict, tensors: Sequence[Any]) -> Tuple[Gradient, bool]:
         """Makes an eager step, and compares the graph with it."""
         graph.learning.take_scales()
+        call = args, kwargs
+        given = list(parts(call))
         eager = self._step_eagerly(args, kwargs, [*graph.reach.buffers(), *graph.captured.changed])
+        left = list(parts(call))
         graph.note_parameters(eager.named)
         changed = f"the parameter {eager.new[-1]}" if eager.new else graph.why_invalid()
         if eager.draws_python:
@@ -305,13 +321,18 @@ class Program:
                 "model or guide draw random numbers by Python's random or by NumPy, "
                 f"which a graph does not. {ADVICE}"
             )
+        elif len(left) != len(given) or any(map(operator.is_not, left, given)):
+            self._give_up(
+                "model or guide replace an item of a list or dict that is an argument, which a graph does not. "
+                f"{KEEP}"
+            )
         elif changed is not None:
             # A guide that is set up at its first run is done with that.
             self._unstable += 1
             if self._unstable >= MAX_UNSTABLE:
                 self._give_up(f"{changed} changes at each run. {ADVICE}")
         elif not self._compare(graph, tensors, eager):
-            graph.next_check = graph.calls + 1
+            graph.next_check = max(graph.next_check, graph.calls + 1)
         else:
             if self.backend == "inductor" and not graph.is_compiled:
                 try:
@@ -319,14 +340,20 @@ class Program:
                         self._compare(graph, tensors, eager)
                 except InductorError as e:
                     self.replay_only(str(e))
-            graph.next_check = min(10 * graph.calls + 10, graph.calls + self.check_every)
+            graph.note_values(tensors)
+            # The second time with other parameters and draws, and after that less and less often.
+            later = 10 * graph.calls + 10 if graph.calls > 1 else 9 * graph.calls + 1
+            graph.next_check = min(later, graph.calls + self.check_every)
         return eager.gradient, changed is None and not self.reason
 
     def _compare(self, graph: Graph, tensors: Sequence[Any], eager: EagerStep) -> bool:
         """Whether the graph did what the eager loss did."""
         try:
             found = eager.compare(graph, tensors)
-        except RuntimeError as e:
+        except Exception as e:
+            if graph.captured.places:  # as what it takes for granted was not so
+                self._count_miss(graph)
+                return False
             self._give_up(
                 f"an operation of its graph fails where it is repeated: {' '.join(str(e).split())[:300]}. "
                 "The eager steps are right; use the loss without compile() to have no warning"
@@ -342,6 +369,7 @@ class Program:
         if problem:
             self._give_up(
                 f"its graph and the eager loss differ for the same random numbers: {problem}. "
-                f"Something that is no argument differs from step to step. {ADVICE}"
+                "Something that is no argument differs from step to step, or code that is not Python reads the "
+                f"value of a tensor, other than by its operations. {ADVICE}"
             )
         return not problem

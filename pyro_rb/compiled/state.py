@@ -3,11 +3,59 @@
 
 """What a run of model and guide moves, and how to put it back."""
 
-from typing import Any, Sequence
+import operator
+from types import ModuleType
+from typing import Any, List, Sequence, Tuple
 
 import torch
 
+from pyro_rb.compiled.reach import Slot
 from pyro_rb.infer.generators import get_generators, set_generators
+
+
+class Contents:
+    """
+    What lists, dicts, attributes and variables hold now. What else objects keep, such as the place of an iterator, is
+    not known.
+
+    :param slots: those that a run may change.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        reads: List[Tuple[Slot, Any]] = [(slot, slot.read) for slot in slots]
+        self._slots = [(slot, read.func, *read.args) for slot, read in reads if read.func is not len]
+        whole = [read.args[0] for _, read in reads if read.func is len]
+        self._whole = [(x, _list(x)) for x in whole if isinstance(x, (list, dict))]
+
+    def put_back(self) -> None:
+        """Makes all hold what they held. What has not changed is not written to."""
+        for x, items in self._whole:
+            now = _list(x)
+            if len(now) == len(items) and not any(map(operator.is_not, now, items)):
+                continue
+            x.clear()
+            if isinstance(x, dict):
+                x.update(zip(items[::2], items[1::2]))
+            else:
+                x.extend(items)
+        for slot, func, holder, *key in self._slots:
+            if not slot.has_changed():
+                continue
+            if func is operator.getitem:
+                holder[key[0]] = slot.value
+            elif func is frozenset:
+                holder.clear()
+                holder.update(slot.value)
+            elif func is not getattr:  # of a closure
+                holder.cell_contents = slot.value
+            elif key[0] in getattr(holder, "__dict__", {}) and not isinstance(holder, (type, ModuleType)):
+                delattr(holder, key[0])  # the class had one before
+            else:
+                setattr(holder, key[0], slot.value)
+
+
+def _list(x: Any) -> List[Any]:
+    return [part for item in x.items() for part in item] if isinstance(x, dict) else list(x)
 
 
 class State:

@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 #: The oldest version of PyTorch that this was tried with.
 FLOOR = (2, 11)
 
+#: Whose shapes depend on values, which its tags do not say.
+PACK = torch.ops.aten._pack_padded_sequence.default
+ASSERTS = (torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg)
+
 _OPTIONS = {
     # The draws are those of the eager loss, in its order.
     "fallback_random": True,
@@ -116,6 +120,17 @@ def origin(tensor: torch.Tensor) -> int:
     return worst
 
 
+def is_unwritten(tensor: Any) -> bool:
+    """Whether no operation in the graph gave a tensor its numbers."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    if not isinstance(tensor, torch.Tensor) or not is_tracked(tensor):
+        return False
+    mode: Any = get_proxy_mode()
+    node = get_proxy_slot(tensor, mode.tracer).proxy.node
+    return node.target is torch.ops.aten.empty.memory_format and not node.users
+
+
 def _draws(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
@@ -125,6 +140,12 @@ def outside_of_graph() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def outside_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the numbers that a tensor has now."""
+    with outside_of_graph():
+        return tensor.detach().clone()
 
 
 def plain_calls() -> Any:

@@ -9,7 +9,7 @@ from step to step.
 import linecache
 import os
 import sys
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import pyro
 import torch
@@ -20,19 +20,18 @@ from pyro_rb.compiled.torch_private import (
     DRAWS,
     INPUTS,
     NOTHING,
-    TorchDispatchMode,
     is_tracked,
-    memory,
+    is_unwritten,
     origin,
+    outside_copy,
     outside_of_graph,
-    written,
 )
 
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
     for module in (torch, pyro, pyro_rb)
 )
-_PYRO_RB = _LIBRARIES[2]
+PYRO_RB = _LIBRARIES[2]
 _DISTRIBUTION = os.path.abspath(torch.distributions.distribution.__file__)
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _CAPTURE = _OWN + "capture.py"
@@ -40,9 +39,15 @@ _LOOKS = {
     getattr(torch.Tensor, name)
     for name in (
         *("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__"),
-        *("__index__", "__complex__", "__contains__"),
+        *("__index__", "__complex__", "__contains__", "__repr__", "__dlpack__", "__deepcopy__"),
     )
 }
+#: Of Pyro, which look whether something is not finite.
+WARNERS = ("warn_if_nan", "warn_if_inf", "torch_isinf")
+#: Functions that copy numbers without an operation.
+_COPY = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
+#: Methods that only need the shape or type of their arguments.
+_LIKE = {getattr(torch.Tensor, name) for name in ("expand_as", "view_as", "reshape_as", "type_as", "to")}
 
 
 class NotCapturable(Exception):
@@ -76,11 +81,12 @@ def find_user_line() -> str:
     return where
 
 
-def _refuse(what: str, caller: str = "") -> Any:
+def refuse(what: str, caller: str = "") -> Any:
+    """Raises an error that says what happened, and at which line."""
     raise NotCapturable(
         f"{what}{find_user_line()}. What depends on it cannot change in a captured graph. "
         "Expected tensor operations only, such as torch.where",
-        is_rare=caller.startswith(_PYRO_RB),
+        is_rare=caller.startswith(PYRO_RB),
     )
 
 
@@ -92,6 +98,8 @@ class Assumptions:
         self.conditions: List[torch.Tensor] = []
         #: Where code that is no library's looks at a value.
         self.places: List[str] = []
+        #: Tensors that were in an operation since it was emptied, by their id.
+        self.used: Set[int] = set()
 
     def decide(self, tensor: torch.Tensor, what: str = "") -> bool:
         """
@@ -110,7 +118,7 @@ class Assumptions:
         """The value of a tensor, on which operations are not part of the graph; refuses one that is not known."""
         known = origin(tensor)
         if known > INPUTS:
-            _refuse(what, caller)
+            refuse(what, caller)
         if known == NOTHING:  # such as the index of a sequential plate
             return tensor
         self.places.append(f"{what}{find_user_line()}")
@@ -119,6 +127,8 @@ class Assumptions:
         same = tensor.detach() == value
         if value.is_floating_point():
             same = same | (tensor.detach().isnan() & value.isnan())
+        if not is_tracked(same):  # in torch.FloatTensor(), where operations are not recorded
+            refuse(what, caller)
         self.conditions.append(same.all())
         return value
 
@@ -143,7 +153,32 @@ class Watch(TorchFunctionMode):
                 return self._look(func, args, kwargs or {}, code)
             if not code.co_filename.startswith(_LIBRARIES):
                 return self._look_at_others(func, args, kwargs or {}, code)
-        return func(*args, **(kwargs or {}))
+        return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Tuple, kwargs: Dict[str, Any]) -> Any:
+        """
+        Calls a function, and finds arguments whose numbers it took for itself, as lengths or sections: those that were
+        in none of its operations.
+        """
+        tensors = [x for x in flat([args, kwargs]) if isinstance(x, torch.Tensor)]
+        if not tensors:
+            return func(*args, **kwargs)
+        outer, self._assumptions.used = self._assumptions.used, set()
+        found = func(*args, **kwargs)
+        used, self._assumptions.used = self._assumptions.used, outer
+        outer |= used
+        is_new = any(isinstance(y, torch.Tensor) and all(y is not x for x in tensors) for y in flat(found))
+        name = getattr(func, "__name__", "")
+        if not is_new or name == "__get__" or func in _LIKE:
+            return found
+        for x in tensors[name.startswith("new_") :]:
+            is_number = func in _COPY or not (x.is_floating_point() or x.is_complex())
+            is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)  # others wrap what is in the operations
+            if is_number and is_plain and id(x) not in used:
+                self._assumptions.find(x, f"It looks at the value of a tensor, by {name}(),", find_caller())
+                if type(found) is tuple:  # with numbers that it wrote without an operation, too
+                    found = tuple(outside_copy(y) if is_unwritten(y) else y for y in found)
+        return found
 
     def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], code: Any) -> Any:
         tensor = args[0]
@@ -151,7 +186,7 @@ class Watch(TorchFunctionMode):
             with outside_of_graph():
                 return func(*args, **kwargs)
         if code.co_filename.startswith(_LIBRARIES):
-            if code.co_name in ("warn_if_nan", "warn_if_inf"):
+            if code.co_name in WARNERS:
                 return False  # the value of the graph is looked at
             if func is torch.Tensor.__bool__ and code.co_filename == _DISTRIBUTION:
                 return True  # a draw is valid, which eager steps look at
@@ -162,7 +197,7 @@ class Watch(TorchFunctionMode):
                 if func is torch.Tensor.tolist and tensor.dim() == 1:
                     return list(tensor.detach().double().unbind())
             if func is torch.Tensor.__bool__ and (
-                code.co_filename.startswith(_PYRO_RB) or code.co_name == "compute_expectation"
+                code.co_filename.startswith(PYRO_RB) or code.co_name == "compute_expectation"
             ):
                 return self._assumptions.decide(tensor)
         return self._look_at_others(func, args, kwargs, code)
@@ -176,104 +211,30 @@ class Watch(TorchFunctionMode):
             return func(value, *args[1:], **kwargs)
 
 
-def _find_caller() -> str:
-    """The file of the code, other than PyTorch's, that called an operation."""
+def find_code() -> Any:
+    """The code, other than PyTorch's, that called an operation."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         filename: str = frame.f_code.co_filename
-        if not filename.startswith((_LIBRARIES[0], _OWN, _PYRO_RB + "ops" + os.sep, "<")):
-            return filename
+        if not filename.startswith((_LIBRARIES[0], _OWN, PYRO_RB + "ops" + os.sep, "<")):
+            return frame.f_code
         frame = frame.f_back
-    return ""
+    return None
+
+
+def find_caller() -> str:
+    """The file of that code."""
+    return getattr(find_code(), "co_filename", "")
 
 
 def _is_loss(code: Any) -> bool:
     return code.co_filename.endswith(("_elbo.py", "importance_bound.py"))
 
 
-class Operations(TorchDispatchMode):
-    """
-    Notes which tensors of others are used and changed, and refuses operations whose shapes
-    depend on values.
-    """
-
-    def __init__(self, assumptions: Assumptions) -> None:
-        super().__init__()
-        self._assumptions = assumptions
-        #: Tensors that are changed in place, and copies of what they were.
-        self.changed: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
-        #: Tensors of others, by their memory.
-        self._others: Dict[int, torch.Tensor] = {}
-        #: Tensors that autograd may add a gradient to, and the gradient that they had.
-        self.leaves: Dict[int, Tuple[torch.Tensor, Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("generator") is not None:
-            _refuse("It draws random numbers from a generator of its own")
-        tensors = [x for x in _flat([args, kwargs]) if isinstance(x, torch.Tensor)]
-        for x in tensors:
-            if not is_tracked(x):
-                self._others.setdefault(memory(x), x)
-                if x.requires_grad and x.is_leaf and id(x) not in self.leaves:
-                    self.leaves[id(x)] = x, x.grad
-                    x.grad = None
-        self._save(written(func, args))
-        if torch.Tag.dynamic_output_shape in func.tags and any(map(is_tracked, tensors)):
-            if func is not torch.ops.aten.index.Tensor:
-                return self._known(func, args, kwargs, "A shape depends on values")
-            args = (args[0], self._without_masks(args[1]))
-        if torch.Tag.data_dependent_output in func.tags and any(map(is_tracked, tensors)):
-            return self._look(func, args, kwargs, tensors)
-        return func(*args, **kwargs)
-
-    def _look(self, func: Any, args: Tuple, kwargs: Dict[str, Any], tensors: List[Any]) -> Any:
-        is_condition = len(tensors) == 1 and tensors[0].dtype == torch.bool
-        if is_condition and _find_caller().startswith(_PYRO_RB):
-            return self._assumptions.decide(tensors[0])
-        what = "It looks at the value of a tensor"
-        if func is torch.ops.aten.equal.default and max(map(origin, tensors)) < DRAWS:
-            same = tensors[0].shape == tensors[1].shape
-            return same and self._assumptions.decide((tensors[0] == tensors[1]).all(), what)
-        return self._known(func, args, kwargs, what)
-
-    def _known(self, func: Any, args: Tuple, kwargs: Dict[str, Any], what: str) -> Any:
-        """What a function makes of tensors whose values are known, outside of the graph."""
-        caller = _find_caller()
-        args = tuple(
-            self._assumptions.find(x, what, caller) if isinstance(x, torch.Tensor) else x for x in args
-        )
-        with outside_of_graph():
-            return func(*args, **kwargs)
-
-    def _without_masks(self, indices: Any) -> List[Any]:
-        """Indices, with numbers in the place of masks."""
-        found: List[Any] = []
-        for index in indices:
-            if index is None or index.dtype not in (torch.bool, torch.uint8):
-                found.append(index)
-            else:
-                mask = self._assumptions.find(index, "A shape depends on values", _find_caller())
-                with outside_of_graph():
-                    found.extend(mask.nonzero(as_tuple=True))
-        return found
-
-    def _save(self, values: List[Any]) -> None:
-        """Copies tensors of others that are about to be changed."""
-        for x in _flat(values):
-            if not isinstance(x, torch.Tensor):
-                continue
-            other = self._others.get(memory(x))
-            if other is not None and id(other) not in self.changed:
-                with outside_of_graph():
-                    self.changed[id(other)] = other, other.detach().clone()
-
-
-def _flat(value: Any) -> List[Any]:
+def flat(value: Any) -> List[Any]:
+    """All that is in lists, tuples and dicts."""
     if isinstance(value, (list, tuple)):
-        return [x for item in value for x in _flat(item)]
+        return [x for item in value for x in flat(item)]
     if isinstance(value, dict):
-        return [x for item in value.values() for x in _flat(item)]
+        return [x for item in value.values() for x in flat(item)]
     return [value]
