@@ -51,7 +51,24 @@ def variable():
     return model
 
 
-@pytest.mark.parametrize("make_model", [Mean, variable])
+class Counts:
+    """Changes an attribute of its class, one that the class had before, and a set."""
+
+    factor, scale = 1.0, 1.0
+
+    def __init__(self):
+        self.seen = {0.0}
+        Counts.factor = 1.0
+
+    def __call__(self, x):
+        Counts.factor *= 1.1
+        self.scale += 0.1
+        self.seen.add(float(len(self.seen)))
+        with poutine.scale(scale=Counts.factor + len(self.seen)):
+            observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x, self.scale)
+
+
+@pytest.mark.parametrize("make_model", [Mean, variable, Counts])
 def test_what_is_replaced(make_model):
     assert_eager(lambda: (make_model(), lambda x: guide(), lambda i: (X,)), "changes at each run")
 
