@@ -73,6 +73,8 @@ class Reachable:
         self._seen: Dict[int, Any] = {}
         #: Of all code that was visited.
         self._names: Set[str] = set()
+        #: What it may ask for by ``getattr``.
+        self._asked: Set[str] = set()
         #: Objects, classes and modules of the user, and what messages call them.
         self._holders: List[Tuple[Any, str]] = []
         for name, root in {**roots, "the loss": options}.items():
@@ -141,6 +143,8 @@ class Reachable:
             return
         names = dict.fromkeys(_names(fn.__code__))
         self._names.update(names)
+        if "getattr" in names:
+            self._asked.update(key for key in fn.__code__.co_consts if isinstance(key, str) and key.isidentifier())
         for key in names:
             if key in fn.__globals__:
                 self._add_item(f"{name}'s variable {key}", fn.__globals__, key)
@@ -205,7 +209,7 @@ class Reachable:
         for cls in classes:
             if not _is_library(cls):
                 keys += [key for key, value in vars(cls).items() if self._counts(key, value, classes)]
-        return list(dict.fromkeys(keys))
+        return list(dict.fromkeys([*keys, *self._asked]))
 
     def _counts(self, key: str, value: Any, classes: Iterable[type]) -> bool:
         """Whether an attribute of a class is named, or called by Python or by a library."""
@@ -225,8 +229,11 @@ class Reachable:
             if isinstance(value, types.FunctionType):
                 self._visit(value, name)
             elif value is not None:
-                self._add(name, functools.partial(getattr, holder, key))
+                break
+        else:
+            if key not in self._asked:
                 return
+        self._add(name, functools.partial(getattr, holder, key))
 
 
 #: What reading a slot raises that is empty.

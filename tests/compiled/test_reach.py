@@ -164,7 +164,17 @@ def of_name():
     return model, lambda value: setattr(model, "scale", value)
 
 
+def of_new_attribute():
+    class Model:
+        def __call__(self):
+            observe(getattr(self, "scale", 1.0))
+
+    model = Model()
+    return model, lambda value: setattr(model, "scale", value)
+
+
 KINDS = {
+    "new attribute": of_new_attribute,
     "class": of_class,
     "own class": of_own_class(Base),
     "own class of a module": of_own_class(Net),
