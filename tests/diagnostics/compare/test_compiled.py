@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_rb project.
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
 import json
 import math
 
@@ -12,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_rb.diagnostics import compare
-from pyro_rb.diagnostics.compare import compiled
+from pyro_rb.diagnostics.compare import compiled, measurement
 from pyro_rb.diagnostics.compare.compiled import (
     CompiledTime,
     time_compiled,
@@ -152,8 +153,15 @@ def test_without_advice_nothing_is_added():
     assert with_compiled(thin, [CompiledTime("Trace_ELBO", "replay", 4e-3, 1e-3, 1.0)], 10000).usage is None
 
 
+@pytest.fixture
+def steady(monkeypatch):
+    """A clock for the measurement of gradients, by which those of all losses take the same time on every machine."""
+    ticks = itertools.count()
+    monkeypatch.setattr(measurement, "choose_clock", lambda tensors: lambda: 0.001 * next(ticks))
+
+
 @needs_compiled
-def test_compare_times_what_it_recommends(replay_only):
+def test_compare_times_what_it_recommends(replay_only, steady):
     guide = AutoNormal(model)
     guide(X)
     before = {name: value.clone() for name, value in pyro.get_param_store().items()}
@@ -170,7 +178,7 @@ def test_compare_times_what_it_recommends(replay_only):
 
 
 @needs_compiled
-def test_the_reason_why_nothing_is_compiled_is_shown():
+def test_the_reason_why_nothing_is_compiled_is_shown(steady):
     def branches(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z if z > 0 else -z, 1.0), obs=x[0])
@@ -181,7 +189,7 @@ def test_the_reason_why_nothing_is_compiled_is_shown():
     assert "times as fast" not in result.to_html()
 
 
-def test_compiles_by_default_unless_losses_are_named(replay_only):
+def test_compiles_by_default_unless_losses_are_named(replay_only, steady):
     options = dict(args=(X,), num_samples=150, num_burn_in=0, train_steps=[1], progress=False)
     result = compare(model, AutoNormal(model), **options)
     assert result.compiled and result.settings["steps"] == 10_000
