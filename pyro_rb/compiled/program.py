@@ -11,27 +11,18 @@ import warnings
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-import pyro
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from pyro_rb.compiled.background import InductorError
-from pyro_rb.compiled.call import describe, parts, what_changes, with_tensors
-from pyro_rb.compiled.capture import capture
+from pyro_rb.compiled.call import describe, parts, what_changes
 from pyro_rb.compiled.check import EagerStep
 from pyro_rb.compiled.graph import Gradient, Graph, Step
+from pyro_rb.compiled.make_graph import make_graph
 from pyro_rb.compiled.reach import Reachable
-from pyro_rb.compiled.settle import Learning
-from pyro_rb.compiled.state import Contents, State
 from pyro_rb.compiled.watch import NotCapturable
 from pyro_rb.infer import RVRSGuide
 from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
-from pyro_rb.infer.util import (
-    is_plain_call,
-    parameter_table,
-    set_parameter_table,
-    without_handlers,
-)
+from pyro_rb.infer.util import is_plain_call
 
 MAX_GRAPHS = 8
 MAX_UNSTABLE = 3
@@ -203,7 +194,7 @@ class Program:
             what = f"{why} keeps changing. {ADVICE}" if why else what_changes(next(others), key)
             raise NotCapturable(f"{what}. There are {MAX_GRAPHS} graphs already")
         try:
-            graph = self._capture(args, kwargs, tensors, learns)
+            graph = make_graph(self.elbo, self.model, self.guide, (args, kwargs), tensors, learns)
         except NotCapturable as e:
             self._attempts += 1
             if not e.is_rare or self._attempts == MAX_ATTEMPTS:
@@ -271,37 +262,6 @@ class Program:
 
     def _reach(self) -> Reachable:
         return Reachable({"the model": self.model, "the guide": self.guide}, self.elbo)
-
-    def _capture(self, args: Tuple, kwargs: Dict[str, Any], tensors: Sequence[Any], learns: bool) -> Graph:
-        if pyro.settings.get("module_local_params"):
-            remedy = "pyro.settings.set(module_local_params=False)"
-            raise NotCapturable(f"Parameters are not in the param store. Expected {remedy}")
-        reach = self._reach()
-        if any(isinstance(m, DistributedDataParallel) for m in reach.modules):
-            raise NotCapturable("DistributedDataParallel sums gradients while they are computed")
-        for guide in self._rejecting:
-            if guide.local_plate is not None:
-                raise NotCapturable(
-                    f"RVRSGuide with local_plate={guide.local_plate!r} proposes until enough is "
-                    "accepted for each item, in a number of rounds that depends on values"
-                )
-        state, contents = State(reach.buffers()), Contents(reach.slots)
-        table = dict(parameter_table())
-        learning = Learning(self.elbo, learns)
-        elbo = learning.settle(self.elbo)
-
-        def run(*inputs: torch.Tensor) -> Any:
-            call_args, call_kwargs = with_tensors((args, kwargs), iter(inputs))
-            return elbo.loss_and_grads(self.model, self.guide, *call_args, **call_kwargs)
-
-        try:
-            with without_handlers():
-                captured = capture(run, tensors, learning.outputs)
-        finally:
-            contents.put_back()
-            state.restore()
-            set_parameter_table(table)
-        return Graph(captured, reach, learning)
 
     def _step_eagerly(self, args: Tuple, kwargs: Dict, buffers: Sequence[torch.Tensor] = ()) -> EagerStep:
         step = partial(self.elbo.loss_and_grads, self.model, self.guide, *args, **kwargs)
