@@ -30,6 +30,7 @@ from typing import (
 import torch
 from pyro.poutine import Trace
 
+from pyro_rb.infer.generators import get_torch_generators, set_torch_generators
 from pyro_rb.infer.traces import PARTICLES, Cost, Ordinal, compute_costs, sample_sites
 from pyro_rb.ops.provenance import Provenance
 from pyro_rb.poutine import ProvenanceMessenger
@@ -206,10 +207,7 @@ class OutsidePlates:
         self._num_unwatched = 0
 
     def get_terms(
-        self,
-        get_traces: Callable[..., Tuple[Trace, Trace]],
-        traces: LifoQueue,
-        go_back: Callable[[], None],
+        self, get_traces: Callable[..., Tuple[Trace, Trace]], traces: LifoQueue
     ) -> Iterator[Terms]:
         """
         The runs of a particle: one, but for sites that are enumerated in a loop.
@@ -217,17 +215,17 @@ class OutsidePlates:
         :param get_traces: makes packed traces of model and guide, under handlers of
             theirs if given.
         :param traces: the queue from which the guide takes traces to complete.
-        :param go_back: to where the particle began.
         """
         is_watched, is_begun = self._is_due, False
         kept: List[Terms] = []
+        generators = get_torch_generators()
         traces.put(Trace())
         while not traces.empty():
             terms = self._get_terms(get_traces, is_watched, is_begun)
             if terms is None:
                 # The particle begins anew, and with the same random numbers: a rare
                 # structure would be rarer, were it not used when it is first seen.
-                go_back()
+                set_torch_generators(generators)
                 traces.queue.clear()
                 traces.put(Trace())
                 is_watched, kept = self._is_due, []

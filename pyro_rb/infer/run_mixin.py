@@ -4,7 +4,7 @@
 import copy
 import math
 import queue
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Dict, Iterator, Optional, Tuple
 
@@ -14,13 +14,18 @@ from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
+from pyro_rb.infer.generators import (
+    get_generators,
+    get_torch_generators,
+    set_generators,
+    set_torch_generators,
+)
 from pyro_rb.infer.hint import hint_at_shapes
 from pyro_rb.infer.outside_plates import OutsidePlates, Terms, needs_weights
 from pyro_rb.infer.path_mixin import PathGradientMixin
 from pyro_rb.infer.pause import Pause
 from pyro_rb.infer.row_check import RowCheck
 from pyro_rb.infer.run import Run
-from pyro_rb.infer.start import Start
 from pyro_rb.infer.traces import (
     check_traces,
     get_traces,
@@ -136,24 +141,23 @@ class RunMixin(PathGradientMixin):
         for particle in range(self._num_runs):
             path = PathGradient(self._obstacle())
             is_last = particle == self._num_runs - 1
-            start = Start()
 
             def make(starts: Optional[Any], *watches: Messenger) -> Tuple[Trace, Trace]:
                 watched = [w(fn) for w, fn in zip(watches, (model, guide))] or [model, guide]
-                with start.watch() if enumerates else nullcontext():
-                    pair = self._get_trace_from(starts, path, watched[0], watched[1], args, kwargs)
+                pair = self._get_trace_from(starts, path, watched[0], watched[1], args, kwargs)
                 is_end = is_last and (starts is None or starts.empty())
                 pair[1].run.may_learn = is_end  # type: ignore[attr-defined]
                 return pair
 
             if not enumerates or self._outside.is_idle:
+                generators = get_torch_generators()
                 try:
                     yield particle, Terms(*make(None))
                     continue
                 except _NeedsWeights:
-                    start.go_back()
+                    set_torch_generators(generators)
             starts: Any = queue.LifoQueue()
-            for terms in self._outside.get_terms(partial(make, starts), starts, start.go_back):
+            for terms in self._outside.get_terms(partial(make, starts), starts):
                 yield particle, terms
 
     def _get_trace_from(
@@ -165,13 +169,13 @@ class RunMixin(PathGradientMixin):
         """
         saved = [] if starts is None else list(starts.queue)
         may_repeat = starts is not None or self._projects(guide)
-        start = Start(has_all=True) if may_repeat else None
+        generators = get_generators() if may_repeat else None
 
         def make(path: PathGradient, local: Optional[LocalDraws]) -> Optional[Tuple[Trace, Trace]]:
             run = self._make_run(path, guide, local, starts is not None)
             found = None
             try:
-                with hint_at_shapes(run.hint), start.watch() if start else nullcontext():
+                with hint_at_shapes(run.hint):
                     found = self._run(run, starts, model, guide, args, kwargs)
             except TooManySummed as e:
                 self._never_summed.update(e.reasons)
@@ -186,12 +190,14 @@ class RunMixin(PathGradientMixin):
                 return None
             return found
 
-        def again(local: LocalDraws) -> Optional[Tuple[Trace, Trace]]:
-            assert start is not None
+        def rewind() -> None:
+            set_generators(generators)
             if starts is not None:
                 starts.queue[:] = saved
-            with start.aside():
-                return make(PathGradient(self._obstacle()), local)
+
+        def again(local: LocalDraws) -> Optional[Tuple[Trace, Trace]]:
+            rewind()
+            return make(PathGradient(self._obstacle()), local)
 
         while True:
             local = self._make_local(guide)
@@ -204,10 +210,7 @@ class RunMixin(PathGradientMixin):
                 return found
             # Nothing of this run is kept. The next has the same noise, so that what the
             # run depends on, its branches and the use that made it void, stays the same.
-            assert start is not None
-            start.go_back()
-            if starts is not None:
-                starts.queue[:] = saved
+            rewind()
 
     def _projects(self, guide: Any) -> bool:
         """Whether linear uses of Gaussian sites are watched."""
