@@ -40,6 +40,8 @@ _MODULE_INTERNALS = set(vars(torch.nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: What reads attributes whose names the code does not have.
 _INDIRECT = {"__dict__", "asdict", "astuple", "attrgetter", "eval", "exec", "getattr", "vars"}
+#: Where descriptors, such as properties and PyroSample, have code.
+_PARTS = ("__func__", "fget", "func", "wrapped", "prior", "init_value")
 #: Methods that the library does not call in a step.
 _SET_UP = {"__init__", "__new__", "__post_init__", "__repr__", "__setattr__"}
 
@@ -161,6 +163,7 @@ class Reachable:
                         self._add_item(f"{name}.{key}", attributes[group], key)
                 for key in _HOOKS:
                     self._visit(attributes[key], f"{name}.{key}")
+                self._visit(attributes.get("_pyro_samples"), f"{name}._pyro_samples")
                 keys = set(attributes) - _MODULE_INTERNALS if is_library else ()
         elif isinstance(value, Distribution):
             keys = {*value.arg_constraints, "base_dist"} & attributes.keys()
@@ -191,10 +194,10 @@ class Reachable:
                 self._visit_attribute(holder, f"{name}.{key}", key)
 
     def _keys(self, holder: Any) -> List[str]:
-        """Names of attributes that count, of those that there are."""
+        """Names of attributes that count, of those that there are, or may come."""
         own = getattr(holder, "__dict__", {})
         if isinstance(holder, types.ModuleType):
-            return [key for key in own if key in self._names]
+            return [key for key in own if key in self._names or key in self._asked]
         classes = _classes(holder)
         is_module = isinstance(holder, torch.nn.Module)
         counts_all = bool(self._names & _INDIRECT) or not all(
@@ -219,21 +222,38 @@ class Reachable:
         return is_called and isinstance(value, types.FunctionType) and key not in _SET_UP
 
     def _visit_attribute(self, holder: Any, name: str, key: str) -> None:
-        own = getattr(holder, "__dict__", {})
-        if key in own and not isinstance(holder, type):
-            self._add_item(name, own, key)
+        """Reads no attribute by ``getattr``, which may run code: a property, or a draw of PyroSample."""
+        own: Any = getattr(holder, "__dict__", None)
+        if isinstance(holder, types.ModuleType):
+            self._add(name, functools.partial(read_item, own, key))
             return
+        if isinstance(own, dict):  # that of a class is none
+            if key in own or not (isinstance(holder, torch.nn.Module) and _has_item(holder, key)):
+                self._add(name, functools.partial(read_item, own, key))
         for cls in _classes(holder):
             value = None if _is_library(cls) else vars(cls).get(key)
-            value = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
-            if isinstance(value, types.FunctionType):
-                self._visit(value, name)
+            if isinstance(value, types.MemberDescriptorType):
+                self._add(name, functools.partial(getattr, holder, key))
             elif value is not None:
-                break
-        else:
-            if key not in self._asked:
-                return
-        self._add(name, functools.partial(getattr, holder, key))
+                self._add(name, functools.partial(read_class, cls, key))
+                for part in _PARTS if hasattr(type(value), "__get__") else ():
+                    self._visit(getattr(value, part, None), name)
+
+
+def read_item(holder: Dict[str, Any], key: str) -> Any:
+    """None if there is none."""
+    return holder.get(key)
+
+
+def read_class(cls: type, key: str) -> Any:
+    """What a class itself has, as it is."""
+    return vars(cls).get(key)
+
+
+def _has_item(module: torch.nn.Module, key: str) -> bool:
+    """Whether a parameter, buffer or module has the name, or a site."""
+    groups = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
+    return any(key in vars(module).get(group, {}) for group in groups)
 
 
 #: What reading a slot raises that is empty.

@@ -4,12 +4,12 @@
 """What a run of model and guide moves, and how to put it back."""
 
 import operator
-from types import ModuleType
+from collections import OrderedDict
 from typing import Any, List, Sequence, Tuple
 
 import torch
 
-from pyro_rb.compiled.reach import Slot
+from pyro_rb.compiled.reach import Slot, read_class, read_item
 from pyro_rb.infer.generators import get_generators, set_generators
 
 
@@ -24,8 +24,10 @@ class Contents:
     def __init__(self, slots: Sequence[Slot]) -> None:
         reads: List[Tuple[Slot, Any]] = [(slot, slot.read) for slot in slots]
         self._slots = [(slot, read.func, *read.args) for slot, read in reads if read.func is not len]
+        #: Those that were empty.
+        self._empty = {id(slot) for slot, func, x, *key in self._slots if func is read_item and key[0] not in x}
         whole = [read.args[0] for _, read in reads if read.func is len]
-        self._whole = [(x, _list(x)) for x in whole if isinstance(x, (list, dict))]
+        self._whole: List[Tuple[Any, List]] = [(x, _list(x)) for x in whole if isinstance(x, (list, dict))]
 
     def put_back(self) -> None:
         """Makes all hold what they held. What has not changed is not written to."""
@@ -33,25 +35,28 @@ class Contents:
             now = _list(x)
             if len(now) == len(items) and not any(map(operator.is_not, now, items)):
                 continue
-            x.clear()
-            if isinstance(x, dict):
-                x.update(zip(items[::2], items[1::2]))
+            # Not by methods of subclasses, as Counter.update() adds up.
+            cls: Any = next(c for c in (OrderedDict, dict, list) if isinstance(x, c))
+            cls.clear(x)
+            if cls is list:
+                cls.extend(x, items)
             else:
-                x.extend(items)
+                for key, value in zip(items[::2], items[1::2]):
+                    cls.__setitem__(x, key, value)
         for slot, func, holder, *key in self._slots:
             if not slot.has_changed():
                 continue
-            if func is operator.getitem:
-                holder[key[0]] = slot.value
-            elif func is frozenset:
-                holder.clear()
-                holder.update(slot.value)
-            elif func is not getattr:  # of a closure
-                holder.cell_contents = slot.value
-            elif key[0] in getattr(holder, "__dict__", {}) and not isinstance(holder, (type, ModuleType)):
-                delattr(holder, key[0])  # the class had one before
-            else:
+            if func is frozenset:
+                set.clear(holder)
+                set.update(holder, slot.value)
+            elif func in (getattr, read_class):
                 setattr(holder, key[0], slot.value)
+            elif id(slot) in self._empty:
+                holder.pop(key[0], None)
+            elif key:
+                holder[key[0]] = slot.value
+            else:  # of a closure
+                holder.cell_contents = slot.value
 
 
 def _list(x: Any) -> List[Any]:

@@ -3,6 +3,7 @@
 
 """Values that are no arguments, and are changed between steps: steps are those of SVI at once."""
 
+import collections
 import dataclasses
 import sys
 import types
@@ -13,10 +14,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from tests.compiled.training import assert_replayed
+import pyro_rb
+from tests.compiled.training import assert_replayed, train
 
 pytestmark = pytest.mark.slow
 X = torch.tensor([0.5, -1.2, 2.0])
@@ -173,7 +175,32 @@ def of_new_attribute():
     return model, lambda value: setattr(model, "scale", value)
 
 
+def of_method():
+    model = Base()
+    return model, lambda value: setattr(model, "get_scale", lambda: value)
+
+
+def of_site():
+    """A prior that reads an attribute."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.width = 1.0
+            self.z = PyroSample(lambda self: dist.Normal(0.0, self.width))
+
+        def forward(self):
+            z = getattr(self, "z")
+            with pyro.plate("data", len(X)):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    model = Model()
+    return model, lambda value: setattr(model, "width", value)
+
+
 KINDS = {
+    "method": of_method,
+    "prior of a module": of_site,
     "new attribute": of_new_attribute,
     "class": of_class,
     "own class": of_own_class(Base),
@@ -286,3 +313,48 @@ def test_attributes_of_a_loss():
         return lambda: observe(1.0), guide, args
 
     assert_replayed(Scaled, make, num_graphs=2)
+
+
+def test_nothing_is_read_that_runs_code():
+    """Properties, sites that a class declares, and class methods stay as they are."""
+
+    class Model(PyroModule):
+        @PyroSample
+        def z(self):
+            return dist.Normal(0.0, 1.0)
+
+        @property
+        def trainer(self):
+            raise RuntimeError("no trainer")
+
+        @property
+        def weights(self):
+            return torch.ones(1)
+
+        @classmethod
+        def likelihood(cls, z):
+            return dist.Normal(z, 1.0)
+
+        def forward(self):
+            z = getattr(self, "z") * getattr(self, "weights")
+            if getattr(self, "is_never", False):
+                getattr(self, "trainer")
+            with pyro.plate("data", len(X)):
+                pyro.sample("x", getattr(self, "likelihood")(z), obs=X)
+
+    before = dict(vars(Model))
+    assert_replayed(Trace_ELBO, lambda: (Model(), guide, lambda i: ()))
+    assert before.items() <= vars(Model).items()
+
+
+def test_counter_of_the_library(recwarn):
+    """``Counter.update`` adds up."""
+    counts = collections.Counter()
+
+    def model():
+        counts["calls"] += 1
+        observe(1.0)
+
+    train(pyro_rb.compile(Trace_ELBO(), "replay"), lambda: (model, guide, lambda i: ()))
+    assert "counts['calls'] changes at each run" in str(recwarn[0].message)
+    assert counts == {"calls": 12}
