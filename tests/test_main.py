@@ -300,6 +300,10 @@ BAD = {
     "rate": ([*mine(), "--learning-rate", "0"], "--learning-rate: expected more than 0, got 0.0"),
     "rel-error": ([*mine(), "--rel-error", "0"], "--rel-error: expected more than 0, got 0.0"),
     "max-seconds": ([*mine(), "--max-seconds", "-1"], "--max-seconds: expected more than 0, got -1.0"),
+    "batches": (
+        [*mine(args="mine:make_args_and_kwargs"), "--batches"],
+        "--batches: mine:make_args_and_kwargs returned (tuple, dict). Expected a tuple of positional arguments",
+    ),
     "html": ([*mine(), "--html", "no/o.html"], "--html: there is no directory 'no'"),
     "guide alone": (["--guide", "mine:guide"], "--guide needs --model"),
 }

@@ -73,20 +73,27 @@ def load_call(options: Any, model: Callable) -> Tuple[Any, Dict[str, Any]]:
     if options.batches:
         if not callable(found):
             raise ValueError(f"--batches: --args must name a function, got {options.args}")
+        if _is_pair(found()):
+            raise ValueError(f"--batches: {spec} returned (tuple, dict). Expected a tuple of positional arguments")
         return (lambda: to_device(found(), options.device)), {}
     if found is None:
         return to_device(_implied_args(model, module, options.model), options.device)
     made = found() if callable(found) else found
     args: Any = made
     kwargs: Dict[str, Any] = {}
-    if isinstance(made, tuple) and len(made) == 2:
-        if isinstance(made[0], (tuple, list)) and isinstance(made[1], dict):
-            args, kwargs = made
+    if _is_pair(made):
+        args, kwargs = made
     if not isinstance(args, (tuple, list)):
         raise ValueError(
             f"--args: {spec} should return a tuple, or (tuple, dict), got {type(args).__name__}"
         )
     return to_device(args, options.device), to_device(kwargs, options.device)
+
+
+def _is_pair(made: Any) -> bool:
+    """Whether these are positional and keyword arguments."""
+    is_two = isinstance(made, tuple) and len(made) == 2
+    return is_two and isinstance(made[0], (tuple, list)) and isinstance(made[1], dict)
 
 
 def _implied_args(model: Callable, module: ModuleType, spec: str) -> Tuple[Sequence, Dict[str, Any]]:

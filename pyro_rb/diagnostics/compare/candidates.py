@@ -37,7 +37,7 @@ def candidates() -> List[Candidate]:
         Candidate("R2G2_ELBO", Chooser.sums_in_model, Chooser.nothing_projected),
         Candidate(LOCAL, Chooser.nothing_local),
         Candidate("RaoBlackwellTopK_ELBO:budget=4", Chooser.no_discrete, Chooser.nothing_sampled),
-        Candidate("RaoBlackwell_ELBO", Chooser.sums_in_model),
+        Candidate("RaoBlackwell_ELBO"),
         Candidate(f"Trace_ELBO:{PARTICLES}", Chooser.no_particles, Chooser.not_vectorized, hint=one_by_one),
         Candidate(f"{STL}:{PARTICLES}", lambda self: self.no_path_gradient() or self.no_particles(),
                   Chooser.not_vectorized, hint=one_by_one),  # fmt: skip

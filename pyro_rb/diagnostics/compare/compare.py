@@ -38,7 +38,13 @@ from pyro_rb.diagnostics.compare.recommend import LEAST_SAMPLES, recommend
 from pyro_rb.diagnostics.compare.report import Comparison, ComparisonInterrupted
 from pyro_rb.diagnostics.run.arguments import Arguments, integer
 from pyro_rb.diagnostics.run.bar import TimedBar
-from pyro_rb.diagnostics.run.losses import Losses, has_elbo, make_loss, make_losses
+from pyro_rb.diagnostics.run.losses import (
+    Losses,
+    has_elbo,
+    loss_name,
+    make_loss,
+    make_losses,
+)
 from pyro_rb.diagnostics.run.messages import one_line, recorded_warnings
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.stats.mean_test import z_threshold
@@ -292,6 +298,7 @@ def compare(
         race=found_race,
         compiled=times,
         guides=found_guides,
+        own=[name for name, loss in study.made().items() if not isinstance(loss, str) and loss_name(loss) != name],
     )
     if study.interrupted:
         raise ComparisonInterrupted(result)

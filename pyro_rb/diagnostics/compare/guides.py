@@ -10,6 +10,7 @@ from typing import Any, Callable, List, Mapping, Optional
 
 import numpy as np
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 
 from pyro_rb.diagnostics.compare.race import (
@@ -23,6 +24,7 @@ from pyro_rb.diagnostics.run.losses import make_loss
 from pyro_rb.diagnostics.run.messages import one_line
 from pyro_rb.diagnostics.run.problem import Problem, prepared
 from pyro_rb.infer.rvrs_guide import RVRSGuide
+from pyro_rb.infer.stl_elbo import STLTrace_ELBO
 
 #: Above, the guide is too far from the posterior for its draws to be weighted.
 LARGE_KHAT = 0.7
@@ -42,7 +44,8 @@ class GuideResult:
     :param float elbo: The ELBO in nats.
     :param float elbo_error: Its standard error over draws of the guide.
     :param float khat: Shape of the tail of the importance weights, see [1]. None if the draws have no
-        weights: those of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, or of minibatches.
+        weights: those of :class:`~pyro_rb.infer.rvrs_guide.RVRSGuide`, of minibatches or subsamples, or by another loss
+        than ``Trace_ELBO`` or ``STLTrace_ELBO``.
     :param str error: Why there are no numbers, if so.
 
     [1] `Yes, but did it work? Evaluating variational inference <https://arxiv.org/abs/1802.02538>`_,
@@ -148,9 +151,15 @@ def compare_guides(
                 continue
             row.elbo = log_weights.mean().item()
             row.elbo_error = (log_weights.std() / len(log_weights) ** 0.5).item()
-            if not isinstance(guide, RVRSGuide) and not callable(args) and log_weights.isfinite().all():
+            if _has_log_weights(problem, loss) and log_weights.isfinite().all():
                 row.khat = smoothed_khat(log_weights.numpy())
     return result
+
+
+def _has_log_weights(problem: Problem, loss: str) -> bool:
+    """Whether values of the loss are log weights of draws of the guide, and nothing else."""
+    is_noisy = callable(problem.args) or problem.sites.has_subsample or isinstance(problem.guide, RVRSGuide)
+    return type(make_loss(loss)) in (Trace_ELBO, STLTrace_ELBO) and not is_noisy
 
 
 def _train(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Dict, List, Optional
 from pyro_rb.diagnostics.compare.compiled import CompiledTime, with_compiled
 from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
-from pyro_rb.diagnostics.compare.recommend import Recommendation, recommend
+from pyro_rb.diagnostics.compare.recommend import TRAIN, Recommendation, recommend
 
 
 @dataclass
@@ -152,6 +152,7 @@ class Comparison:
     :param GuideComparison guides: Training of other guides, if it was asked for.
     :param list compiled: A :class:`~pyro_rb.diagnostics.compare.compiled.CompiledTime` for each loss and backend
         that was tried.
+    :param list own: Names of losses that are not made by these names, so that no line of code is given for them.
 
     **Example**
 
@@ -186,12 +187,20 @@ class Comparison:
     race: Optional[Race] = None
     guides: Optional[GuideComparison] = None
     compiled: List[CompiledTime] = field(default_factory=list)
+    own: List[str] = field(default_factory=list)
 
     @property
     def recommendation(self) -> Recommendation:
         """Which loss to take, in one sentence, see :mod:`~pyro_rb.diagnostics.compare.recommend`."""
         advice = recommend(self.states)
-        return with_compiled(advice, self.compiled, self.settings["steps"]) if self.compiled else advice
+        if self.error or self.interrupted:
+            ended = " Training failed." if self.error else " Training was interrupted."
+            advice.sentence = advice.sentence.replace(TRAIN, ended)
+        if self.compiled:
+            advice = with_compiled(advice, self.compiled, self.settings["steps"])
+        if advice.loss in self.own:
+            advice.usage = None
+        return advice
 
     def to_dict(self) -> Dict[str, Any]:
         """

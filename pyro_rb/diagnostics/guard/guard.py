@@ -27,7 +27,7 @@ from pyro_rb.diagnostics.guard.guarded_call import (
 )
 from pyro_rb.diagnostics.run.parameters import module_parameters
 from pyro_rb.infer.generators import get_torch_generators
-from pyro_rb.infer.util import forget_parameters
+from pyro_rb.infer.util import forget_parameters, parameter_table, set_parameter_table
 
 ON_BAD = ("raise", "skip", "warn")
 
@@ -168,6 +168,7 @@ class GradientGuard(ELBO):
         """
         self.num_steps += 1
         call = Call("loss_and_grads", model, guide, args, kwargs, get_torch_generators(), self._nesting)
+        before = dict(parameter_table())
         seen = SeenParameters()
         loss, error = math.nan, None
         try:
@@ -179,6 +180,8 @@ class GradientGuard(ELBO):
         if error is None and self._is_finite(loss) and are_finite(grads_of(parameters.values())):
             self._in_a_row = 0
             return loss
+        # What the loss has replaced, as TraceGraph_ELBO does with the average of a baseline.
+        set_parameter_table({**parameter_table(), **before})
         self._handle(call, parameters, error)
         return loss
 

@@ -148,7 +148,8 @@ def measure_noise(
     :param dict parameters: Unconstrained tensors by name. Default: all.
     :param bool progress: Whether to show a progress bar.
     :returns: A :class:`NoiseEstimate`.
-    :raises ValueError: If there is no parameter, or a number of draws is out of range.
+    :raises ValueError: If there is no parameter, a number of draws is out of range, or a gradient or loss is not
+        finite.
 
     Near an optimum the gradient vanishes but its noise does not, so no number of particles gives a
     small relative error: lower the learning rate instead. Heavy tails make all numbers here too
@@ -182,6 +183,8 @@ def measure_noise(
     total = RunningMoments()
     for block in blocks:
         total.merge(block)
+    if not (total.mean.isfinite().all() and losses.mean.isfinite()):
+        raise ValueError("a gradient or a loss is not finite. GradientGuard says where that begins")
     signal, error = _squared_mean([block.mean for block in blocks])
     return NoiseEstimate(
         num_samples=num_samples,

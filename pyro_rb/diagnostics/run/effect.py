@@ -19,7 +19,9 @@ NUM_DRAWS = 4
 def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
     """
     For each parameter, which of its coordinates have an effect on the model's density, or on the
-    probability of a site without a reparameterized draw, in any of a few draws.
+    probability of a site without a reparameterized draw, in any of a few draws. Where draws differ in what they
+    look at, by minibatches, subsamples or discrete values, only parameters count as being without effect that no
+    draw leads to: a few draws say nothing of rows that they did not see.
 
     Others only move the entropy of latent variables on which nothing depends, such as those that
     Pyro adds for observations that are masked: their noise is no hindrance to anything.
@@ -29,6 +31,7 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
     """
     tensors = list(problem.parameters.values())
     found = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in tensors]
+    differ = callable(problem.args) or problem.sites.has_subsample or bool(problem.sites.scored)
     for draw in range(NUM_DRAWS):
         seed_generators((seed + draw) % 2**32)
         try:
@@ -40,7 +43,7 @@ def find_effect(problem: Problem, seed: int = 0) -> List[Tensor]:
             return [torch.ones_like(mask) for mask in found]
         for mask, gradient in zip(found, gradients):
             if gradient is not None:
-                mask |= gradient.to_dense() != 0  # also NaN
+                mask |= differ or gradient.to_dense() != 0  # also NaN
     return found if any(mask.any() for mask in found) else [torch.ones_like(mask) for mask in found]
 
 

@@ -58,6 +58,7 @@ class Sites(NamedTuple):
     :param list jacobians: In the guide: Deltas with a log density.
     :param list summed: In the model only, which it enumerates.
     :param list subsampled: Plates that subsample and hold all sites, observed ones too.
+    :param bool has_subsample: Whether any plate subsamples.
     :param bool is_point: Whether the guide has Deltas only.
     :param int depth: How deep plates are nested.
     :param int largest_latent: Number of elements at one latent site of the guide, at most.
@@ -73,6 +74,7 @@ class Sites(NamedTuple):
     jacobians: List[str]
     summed: List[str]
     subsampled: List[str]
+    has_subsample: bool
     is_point: bool
     depth: int
     largest_latent: int
@@ -99,6 +101,7 @@ def read_sites(traces: Traces) -> Sites:
         jacobians=[name for name, site in guide if _has_log_density(site["fn"])],
         summed=[n for n, site in model if n not in names and (site["infer"] or {}).get("enumerate")],
         subsampled=_enclosing_subsamples(samples),
+        has_subsample=bool(_subsampled(samples)),
         is_point=all(isinstance(strip_independent(site["fn"]), dist.Delta) for _, site in guide),
         depth=max([-frame.dim for frame in frames if frame.dim is not None], default=0),
         largest_latent=max([_size(site) for _, site in guide], default=0),
@@ -235,10 +238,13 @@ def latent_sites(trace: poutine.Trace) -> List[Tuple[str, Any]]:
     ]
 
 
+def _subsampled(samples: Sequence[Any]) -> Set[str]:
+    return {s["name"] for s in samples if site_is_subsample(s) and len(s["value"]) < s["fn"].size}
+
+
 def _enclosing_subsamples(samples: Sequence[Any]) -> List[str]:
-    subsampled = {s["name"] for s in samples if site_is_subsample(s) and len(s["value"]) < s["fn"].size}
     held = [{f.name for f in s["cond_indep_stack"]} for s in samples if not site_is_subsample(s)]
-    return sorted(name for name in subsampled if all(name in names for names in held))
+    return sorted(name for name in _subsampled(samples) if all(name in names for names in held))
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -65,6 +65,22 @@ def test_elbo_and_khat_tell_which_guide_is_better(quick):
     assert not list(pyro.get_param_store())
 
 
+def test_no_khat_of_subsamples_or_other_losses(quick):
+    """Whose values are not log weights of draws alone."""
+    data = torch.randn(50)
+
+    def subsampled():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 50, subsample_size=5) as i:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data[i])
+
+    options = {"seconds": 0.1, "progress": False}
+    (row,) = compare_guides(subsampled, {"a": AutoNormal(subsampled)}, **options).guides
+    assert row.khat is None and row.error is None and math.isfinite(row.elbo)
+    (row,) = compare_guides(model, {"a": AutoNormal(model)}, loss="TraceMeanField_ELBO", **options).guides
+    assert row.khat is None and row.error is None
+
+
 def test_compare_has_them(quick):
     options = {"num_samples": 4, "num_burn_in": 0, "train_steps": 0, "progress": False, "train": 0.05}
     others = {"AutoMultivariateNormal": AutoMultivariateNormal(model)}

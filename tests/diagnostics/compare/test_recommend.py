@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pyro_rb.diagnostics.compare.recommend import recommend
-from pyro_rb.diagnostics.compare.report import LossResult, StateResult
+from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
 from tests.diagnostics.compare.test_report import row
 
 
@@ -151,3 +151,22 @@ def test_reference_that_is_wrong():
     wrong.losses[0].biased = True
     found = recommend([wrong])
     assert found.loss is None and "Trace_ELBO itself disagrees" in found.sentence
+
+
+def comparison_of(*states, **others):
+    return Comparison("a title", list(states), {}, {"steps": 0}, [], **others)
+
+
+def test_no_line_of_code_for_a_loss_of_another_name():
+    """It would make another loss."""
+    states = [state(good("STLTrace_ELBO"))]
+    assert comparison_of(*states).recommendation.usage is not None
+    found = comparison_of(*states, own=["STLTrace_ELBO"]).recommendation
+    assert found.loss == "STLTrace_ELBO" and found.usage is None
+
+
+def test_why_nothing_was_trained():
+    start = state(good(), step=0)
+    assert str(comparison_of(start).recommendation).endswith("Leave train_steps out, or say how far to train.")
+    failed = comparison_of(start, error="training failed").recommendation
+    assert failed.sentence.endswith("more along it. Training failed.")

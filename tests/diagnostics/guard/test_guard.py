@@ -631,3 +631,24 @@ def test_loss_that_is_always_infinite():
     svi = SVI(model_with(lambda z: z * math.nan), normal_guide(), adam(), loss=guard)
     with pytest.raises(NonFiniteError, match="step 2"):
         svi.step()
+
+
+def test_average_of_a_baseline_is_put_back():
+    """TraceGraph_ELBO writes it before its gradient is looked at."""
+    bad = [False]
+
+    def model():
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.factor("x", torch.tensor(math.nan) if bad[0] else -k)
+
+    def guide():
+        probs = pyro.param("probs", torch.tensor(0.4), constraint=dist.constraints.unit_interval)
+        pyro.sample("k", dist.Bernoulli(probs), infer={"baseline": {"use_decaying_avg_baseline": True}})
+
+    guard = GradientGuard(TraceGraph_ELBO(), on_bad="skip")
+    svi = SVI(model, guide, adam(), guard)
+    with pyro.validation_enabled(False):
+        for bad[0] in (False, False, True, False):
+            svi.step()
+    assert guard.num_skipped == 1 and guard.bad_steps[0].bad.kind != "parameter"
+    assert all(p.isfinite().all() for p in pyro.get_param_store().values())

@@ -98,3 +98,13 @@ def test_misuse():
         noise.required_draws(0)
     with pytest.raises(ValueError, match="error: expected a number > 0, got -1"):
         noise.required_loss_draws(-1)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_gradients_that_are_not_finite():
+    def bad():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("x", (z - 1.0).log())
+
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="not finite. GradientGuard says where"):
+        measure_noise("Trace_ELBO", bad, guide, num_samples=40)
