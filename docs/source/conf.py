@@ -111,7 +111,7 @@ def setup(app):
 
 def spread_notebooks(app, env, docnames):
     """A build with several processes gives neighbours to one of them, and notebooks are what takes time."""
-    notebooks = [name for name in docnames if env.doc2path(name).endswith(".ipynb")]
+    notebooks = [name for name in docnames if Path(env.doc2path(name)).suffix == ".ipynb"]
     others = [name for name in docnames if name not in notebooks]
     for number, name in enumerate(notebooks):
         others.insert(number * len(docnames) // len(notebooks), name)

@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_rb.diagnostics.run.arguments import Arguments, check_counts
-from pyro_rb.diagnostics.run.losses import copy_loss
+from pyro_rb.diagnostics.run.losses import copy_loss, make_loss
 from pyro_rb.diagnostics.run.messages import counted, percent
 from pyro_rb.diagnostics.run.problem import prepared
 from pyro_rb.diagnostics.run.sampler import GradientSampler
@@ -90,7 +90,7 @@ def check_unbiased(
     loss: Union[str, ELBO],
     model: Callable,
     guide: Callable,
-    reference: Reference = "Trace_ELBO",
+    reference: Optional[Reference] = None,
     args: Arguments = (),
     kwargs: Optional[Mapping[str, Any]] = None,
     num_samples: int = 1000,
@@ -117,7 +117,8 @@ def check_unbiased(
     :param reference: A loss with the same objective (instance or name), or the exact gradient
         of the *unconstrained* parameters as a dict of tensors by name, as
         :func:`~pyro_rb.diagnostics.run.parameters.find_parameters` names them. Default:
-        :class:`~pyro.infer.trace_elbo.Trace_ELBO`.
+        :class:`~pyro.infer.trace_elbo.Trace_ELBO`, or :class:`~pyro.infer.traceenum_elbo.TraceEnum_ELBO` where the
+        model enumerates a site, or ``Trace_ELBO`` is biased.
     :param args: Positional arguments of model and guide; or a function that returns them, which is
         called before each draw, for a new minibatch from the seeded generators.
     :param dict kwargs: Keyword arguments of model and guide.
@@ -181,8 +182,12 @@ def check_unbiased(
     """
     method = _check_arguments(reference, num_samples, num_burn_in, method, projections)
     ours = copy_loss(loss, "loss")
-    theirs = None if isinstance(reference, Mapping) else copy_loss(reference, "reference")
+    if reference is not None and not isinstance(reference, Mapping):
+        reference = copy_loss(reference, "reference")
     with prepared(model, guide, args, kwargs, seed, parameters) as problem:
+        if reference is None:
+            reference = make_loss(problem.sites.reference)
+        theirs = None if isinstance(reference, Mapping) else reference
         found = problem.parameters
         if projections is None:
             projections = 20 if problem.sites.discrete else 0
@@ -243,7 +248,7 @@ def _z_scores(test: BiasTest, projections: int) -> Dict[str, float]:
 
 
 def _check_arguments(
-    reference: Reference, num_samples: int, num_burn_in: int, method: Optional[str], projections: Any
+    reference: Optional[Reference], num_samples: int, num_burn_in: int, method: Optional[str], projections: Any
 ) -> str:
     check_counts(num_samples, num_burn_in, 2)
     if projections is not None and projections < 0:

@@ -180,7 +180,8 @@ def _outcome(
 
 
 def _check(options: argparse.Namespace, job: Job) -> Outcome:
-    make_loss(options.reference)
+    if options.reference is not None:
+        make_loss(options.reference)
     failure: Optional[str] = None
     try:
         check = check_unbiased(

@@ -120,7 +120,7 @@ def _add_loss(add: Callable) -> None:
 
 def _add_check_options(add: Callable) -> None:
     _add_loss(add)
-    add("--reference", metavar="LOSS", default="Trace_ELBO", help="what to compare it with (Trace_ELBO)")
+    add("--reference", metavar="LOSS", help="what to compare it with (Trace_ELBO; TraceEnum_ELBO where that is biased)")
     add("--method", choices=METHODS, help="how to compare (paired); exact: the reference has no noise")
     add("--num-samples", metavar="N", type=int, default=1000, help="gradients of each loss (1000)")
     add("--burn-in", metavar="N", type=int, default=0, help="gradients drawn first and thrown away (0)")

@@ -22,6 +22,7 @@ from pyro_rb.diagnostics.run.effect import find_effect
 from pyro_rb.diagnostics.run.losses import (
     ENUMERATED,
     Losses,
+    is_elbo,
     make_loss,
     make_losses,
     with_options,
@@ -131,7 +132,7 @@ class Study:
                     f"{name} is biased on this guide: Pyro's KL divergence of a Delta leaves out its "
                     f"log_density, here the Jacobian of {', '.join(map(repr, jacobians))}."
                 )
-            if name in biased and loss.vectorize_particles and loss.num_particles > 1:
+            if name in biased and is_elbo(loss) and loss.vectorize_particles and loss.num_particles > 1:
                 reason = Chooser(self.problem).not_vectorized(loss) or "a sum over all dimensions mixes the particles"
                 found.append(
                     f"{name}: vectorized particles add a dimension on the left of all plates, which the model has to "

@@ -12,7 +12,6 @@ from pyro.infer import RenyiELBO
 
 from pyro_rb.diagnostics.run.losses import (
     ENUMERATED,
-    REFERENCE,
     available_losses,
     has_elbo,
     make_loss,
@@ -71,12 +70,8 @@ class Chooser:
         self._left_out: Dict[str, str] = {}
         self._obstacle: Optional[Tuple[Optional[str]]] = None
 
-    def reference(self) -> str:
-        """The loss that others are compared to by default."""
-        return "TraceEnum_ELBO" if self.sites.summed or self.sites.left_out else REFERENCE
-
     def choose(self, candidates: Sequence[Candidate], reference: Optional[str] = None) -> Choice:
-        self._reference = reference = reference or self.reference()
+        self._reference = reference = reference or self.sites.reference
         loss = make_loss(reference)
         known = available_losses()
         listed = [one for one in candidates if one.name.partition(":")[0] in {*known, ENUMERATED}]

@@ -208,7 +208,7 @@ def compare(
     with recorded_warnings() as warned, prepared(model, guide, args, kwargs, seed) as problem:
         parameters = problem.parameters
         chooser = Chooser(problem)
-        choice = Choice(reference or chooser.reference(), [], {})
+        choice = Choice(reference or chooser.sites.reference, [], {})
         if losses is None:
             choice = chooser.choose(candidates(), reference)
         num_states, last = (2, MOST_STEPS) if states is None else (len(states), states[-1])

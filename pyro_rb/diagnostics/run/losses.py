@@ -100,7 +100,10 @@ def copy_loss(loss: Any, role: str) -> ELBO:
     if isinstance(loss, str):
         return make_loss(loss)
     if isinstance(loss, ELBO):
-        return copy.deepcopy(loss)
+        try:
+            return copy.deepcopy(loss)
+        except Exception as error:
+            raise TypeError(f"{role}: {type(loss).__name__} cannot be copied, by copy.deepcopy(): {error}") from error
     hint = f"; write {loss.__name__}()" if inspect.isclass(loss) and issubclass(loss, ELBO) else ""
     raise TypeError(f"{role}: expected the name of a loss or an instance of pyro.infer.ELBO, got {loss!r}{hint}")
 
@@ -166,7 +169,18 @@ def has_elbo(name: str) -> bool:
     >>> has_elbo("RenyiELBO:alpha=0")
     False
     """
-    loss = make_loss(name)
+    return is_elbo(make_loss(name))
+
+
+def is_elbo(loss: ELBO) -> bool:
+    """
+    As :func:`has_elbo`, for an instance.
+
+    **Example**
+
+    >>> is_elbo(make_loss("RenyiELBO:alpha=0"))
+    False
+    """
     elbos = (Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO)
     return isinstance(loss, elbos) and not isinstance(loss, TraceTailAdaptive_ELBO)
 

@@ -80,6 +80,11 @@ class Sites(NamedTuple):
     largest_latent: int
     largest: int
 
+    @property
+    def reference(self) -> str:
+        """Of Pyro's losses, the one whose gradient others are compared with: without bias, and the simplest."""
+        return "TraceEnum_ELBO" if self.summed or self.left_out else "Trace_ELBO"
+
 
 def read_sites(traces: Traces) -> Sites:
     """:param traces: Of guide and model."""

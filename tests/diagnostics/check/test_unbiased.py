@@ -3,6 +3,7 @@
 
 
 import math
+import threading
 
 import pyro
 import pyro.distributions as dist
@@ -237,3 +238,24 @@ def test_not_a_loss():
 def test_gradient_that_is_not_finite():
     with pytest.raises(ValueError, match="Shifted: the gradient of 'loc' is not finite in draw 0"):
         check(Shifted("loc", 0, math.nan), conj(), num_samples=2)
+
+
+def test_reference_where_the_model_enumerates():
+    @pyro.infer.config_enumerate
+    def mixture():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(loc + k, 0.5), obs=torch.tensor([0.0, 1.0, 0.3]))
+
+    def one():
+        pyro.sample("loc", dist.Normal(pyro.param("m", torch.tensor(0.3)), 0.5))
+
+    check_unbiased("RaoBlackwell_ELBO", mixture, one, num_samples=100)
+
+
+def test_loss_that_cannot_be_copied():
+    loss = Trace_ELBO()
+    loss.lock = threading.Lock()
+    with pytest.raises(TypeError, match="loss: Trace_ELBO cannot be copied, by copy.deepcopy.*lock"):
+        check_unbiased(loss, two().model, two().guide)
