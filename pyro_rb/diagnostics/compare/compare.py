@@ -41,7 +41,7 @@ from pyro_rb.diagnostics.run.bar import TimedBar
 from pyro_rb.diagnostics.run.losses import (
     Losses,
     has_elbo,
-    loss_name,
+    is_made_by,
     make_loss,
     make_losses,
 )
@@ -298,7 +298,7 @@ def compare(
         race=found_race,
         compiled=times,
         guides=found_guides,
-        own=[name for name, loss in study.made().items() if not isinstance(loss, str) and loss_name(loss) != name],
+        own=[name for name, loss in study.made().items() if not is_made_by(name, loss)],
     )
     if study.interrupted:
         raise ComparisonInterrupted(result)

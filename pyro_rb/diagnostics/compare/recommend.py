@@ -45,8 +45,6 @@ from pyro_rb.diagnostics.run.messages import with_error
 from pyro_rb.diagnostics.stats.progress import root_sum_of_squares
 from pyro_rb.diagnostics.stats.summary import HEAVY_TAIL
 
-#: The remedy where nothing was trained.
-TRAIN = " Leave train_steps out, or say how far to train."
 #: Below this many gradients a standard error of a variance means little.
 LEAST_SAMPLES = 30
 #: What a loss must save to be worth a change, and what may pass for the same.
@@ -120,11 +118,12 @@ class Recommendation:
         return " ".join([self.sentence, *self.caveats])
 
 
-def recommend(states: Sequence[Any]) -> Recommendation:
+def recommend(states: Sequence[Any], ended: str = "") -> Recommendation:
     """
     Applies the rule above.
 
     :param list states: A :class:`~pyro_rb.diagnostics.compare.report.StateResult` for each state.
+    :param str ended: A sentence on why training ended early, if it did.
     :rtype: Recommendation
 
     **Example**
@@ -168,7 +167,7 @@ def recommend(states: Sequence[Any]) -> Recommendation:
     if len(states) == 1 and not states[0].step:
         advice.sentence = (
             "No advice: the losses were measured at one state only, before training, and noise matters "
-            f"more along it.{TRAIN}"
+            f"more along it. {ended or 'Leave train_steps out, or say how far to train.'}"
         )
         return advice
     starts = [one for one in others if states[0].step or one.by_state[0] <= BAD_START]

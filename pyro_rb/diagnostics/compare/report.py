@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Dict, List, Optional
 from pyro_rb.diagnostics.compare.compiled import CompiledTime, with_compiled
 from pyro_rb.diagnostics.compare.guides import GuideComparison
 from pyro_rb.diagnostics.compare.race import Race
-from pyro_rb.diagnostics.compare.recommend import TRAIN, Recommendation, recommend
+from pyro_rb.diagnostics.compare.recommend import Recommendation, recommend
 
 
 @dataclass
@@ -192,10 +192,8 @@ class Comparison:
     @property
     def recommendation(self) -> Recommendation:
         """Which loss to take, in one sentence, see :mod:`~pyro_rb.diagnostics.compare.recommend`."""
-        advice = recommend(self.states)
-        if self.error or self.interrupted:
-            ended = " Training failed." if self.error else " Training was interrupted."
-            advice.sentence = advice.sentence.replace(TRAIN, ended)
+        ended = "Training failed." if self.error else "Training was interrupted." if self.interrupted else ""
+        advice = recommend(self.states, ended)
         if self.compiled:
             advice = with_compiled(advice, self.compiled, self.settings["steps"])
         if advice.loss in self.own:

@@ -255,6 +255,22 @@ def usage(name: str, backend: Optional[str] = None) -> Optional[str]:
     return f"{imports}; {'CompiledSVI' if ours else 'SVI'}(model, {guide}, optim, loss={made})"
 
 
+def is_made_by(name: str, loss: ELBO) -> bool:
+    """
+    Whether :func:`make_loss` makes the same loss by a name, as far as its attributes tell.
+
+    **Example**
+
+    >>> is_made_by("Trace_ELBO", Trace_ELBO()), is_made_by("Trace_ELBO", Trace_ELBO(num_particles=4))
+    (True, False)
+    """
+    try:
+        made = make_loss(name)
+    except ValueError:
+        return False
+    return type(made) is type(loss) and loss_name(made) == loss_name(loss)
+
+
 def loss_name(loss: Any) -> str:
     """
     The name by which :func:`make_loss` makes the same loss, as far as its attributes tell.

@@ -3,10 +3,12 @@
 
 import math
 
+import pyro.infer
 import pytest
 
 from pyro_rb.diagnostics.compare.recommend import recommend
 from pyro_rb.diagnostics.compare.report import Comparison, LossResult, StateResult
+from pyro_rb.diagnostics.run.losses import is_made_by, make_loss
 from tests.diagnostics.compare.test_report import row
 
 
@@ -163,6 +165,18 @@ def test_no_line_of_code_for_a_loss_of_another_name():
     assert comparison_of(*states).recommendation.usage is not None
     found = comparison_of(*states, own=["STLTrace_ELBO"]).recommendation
     assert found.loss == "STLTrace_ELBO" and found.usage is None
+
+
+def test_names_that_make_the_loss():
+    """However it is spelled; not those of another type or with other options."""
+    losses = ["RaoBlackwell_ELBO", "R2G2_ELBO:pre_activations=auto", "DReG_ELBO:8", "STLTrace_ELBO:1.0"]
+    assert all(is_made_by(name, make_loss(name)) for name in losses)
+
+    class Trace_ELBO(pyro.infer.Trace_ELBO):
+        pass
+
+    assert not is_made_by("Trace_ELBO", Trace_ELBO()) and not is_made_by("mine", pyro.infer.Trace_ELBO())
+    assert not is_made_by("STLTrace_ELBO", make_loss("STLTrace_ELBO:1.0"))
 
 
 def test_why_nothing_was_trained():
