@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import MultiFrameTensor, is_identically_zero
 from pyro.poutine import Trace
@@ -25,16 +24,11 @@ def left_out_by_trace_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
         return 0
     surrogate: Any = 0
     alone = [site for name, site in sample_sites(guide_trace) if name not in model_trace.nodes]
-    log_q = MultiFrameTensor(*((_plates(site), site["log_prob"].detach()) for site in alone))
+    log_q = MultiFrameTensor(*((site["cond_indep_stack"], site["log_prob"].detach()) for site in alone))
     for site in scored:
         if log_q:
-            surrogate = surrogate + (log_q.sum_to(_plates(site)) * site["score_parts"].score_function).sum()
-        scale = site["scale"]
-        if isinstance(scale, torch.Tensor) and scale.requires_grad:
+            surrogate = surrogate + (log_q.sum_to(site["cond_indep_stack"]) * site["score_parts"].score_function).sum()
+        if getattr(site["scale"], "requires_grad", False):
             fixed = site["unscaled_log_prob"].detach()
-            surrogate = surrogate + scale_and_mask(fixed, scale, site["mask"]).sum()
+            surrogate = surrogate + scale_and_mask(fixed, site["scale"], site["mask"]).sum()
     return surrogate
-
-
-def _plates(site: Any) -> Any:
-    return tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)

@@ -232,10 +232,8 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
     ) -> Tuple[Any, Any]:
         run: Run = guide_trace.run
         path, names = run.path, set(run.path_sites)
-        left_out = left_out_by_trace_elbo(model_trace, guide_trace)
         if path is None or not (names or run.joint):
-            loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
-            return loss, surrogate + left_out
+            return self._plain_particle(model_trace, guide_trace)
         # A site with plain score parts has the log density for its entropy term.
         log_q = {n: guide_trace.nodes[n]["log_prob_sum"] for n in path.values if n in names}
         log_q.update((n, sum(x.sum() for _, x in terms)) for n, terms in run.joint.items())
@@ -250,10 +248,14 @@ class RaoBlackwell_ELBO(RunMixin, Trace_ELBO):
                 if not is_exactly(self._scales[name], whole):
                     term = term + rest_of(self._scales[name], log_q[name], whole)
             guide_trace.nodes[name]["score_parts"] = parts._replace(entropy_term=term)
-        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
-        surrogate = surrogate + left_out
+        loss, surrogate = self._plain_particle(model_trace, guide_trace)
         self._learn_scales(groups, log_q, surrogate, (model_trace, guide_trace))
         return loss, surrogate
+
+    def _plain_particle(self, model_trace: Trace, guide_trace: Any) -> Tuple[Any, Any]:
+        """By Pyro's loss, with what that leaves out."""
+        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        return loss, surrogate + left_out_by_trace_elbo(model_trace, guide_trace)
 
     def _choose_scales(self, log_q: Mapping[str, torch.Tensor], run: Run) -> Groups:
         """Returns what to learn of from this particle."""
