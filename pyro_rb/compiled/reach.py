@@ -143,10 +143,12 @@ class Reachable:
         self._visit([fn.__defaults__ or (), fn.__kwdefaults__ or {}], f"the defaults of {name}")
         if _is_library(fn):
             return
-        names = dict.fromkeys(_names(fn.__code__))
+        codes = list(_codes(fn.__code__))
+        names = dict.fromkeys(key for code in codes for key in code.co_names)
         self._names.update(names)
         if "getattr" in names:
-            self._asked.update(key for key in fn.__code__.co_consts if isinstance(key, str) and key.isidentifier())
+            constants = (x for code in codes for x in code.co_consts)
+            self._asked.update(x for x in constants if isinstance(x, str) and x.isidentifier())
         for key in names:
             if key in fn.__globals__:
                 self._add_item(f"{name}'s variable {key}", fn.__globals__, key)
@@ -271,11 +273,12 @@ def _contents(cell: Any) -> Any:
     return cell.cell_contents
 
 
-def _names(code: Any) -> Iterator[str]:
-    yield from code.co_names
+def _codes(code: Any) -> Iterator[Any]:
+    """Of a function, and of those within it."""
+    yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            yield from _names(const)
+            yield from _codes(const)
 
 
 def _classes(holder: Any) -> Tuple[type, ...]:

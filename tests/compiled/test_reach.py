@@ -166,6 +166,15 @@ def of_name():
     return model, lambda value: setattr(model, "scale", value)
 
 
+def of_new_attribute_in_inner_code():
+    class Model:
+        def __call__(self):
+            observe(max(getattr(self, "scale", 1.0) for _ in range(2)))
+
+    model = Model()
+    return model, lambda value: setattr(model, "scale", value)
+
+
 def of_new_attribute():
     class Model:
         def __call__(self):
@@ -202,6 +211,7 @@ KINDS = {
     "method": of_method,
     "prior of a module": of_site,
     "new attribute": of_new_attribute,
+    "new attribute, in inner code": of_new_attribute_in_inner_code,
     "class": of_class,
     "own class": of_own_class(Base),
     "own class of a module": of_own_class(Net),
