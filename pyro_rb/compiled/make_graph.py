@@ -22,6 +22,7 @@ def make_graph(
     elbo: Any,
     model: Any,
     guide: Any,
+    reach: Reachable,
     call: Tuple[Tuple, Dict[str, Any]],
     tensors: Sequence[torch.Tensor],
     learns: bool,
@@ -29,12 +30,12 @@ def make_graph(
     """
     Captures a step of a loss. What the step changes is put back.
 
+    :param Reachable reach: what model, guide and loss reach.
     :param call: arguments of model and guide, positional ones and others.
     :param tensors: among these.
     :param bool learns: whether the loss learns a scale in this step.
     :raises NotCapturable: with the reason, and a remedy.
     """
-    reach = Reachable({"the model": model, "the guide": guide}, elbo)
     _refuse(reach)
     state, contents = State(reach.buffers()), Contents(reach.slots)
     table = dict(parameter_table())

@@ -194,7 +194,7 @@ class Program:
             what = f"{why} keeps changing. {ADVICE}" if why else what_changes(next(others), key)
             raise NotCapturable(f"{what}. There are {MAX_GRAPHS} graphs already")
         try:
-            graph = make_graph(self.elbo, self.model, self.guide, (args, kwargs), tensors, learns)
+            graph = make_graph(self.elbo, self.model, self.guide, self._reach(), (args, kwargs), tensors, learns)
         except NotCapturable as e:
             self._attempts += 1
             if not e.is_rare or self._attempts == MAX_ATTEMPTS:
